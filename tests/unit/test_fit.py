@@ -1,0 +1,136 @@
+"""The loop: gradients for every layer, a loss that falls, a resume that changes no bit."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.conftest import chat_rows
+from tuner.data.rows import Row, Skipped
+from tuner.errors import GateError, RecipeError
+from tuner.families import family_of
+from tuner.fit import Schedule, fit
+from tuner.methods import full, lora
+from tuner.tasks import sft
+
+SCHEDULE = Schedule(
+    steps=6,
+    batch_size=8,
+    micro_batch_size=4,
+    learning_rate=0.01,
+    warmup_fraction=0.2,
+    decay="cosine",
+    weight_decay=0.01,
+    max_grad_norm=1.0,
+    checkpoint_every_steps=100,
+    seed=0,
+)
+
+
+def adapted(folder: Path, **options: Any) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    return lora.prepare(AutoModelForCausalLM.from_pretrained(folder), lora.Options(rank=4, **options), *family_of("llama"))
+
+
+def examples(tokenizer: Any) -> list[Any]:
+    rows = (Row(f"x:{number}", record) for number, record in enumerate(chat_rows(20)))
+    return [example for _, example in sft.examples(rows, tokenizer, sft.Options(), "stop", Skipped())]
+
+
+def trained(model: Any) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def test_every_linear_of_every_block_is_adapted_and_nothing_else(tiny_model: Path) -> None:
+    names = set(lora.layers(adapted(tiny_model)))
+    assert len(names) == 2 * 7
+    assert all(".layers." in name for name in names)
+
+
+def test_training_lowers_the_loss_and_moves_every_layer(tiny_model: Path, tokenizer: Any, tmp_path: Path) -> None:
+    model = adapted(tiny_model)
+    before = trained(model)
+    measured = fit(model, examples(tokenizer), SCHEDULE, layers=lora.layers(model), pad_id=0, work=tmp_path)
+    assert measured["train_loss_last"] < measured["train_loss_first"] - 0.1
+    assert all(not torch.equal(tensor, before[name]) for name, tensor in trained(model).items() if "lora_B" in name)
+
+
+def test_a_run_that_was_cut_and_resumed_ends_with_the_same_bits(tiny_model: Path, tokenizer: Any, tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    # Dropout makes the result depend on the state of the random generator; 20 rows in batches of 8 reach the third epoch.
+    schedule = replace(SCHEDULE, steps=8, checkpoint_every_steps=5)
+    rows = examples(tokenizer)
+    whole = adapted(tiny_model, dropout=0.3)
+    fit(whole, rows, schedule, layers=lora.layers(whole), pad_id=0, work=tmp_path / "a")
+
+    class Cut(Exception):
+        pass
+
+    cut = adapted(tiny_model, dropout=0.3)
+    calls = 0
+
+    def dies(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 13:  # forward passes: in the middle of step 7, after the checkpoint at step 5
+            raise Cut
+
+    cut.register_forward_pre_hook(dies)
+    with pytest.raises(Cut):
+        fit(cut, rows, schedule, layers=lora.layers(cut), pad_id=0, work=tmp_path / "b")
+    resumed = adapted(tiny_model, dropout=0.3)
+    fit(resumed, rows, schedule, layers=lora.layers(resumed), pad_id=0, work=tmp_path / "b")
+    expected = trained(whole)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in trained(resumed).items())
+
+
+def test_layers_that_get_no_gradient_are_named(tiny_model: Path, tokenizer: Any, tmp_path: Path) -> None:
+    model = adapted(tiny_model)
+    # This projection's output multiplies its neighbour's: at zero, nothing flows into the one below and nothing comes back.
+    model.get_base_model().model.layers[1].mlp.up_proj.base_layer.weight.data.zero_()
+    for name, parameter in model.named_parameters():
+        if "layers.1.mlp.up_proj.lora" in name:
+            parameter.requires_grad_(False)
+    with pytest.raises(
+        GateError, match=r"2 of 13 .* no gradient.*: model\.layers\.1\.mlp\.gate_proj, model\.layers\.1\.mlp\.down_proj$"
+    ):
+        fit(model, examples(tokenizer), SCHEDULE, layers=lora.layers(model), pad_id=0, work=tmp_path)
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tiny_model: Path, tokenizer: Any, tmp_path: Path) -> None:
+    model = adapted(tiny_model)
+    next(iter(model.parameters())).data.fill_(float("nan"))
+    with pytest.raises(GateError, match="the loss is nan at step 1"):
+        fit(model, examples(tokenizer), SCHEDULE, layers=lora.layers(model), pad_id=0, work=tmp_path)
+
+
+@pytest.mark.parametrize("targets", ["model.layers.*.q_prj", "nothing"])
+def test_targets_that_match_nothing_are_refused(tiny_model: Path, targets: str) -> None:
+    with pytest.raises(RecipeError, match="matches none of the model's 14 linears"):
+        adapted(tiny_model, targets=targets)
+
+
+def test_a_pattern_adapts_what_it_matches(tiny_model: Path) -> None:
+    assert set(lora.layers(adapted(tiny_model, targets=r".*layers\.1\..*q_proj"))) == {"model.layers.1.self_attn.q_proj"}
+    assert len(lora.layers(adapted(tiny_model, targets="attention"))) == 8
+
+
+def test_full_training_reaches_every_parameter(tiny_model: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = full.prepare(AutoModelForCausalLM.from_pretrained(tiny_model), full.Options(), *family_of("llama"))
+    reached = {id(parameter) for parameters in full.layers(model).values() for parameter in parameters}
+    assert reached == {id(parameter) for parameter in model.parameters()}
+
+
+def test_the_rate_rises_and_falls_as_written() -> None:
+    from dataclasses import replace
+
+    schedule = replace(SCHEDULE, steps=10, warmup_fraction=0.2, learning_rate=1.0)
+    assert [round(schedule.rate(step), 3) for step in (0, 1, 2, 6)] == [0.5, 1.0, 1.0, 0.5]
+    assert replace(schedule, decay="linear").rate(6) == pytest.approx(0.5)
+    assert replace(schedule, decay="constant").rate(9) == 1.0

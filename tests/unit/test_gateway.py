@@ -1,0 +1,143 @@
+"""The gateway in front of a stand-in engine; tests/e2e/test_serving.py shows the same in front of vLLM."""
+
+import json
+import socket
+from typing import Any
+
+import httpx
+import pytest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.testclient import TestClient
+
+from serve.endpoint import Settings, _bind, arrange
+from serve.errors import ServeError
+from serve.gateway.app import Traffic, gateway
+
+
+class StandIn:
+    """An engine whose answers are chosen by the request."""
+
+    def __init__(self) -> None:
+        self.ready = True
+        self.suspected = 0
+        app = Starlette(routes=[Route("/v1/chat/completions", self.answer, methods=["POST"])])
+        self.client = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://engine")
+
+    def suspect(self) -> None:
+        self.suspected += 1
+
+    async def answer(self, request: Request) -> Response:
+        asked = await request.json()
+        match asked.get("do"):
+            case "break":
+                raise httpx.RemoteProtocolError("gone")
+            case "fail":
+                return JSONResponse({"error": "EngineDeadError"}, 500)
+            case "refuse":
+                return JSONResponse({"error": {"message": "too long"}}, 400)
+        if asked.get("stream"):
+            return StreamingResponse(iter([b"data: 1\n\n", b"data: [DONE]\n\n"]), media_type="text/event-stream")
+        return JSONResponse({"echo": asked})
+
+
+@pytest.fixture
+def engine() -> StandIn:
+    return StandIn()
+
+
+@pytest.fixture
+def traffic() -> Traffic:
+    return Traffic()
+
+
+@pytest.fixture
+def client(engine: StandIn, traffic: Traffic) -> TestClient:
+    return TestClient(gateway({"m": engine}, lambda: [{"id": "m"}], traffic))
+
+
+def ask(client: TestClient, **body: Any) -> Any:
+    return client.post("/v1/chat/completions", json={"model": "m", **body})
+
+
+def test_a_request_is_passed_on_whole(client: TestClient) -> None:
+    assert ask(client, temperature=0, odd="kept").json()["echo"] == {"model": "m", "temperature": 0, "odd": "kept"}
+
+
+def test_events_are_passed_on_as_they_come(client: TestClient, traffic: Traffic) -> None:
+    reply = ask(client, stream=True)
+    assert reply.headers["content-type"].startswith("text/event-stream")
+    assert reply.text == "data: 1\n\ndata: [DONE]\n\n"
+    assert traffic.active == 0
+
+
+def test_the_engines_own_refusal_reaches_the_client(client: TestClient) -> None:
+    reply = ask(client, do="refuse")
+    assert (reply.status_code, reply.json()["error"]["message"]) == (400, "too long")
+
+
+@pytest.mark.parametrize("do", ["break", "fail"])
+def test_an_engine_that_fails_is_503_in_openais_form_and_suspected(
+    client: TestClient, engine: StandIn, traffic: Traffic, do: str
+) -> None:
+    reply = ask(client, do=do)
+    assert reply.status_code == 503
+    assert set(reply.json()["error"]) == {"message", "type", "param", "code"}
+    assert (engine.suspected, traffic.active) == (1, 0)
+
+
+def test_an_engine_that_is_not_ready_and_an_endpoint_that_drains_are_503(
+    client: TestClient, engine: StandIn, traffic: Traffic
+) -> None:
+    engine.ready = False
+    assert ask(client).status_code == 503
+    engine.ready, traffic.draining = True, True
+    reply = ask(client)
+    assert (reply.status_code, reply.headers["retry-after"]) == (503, "5")
+
+
+@pytest.mark.parametrize(
+    "path", ["/", "/v1", "/health", "/metrics", "/invocations", "/tokenize", "/v1/load_lora_adapter", "/v1/../tokenize"]
+)
+def test_everything_else_is_404(client: TestClient, path: str) -> None:
+    for method in ("GET", "POST"):
+        reply = client.request(method, path)
+        assert (reply.status_code, reply.json()["error"]["code"]) == (404, 404)
+
+
+def test_a_wrong_method_is_405(client: TestClient) -> None:
+    assert client.get("/v1/chat/completions").status_code == 405
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"null", b'{"a": 1}', b'"m"', b"\xff"])
+def test_a_body_that_is_no_request_is_400(client: TestClient, body: bytes) -> None:
+    assert client.post("/v1/chat/completions", content=body).status_code == 400
+
+
+@pytest.mark.parametrize("name", ["other", "", 5, None, ["m"]])
+def test_an_unknown_model_is_404_and_names_those_there_are(client: TestClient, name: Any) -> None:
+    reply = client.post("/v1/chat/completions", content=json.dumps({"model": name}))
+    assert reply.status_code == 404
+    assert "there is: m" in reply.json()["error"]["message"]
+
+
+def test_a_body_that_is_too_large_is_413(client: TestClient) -> None:
+    assert client.post("/v1/completions", content=b"x" * 17_000_000).status_code == 413
+
+
+def test_a_taken_port_is_said_in_one_sentence() -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(ServeError, match=f"port {port} on 127.0.0.1 is taken"):
+            _bind(port)
+
+
+def test_what_is_no_bundle_is_refused_before_anything_starts(tmp_path) -> None:
+    from tuner.errors import BundleError
+
+    with pytest.raises(BundleError, match=r"has no bundle\.json"):
+        arrange([tmp_path], Settings(), print)

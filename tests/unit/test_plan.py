@@ -1,0 +1,72 @@
+"""What is refused before any weight is loaded, and with which sentence."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tuner.errors import TunerError
+from tuner.plan import make_plan
+from tuner.recipe import read_recipe
+
+Change = Callable[[dict[str, Any]], object]
+MERGE, QUANTIZE = {"merge": {}}, {"quantize": {}}
+
+
+def refused(recipe_file: Callable[..., Path], tmp_path: Path, change: Change) -> str:
+    with pytest.raises(TunerError) as error:
+        make_plan(read_recipe(recipe_file(change)), tmp_path / "out")
+    return str(error.value).replace(str(tmp_path) + "/", "")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda tree: tree["stages"].append(QUANTIZE), 'quantize takes a model, but tune gives an adapter; put "- merge: {}" before it'),
+        (lambda tree: tree.update(stages=[MERGE]), "stages.0.merge: merge takes an adapter, but model gives a model"),
+        (lambda tree: tree["stages"].extend([MERGE, QUANTIZE, QUANTIZE]), "quantize takes a model, but quantize gives a quantized"),
+        (lambda tree: tree.pop("model"), 'tune takes a model, but model gives nothing; name one with "model:"'),
+        (lambda tree: tree["stages"][0]["tune"]["task"].update(max_tokens=999), "max_tokens 999 is more than the 256 that llama reads"),
+        (lambda tree: tree["serve"].update(max_tokens=999), "serve.max_tokens: max_tokens 999 is more than the 256 that llama reads"),
+        (lambda tree: tree["data"].update(heldout="train.jsonl"), "the held-out rows are the training rows"),
+        (lambda tree: tree["data"].update(heldout="heldou.jsonl"), "recipe.yaml:4: data.heldout: heldou.jsonl: there is no such file"),
+        (lambda tree: tree.update(model="./tiny"), "recipe.yaml:1: model: "),
+    ],
+    ids=range(9),
+)  # fmt: skip
+def test_what_does_not_go_together_is_refused(recipe_file: Callable[..., Path], tmp_path: Path, change: Change, said: str) -> None:
+    assert said in refused(recipe_file, tmp_path, change)
+
+
+def test_gpt2_is_not_quantized_and_not_served_with_a_live_adapter(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
+    def gpt2(stages: list[dict[str, Any]]) -> Change:
+        first: list[dict[str, Any]] = [{"tokenizer": {}}, {"init": {"config": {"model_type": "gpt2"}}}]
+        return lambda tree: (tree.pop("model"), tree.update(stages=first + stages))
+
+    assert "gpt2 is not built of torch.nn.Linear" in refused(recipe_file, tmp_path, gpt2([QUANTIZE]))
+    plan = make_plan(read_recipe(recipe_file(gpt2([{"tune": {"task": "sft"}}]))), tmp_path / "out")
+    assert plan.serving() == 'vLLM takes no live adapters for gpt2: put "- merge: {}" last to serve it'
+
+
+def test_a_disk_that_is_too_small_is_said_before_the_work(
+    recipe_file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    free = shutil.disk_usage(tmp_path)._replace(free=1_000_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
+    assert "the run writes about 0.1 GB and 0.0 GB are free" in refused(recipe_file, tmp_path, lambda tree: None)
+
+
+def test_planning_loads_nothing_heavy(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
+    import subprocess
+
+    code = (
+        "import sys; from pathlib import Path; from tuner.plan import make_plan; from tuner.recipe import read_recipe;"
+        "make_plan(read_recipe(Path(sys.argv[1])), Path(sys.argv[2]));"
+        "sys.exit(str({'torch', 'transformers', 'peft', 'vllm', 'datasets'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(recipe_file()), str(tmp_path / "out")], capture_output=True, text=True)
+    assert done.stderr.strip() == "set()"

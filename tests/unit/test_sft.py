@@ -1,0 +1,102 @@
+"""Which tokens of a conversation are learned."""
+
+from typing import Any
+
+import pytest
+
+from tuner.data.example import IGNORE, Example
+from tuner.data.rows import Row, Skipped
+from tuner.errors import DataError
+from tuner.tasks import sft
+
+TURNS = [
+    {"role": "system", "content": "be brief"},
+    {"role": "user", "content": "list vm"},
+    {"role": "assistant", "content": "az vm list"},
+    {"role": "user", "content": "show vnet"},
+    {"role": "assistant", "content": "az vnet show"},
+]
+
+
+BARE_TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] }}:\n{{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant:\n{% endif %}"
+)
+
+
+def encode(record: dict[str, Any], tokenizer: Any) -> Example:
+    ((_, example),) = sft.examples(iter([Row("x:1", record)]), tokenizer, sft.Options(), "stop", Skipped())
+    return example
+
+
+def learned(example: Example, tokenizer: Any) -> str:
+    return tokenizer.decode([label for label in example.labels if label != IGNORE])
+
+
+def test_only_the_assistants_words_and_the_end_of_its_turns_are_learned(tokenizer: Any) -> None:
+    example = encode({"messages": TURNS}, tokenizer)
+    assert learned(example, tokenizer) == "az vm list<|im_end|>az vnet show<|im_end|>"
+
+
+def test_the_tokens_are_those_that_the_template_renders(tokenizer: Any) -> None:
+    example = encode({"messages": TURNS}, tokenizer)
+    rendered = tokenizer.apply_chat_template(TURNS, tokenize=False)
+    assert tokenizer.decode(example.ids) == rendered
+
+
+def test_what_a_server_sends_is_the_beginning_of_what_was_trained_on(tokenizer: Any) -> None:
+    example = encode({"messages": TURNS}, tokenizer)
+    question = sft.question({"messages": TURNS}, tokenizer, sft.Options())
+    served = tokenizer.apply_chat_template(TURNS[:-1], add_generation_prompt=True, return_dict=False)
+    assert question == served == example.ids[: len(question)]
+    assert set(example.labels[: len(question)][-4:]) == {IGNORE}
+
+
+def test_an_end_is_added_where_the_template_has_none(tokenizer: Any) -> None:
+    import copy
+
+    bare = copy.deepcopy(tokenizer)
+    bare.chat_template = BARE_TEMPLATE
+    example = encode({"messages": TURNS[1:3]}, bare)
+    assert example.ids[-1] == example.labels[-1] == bare.eos_token_id
+    assert learned(example, bare).startswith("az vm list")
+
+
+def test_a_template_that_lets_question_and_answer_share_a_token_is_refused(tokenizer: Any) -> None:
+    import copy
+
+    odd = copy.deepcopy(tokenizer)
+    odd.chat_template = BARE_TEMPLATE.replace(":\n", ": ")
+    with pytest.raises(DataError, match="joins the question and the answer into one token"):
+        encode({"messages": TURNS[1:3]}, odd)
+
+
+def test_a_prompt_with_its_completion_needs_no_template(tokenizer: Any) -> None:
+    example = encode({"prompt": "list vm", "completion": " az vm list"}, tokenizer)
+    assert learned(example, tokenizer) == " az vm list<|im_end|>"
+
+
+def test_a_model_without_a_template_is_refused_with_what_works(tokenizer: Any) -> None:
+    import copy
+
+    bare = copy.deepcopy(tokenizer)
+    bare.chat_template = None
+    with pytest.raises(DataError, match='no chat template.*"prompt" and "completion"'):
+        encode({"messages": TURNS}, bare)
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer: Any) -> None:
+    import copy
+
+    odd = copy.deepcopy(tokenizer)
+    odd.chat_template = "{{ messages|length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    with pytest.raises(DataError, match="renders the turns before it differently"):
+        encode({"messages": TURNS}, odd)
+
+
+def test_the_template_runs_in_a_sandbox(tokenizer: Any) -> None:
+    import copy
+
+    evil = copy.deepcopy(tokenizer)
+    evil.chat_template = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
+    with pytest.raises(DataError, match="refuses this conversation"):
+        encode({"messages": TURNS}, evil)

@@ -1,0 +1,82 @@
+"""What vLLM is told, and the combinations that are never used."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from serve.engines import vllm
+from serve.errors import ServeError
+from serve.replay import tolerance
+from tuner.bundle import Bundle, Manifest
+
+
+def bundle(kind: str = "model", metrics: dict[str, Any] | None = None, **serving: Any) -> Bundle:
+    return Bundle(
+        Path("/b"), Manifest(kind=kind, stage="s", fingerprint="f", model_type="llama", serving=serving, metrics=metrics or {})
+    )
+
+
+@pytest.fixture(autouse=True)
+def _has_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm, "python", lambda: "python")
+
+
+@pytest.mark.parametrize(
+    ("scheme", "gpu", "dtype"),
+    [(None, False, "float32"), ("w8a8-int8", False, "float32"), ("w4a16", False, "bfloat16"), (None, True, "bfloat16")],
+)
+def test_the_type_is_one_that_was_seen_to_answer_rightly(scheme: str | None, gpu: bool, dtype: str) -> None:
+    assert vllm.dtype(bundle(scheme=scheme), gpu=gpu) == dtype
+
+
+def test_on_a_cpu_nothing_is_compiled_and_only_loopback_is_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm.shutil, "which", lambda name: None)
+    command = vllm.launch("m", bundle(), {}, port=1234, max_tokens=64).command
+    assert "--enforce-eager" in command
+    assert command[command.index("--host") + 1] == "127.0.0.1"
+    assert command[command.index("--generation-config") + 1] == "vllm"
+
+
+def test_adapters_get_a_buffer_of_their_rank_and_all_at_once() -> None:
+    adapters = {"a": bundle("adapter", adapter_rank=4), "b": bundle("adapter", adapter_rank=20)}
+    command = vllm.launch("m", bundle(), adapters, port=1, max_tokens=64).command
+    assert command[command.index("--max-lora-rank") + 1] == "32"
+    assert command[command.index("--max-loras") + 1] == "2"
+
+
+def test_more_tokens_than_the_model_reads_are_refused() -> None:
+    with pytest.raises(ServeError, match="reads 256 tokens at most, max_tokens 300 was asked for"):
+        vllm.launch("m", bundle(max_tokens=256), {}, port=1, max_tokens=300)
+
+
+@pytest.mark.parametrize(("rank", "bucket"), [(1, 1), (2, 8), (16, 16), (17, 32), (512, 512)])
+def test_a_rank_goes_into_the_smallest_buffer_that_holds_it(rank: int, bucket: int) -> None:
+    assert vllm.rank_bucket(rank) == bucket
+
+
+def test_what_vllm_cannot_serve_is_refused_with_what_to_do() -> None:
+    with pytest.raises(ServeError, match="merge it first"):
+        vllm.rank_bucket(513)
+    assert "serve a model" in str(vllm.refusal(bundle("tokenizer")))
+    assert "add `- merge: {}`" in str(vllm.refusal(bundle("adapter", live_adapter=False)))
+    assert vllm.refusal(bundle("adapter", live_adapter=True, adapter_rank=8)) is None
+
+
+def test_a_quantized_bundle_may_be_as_far_off_as_its_own_noise_says() -> None:
+    assert tolerance(bundle(), "float32") == 0.01
+    assert tolerance(bundle("quantized", {"probe": {"mean_difference": 0.08}}), "float32") == pytest.approx(0.17)
+
+
+def test_error_lines_are_the_engines_own_without_its_log(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text(
+        "INFO 11-23 fine\n(EngineCore pid=7) ERROR 11-23 19:47:30 [core.py:12] Traceback (most recent call last):\n"
+        "(EngineCore pid=7) ERROR 11-23 19:47:30 [core.py:12] ValueError: too long\nRuntimeError: Engine core failed\n"
+        "pydantic_core.ValidationError: 1 validation error\n  Value error, too short\n"
+    )
+    assert vllm.error_lines(log).split(" | ") == [
+        "ValueError: too long",
+        "RuntimeError: Engine core failed",
+        "pydantic_core.ValidationError: 1 validation error Value error, too short",
+    ]

@@ -1,0 +1,1 @@
+"""Tuner: from a recipe to a served token. Start reading at `tuner/run.py`."""

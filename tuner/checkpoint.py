@@ -1,0 +1,87 @@
+"""Opens what a bundle holds: model, adapter and tokenizer, on the device that there is."""
+
+from pathlib import Path
+from typing import Any
+
+from tuner.bundle import Bundle
+
+
+def device() -> str:
+    """ "cuda" where there is an NVIDIA GPU, else "cpu"."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer in a checkpoint directory, padding on the right with a token that it has."""
+    quiet()
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token_id = tokenizer.eos_token_id
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def load_model(bundle: Bundle, dtype: str = "float32") -> Any:
+    """The bundle's model in evaluation mode; an adapter is put on its base, a quantized model computes as it is served."""
+    quiet()
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    if bundle.manifest.kind == "adapter":
+        from peft import PeftModel
+
+        base = load_model(bundle.base(), dtype)
+        return PeftModel.from_pretrained(base, bundle.path.resolve()).eval()
+    options: dict[str, Any] = {"dtype": getattr(torch, dtype), "trust_remote_code": False, "use_safetensors": True}
+    if bundle.manifest.kind == "quantized":
+        from transformers import CompressedTensorsConfig
+
+        options["quantization_config"] = CompressedTensorsConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(bundle.path.resolve(), **options)
+    if bundle.manifest.serving.get("scheme") == "w8a8-int8":
+        _compute_in_int8(model)
+    return model.to(device()).eval()
+
+
+def _compute_in_int8(model: Any) -> None:
+    """Make the quantized linears round their inputs as vLLM's kernels do: each token by its own largest value over 127.
+
+    compressed-tensors' own forward divides by 127.5 and rounds the weights anew at every call, which takes twice as long.
+    """
+    from torch import Tensor
+    from torch.nn.functional import linear
+
+    def rounding(module: Any) -> Any:
+        def forward(hidden: Tensor) -> Tensor:
+            scale = hidden.abs().amax(-1, keepdim=True).clamp(min=1e-9) / 127
+            return linear((hidden / scale).round() * scale, module.weight, module.bias)
+
+        return forward
+
+    for module in model.modules():
+        if getattr(module, "quantization_scheme", None) is not None:
+            module.forward = rounding(module)
+
+
+def quiet() -> None:
+    """Keep the libraries' own bars and remarks off the terminal; ours say what matters. Call it before they are imported."""
+    import logging
+    import os
+    import sys
+
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported
+    # bitsandbytes suggests a package for faster 4-bit products at every import.
+    logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
+    from loguru import logger
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    # llm-compressor reports every layer through loguru.
+    for name in ("llmcompressor", "compressed_tensors"):
+        logger.disable(name)

@@ -1,0 +1,173 @@
+"""The commands. Everything heavy is imported where it is used, so that `tuner --help` answers at once."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tuner.errors import TunerError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="From your own data to an OpenAI-compatible endpoint that provably serves what was trained.",
+)
+
+# typer carries click inside and exports only some of its errors; a wrong option is one of this class.
+USAGE_ERROR: type[Any] = typer.BadParameter.__bases__[0]
+
+RecipePath = Annotated[Path, typer.Argument(help="A recipe, such as recipes/demo.yaml.")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", help="Change a key: stages.0.tune.steps=50. Can be repeated.")]
+Out = Annotated[Path | None, typer.Option("--out", help="Where results go; runs/RECIPE by default.")]
+
+
+@app.command()
+def check(recipe: RecipePath, overrides: Overrides = None, out: Out = None) -> None:
+    """Say whether a recipe will work, without loading a weight."""
+    from tuner.plan import check_rows
+
+    plan = _plan(recipe, overrides, out)
+    source = plan.recipe.model or "a new model"
+    print(f"model:   {source} ({plan.facts.model_type}, about {plan.facts.parameters / 1e6:.0f}M parameters)")
+    for name, count in check_rows(plan.recipe).items():
+        print(f"data:    {count} {name} rows can be read")
+    print(f"stages:  {' -> '.join([plan.steps[0].takes, *(f'{step.name} -> {step.gives}' for step in plan.steps)])}")
+    print(f"serving: {plan.serving()}")
+    print(f"needs:   about {plan.disk_bytes() / 1e9:.1f} GB of disk and {plan.memory_bytes() / 1e9:.1f} GB of memory")
+
+
+@app.command()
+def run(recipe: RecipePath, overrides: Overrides = None, out: Out = None) -> None:
+    """Run a recipe: every stage that is not finished yet, each result measured."""
+    from tuner.report import rows, table, write_report
+    from tuner.run import run as run_plan
+
+    plan = _plan(recipe, overrides, out)
+    out_dir = _out_dir(plan, out)
+    bundles = run_plan(plan, out_dir)
+    report = write_report(bundles, out_dir)
+    _print_table(table, rows(bundles, out_dir), plan.recipe.name)
+    print(f"{bundles[-1].path}  ({report})")
+
+
+@app.command()
+def prove(recipe: RecipePath, overrides: Overrides = None, out: Out = None) -> None:
+    """Serve a finished recipe's last bundle, ask it the held-out questions, compare, shut down."""
+    from tuner.progress import say
+    from tuner.prove import prove as prove_served
+    from tuner.report import rows, table, write_report
+    from tuner.run import run as run_plan
+
+    plan = _plan(recipe, overrides, out)
+    out_dir = _out_dir(plan, out)
+    bundles = run_plan(plan, out_dir)
+
+    from serve.endpoint import Settings, serving
+
+    settings = Settings(port=0, max_tokens=plan.recipe.serve.max_tokens, name=plan.recipe.serve.name)
+    try:
+        with serving([bundles[-1].path], settings, say) as url:
+            prove_served(plan.recipe, bundles, url, out_dir)
+    finally:
+        write_report(bundles, out_dir)
+    _print_table(table, rows(bundles, out_dir), plan.recipe.name)
+
+
+@app.command()
+def data(recipe: RecipePath, overrides: Overrides = None, rows: Annotated[int, typer.Option(help="Examples to show.")] = 3) -> None:
+    """Show training examples as the model reads them, what is learned in colour, and how long they are."""
+    from tuner.data.show import show
+
+    show(_plan(recipe, overrides, None), rows)
+
+
+@app.command()
+def show(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A bundle, such as runs/demo/merge.")],
+    as_json: Annotated[bool, typer.Option("--json", help="The whole manifest.")] = False,
+    verify: Annotated[bool, typer.Option(help="Hash every file again.")] = False,
+) -> None:
+    """Show what a bundle is, what it was made from, and what was measured."""
+    from tuner.bundle import open_bundle
+    from tuner.bundle import verify as verify_bundle
+    from tuner.data.show import show_bundle
+
+    bundle = open_bundle(folder)
+    if verify:
+        verify_bundle(bundle)
+    show_bundle(bundle, as_json=as_json)
+
+
+@app.command()
+def schema() -> None:
+    """Write the JSON Schema of recipes, for an editor to complete and check them."""
+    from tuner.recipe import json_schema
+
+    print(json_schema())
+
+
+@app.command()
+def serve(
+    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Bundles: models, and adapters beside their bases.")],
+    port: Annotated[int, typer.Option(help="Port on loopback; 0 takes a free one.")] = 8000,
+    max_tokens: Annotated[int, typer.Option(help="Longest prompt and answer together.")] = 1024,
+    name: Annotated[str | None, typer.Option(help="What clients put into `model`; for a single DIR.")] = None,
+) -> None:
+    """Serve bundles as an OpenAI-compatible endpoint, once they answer their probes as they were trained to."""
+    from serve.cli import serve as serve_bundles
+    from serve.endpoint import Settings
+
+    serve_bundles(folders, Settings(port=port, max_tokens=max_tokens, name=name))
+
+
+@app.command()
+def chat(
+    target: Annotated[str, typer.Argument(metavar="DIR|URL", help="A bundle to serve and talk to, or a running endpoint.")],
+    system: Annotated[str | None, typer.Option(help="The system message to begin with.")] = None,
+) -> None:
+    """Talk to a bundle or an endpoint."""
+    from serve.cli import chat as chat_with
+
+    chat_with(target, system)
+
+
+def _plan(recipe: Path, overrides: list[str] | None, out: Path | None) -> Any:
+    from tuner.plan import make_plan
+    from tuner.recipe import read_recipe
+
+    read = read_recipe(recipe, overrides)
+    return make_plan(read, out or Path("runs") / read.name)
+
+
+def _out_dir(plan: Any, out: Path | None) -> Path:
+    return out or Path("runs") / str(plan.recipe.name)
+
+
+def _print_table(table: Any, found: list[dict[str, str]], title: str) -> None:
+    from rich.console import Console
+
+    if found:
+        console = Console()
+        Console(width=max(console.width, 120)).print(table(found, title)) if not console.is_terminal else console.print(
+            table(found, title)
+        )
+
+
+def main() -> None:
+    """Run a command; a user's mistake is one sentence and exit code 2, a bug keeps its traceback and exit code 1."""
+    # Threads that spin while they wait make a busy machine several times slower. torch reads this when it is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    try:
+        sys.exit(app(standalone_mode=False))
+    except TunerError as error:
+        print(f"tuner: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        print("tuner: interrupted; finished stages are kept, and the same command continues", file=sys.stderr)
+        sys.exit(130)
+    except USAGE_ERROR as error:
+        error.show()
+        sys.exit(2)

@@ -1,0 +1,54 @@
+"""The recipe's rows as examples for training, and as held-out rows for measuring."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+from tuner import kinds
+from tuner.bundle import sha256
+from tuner.data.example import Example
+from tuner.data.rows import Row, Skipped, read_rows
+from tuner.recipe import Recipe
+
+
+def task_of(recipe: Recipe) -> Any:
+    """The options of the task that the recipe trains, or of `sft` where it trains nothing."""
+    for name, options in recipe.stages:
+        if name == "tune":
+            return options.task
+    return kinds.load("tasks", "sft").Options()
+
+
+def training_examples(recipe: Recipe, task: Any, tokenizer: Any, rows: int | None = None) -> tuple[list[Example], dict[str, Any]]:
+    """Examples to train on, drawn with the recipe's seed, and what there is to say about them.
+
+    `rows` asks for that many at most, beside the recipe's own `data.train_rows`. Raises DataError at a bad row, unless
+    the recipe leaves those out.
+    """
+    path, skipped = Path(recipe.data.train), Skipped()
+    records = list(read_rows(path, recipe.data.made_by, recipe.data.on_bad_row, skipped))
+    found = list(kinds.load("tasks", task.kind).examples(iter(records), tokenizer, task, recipe.data.on_bad_row, skipped))
+    random.Random(recipe.seed).shuffle(found)
+    limits = [limit for limit in (rows, recipe.data.train_rows) if limit is not None]
+    examples = [example for _, example in found[: min(limits, default=None)]]
+    lengths = [len(each.ids) for each in examples]
+    return examples, {
+        "path": recipe.data.train,
+        "sha256": sha256(path),
+        "rows": len(examples),
+        "tokens": sum(lengths),
+        "supervised_tokens": sum(each.supervised for each in examples),
+        "longest_tokens": max(lengths, default=0),
+        "skipped_rows": skipped.count,
+        "skipped": skipped.listed,
+    }
+
+
+def heldout_rows(recipe: Recipe, task: Any, tokenizer: Any) -> list[tuple[Row, Example]]:
+    """The held-out rows that are usable, in the order of the file; empty where the recipe has none."""
+    if recipe.data.heldout is None:
+        return []
+    path, skipped = Path(recipe.data.heldout), Skipped()
+    rows = read_rows(path, recipe.data.made_by, recipe.data.on_bad_row, skipped)
+    found = list(kinds.load("tasks", task.kind).examples(rows, tokenizer, task, recipe.data.on_bad_row, skipped))
+    return found[: recipe.data.heldout_rows]

@@ -1,0 +1,108 @@
+"""Pictures in a terminal: training examples as the model reads them, and what a bundle is."""
+
+import json
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from tuner.bundle import Bundle
+from tuner.data.example import IGNORE, Example
+from tuner.plan import Plan
+
+BINS = 10
+BAR_WIDTH = 40
+
+
+def show(plan: Plan, rows: int) -> None:
+    """Print `rows` examples with what is learned in colour, the counts, and a histogram of lengths."""
+    from tuner.data.dataset import task_of, training_examples
+
+    console = Console(highlight=False)
+    tokenizer = _tokenizer(plan)
+    examples, data = training_examples(plan.recipe, task_of(plan.recipe), tokenizer)
+    for number, example in enumerate(examples[:rows], 1):
+        console.rule(f"example {number}: {len(example.ids)} tokens, {example.supervised} learned")
+        console.print(render(example, tokenizer), soft_wrap=True)
+    console.rule("counts")
+    console.print(
+        f"{data['rows']} rows, {data['tokens']} tokens, {data['supervised_tokens']} learned, {data['skipped_rows']} rows left out"
+    )
+    for reason in data["skipped"]:
+        console.print(f"  {reason}", markup=False, soft_wrap=True)
+    for line in histogram([len(each.ids) for each in examples]):
+        console.print(line, markup=False)
+
+
+def render(example: Example, tokenizer: Any) -> Text:
+    """The example's text: learned tokens green and underlined, the rest dim. Joined, the pieces are what the model reads."""
+    text, start = Text(), 0
+    learned = [label != IGNORE for label in example.labels]
+    for index in range(1, len(learned) + 1):
+        if index == len(learned) or learned[index] != learned[start]:
+            text.append(tokenizer.decode(example.ids[start:index]), style="green underline" if learned[start] else "dim")
+            start = index
+    return text
+
+
+def histogram(lengths: list[int]) -> list[str]:
+    """One line for each of ten equal ranges of length, with a bar and the count."""
+    if not lengths:
+        return []
+    low, high = min(lengths), max(lengths)
+    width = max(1, -(-(high - low + 1) // BINS))
+    counts = [0] * BINS
+    for length in lengths:
+        counts[(length - low) // width] += 1
+    most = max(counts)
+    return [
+        f"{low + index * width:>6}-{low + (index + 1) * width - 1:<6} {'█' * round(BAR_WIDTH * count / most):<{BAR_WIDTH}} {count}"
+        for index, count in enumerate(counts)
+        if low + index * width <= high
+    ]
+
+
+def show_bundle(bundle: Bundle, *, as_json: bool) -> None:
+    """Print what a bundle is, what it was made from, and what was measured."""
+    console = Console(highlight=False)
+    manifest = bundle.manifest
+    if as_json:
+        # Not through rich, which would break long lines.
+        import sys
+
+        sys.stdout.write(json.dumps(asdict(manifest), indent=1, sort_keys=True) + "\n")
+        return
+    table = Table(show_header=False, box=None)
+    table.add_row("kind", f"{manifest.kind}, from stage {manifest.stage}, fingerprint {manifest.fingerprint}")
+    table.add_row("model", f"{manifest.model_type} ({manifest.family})")
+    table.add_row("made from", " -> ".join([*(f"{each['stage']} ({each['path']})" for each in manifest.parents), bundle.path.name]))
+    table.add_row("recipe", json.dumps(manifest.recipe))
+    if manifest.data:
+        table.add_row("data", ", ".join(f"{key} {value}" for key, value in manifest.data.items() if key != "skipped"))
+    table.add_row("serving", ", ".join(f"{key} {value}" for key, value in manifest.serving.items() if value is not None))
+    for name, values in manifest.metrics.items():
+        if name != "key":
+            said = ", ".join(f"{key} {value}" for key, value in values.items()) if isinstance(values, dict) else str(values)
+            table.add_row(name, said)
+    table.add_row("versions", ", ".join(f"{name} {version}" for name, version in manifest.versions.items()))
+    size = sum(each["size_bytes"] for each in manifest.files.values())
+    table.add_row("files", f"{len(manifest.files)}, {size / 1e6:.1f} MB, {len(manifest.probe)} probe questions")
+    console.print(table)
+
+
+def _tokenizer(plan: Plan) -> Any:
+    """The tokenizer of the recipe's model, without its weights."""
+    from tuner.checkpoint import load_tokenizer
+    from tuner.errors import RecipeError
+    from tuner.source import load_gguf_tokenizer
+
+    if plan.source is None:
+        raise RecipeError(
+            f"{plan.recipe.path}: trains its own tokenizer, so its examples can be shown once that is done; "
+            "`tuner run` prints the counts"
+        )
+    if plan.source.is_gguf:
+        return load_gguf_tokenizer(plan.source.path)
+    return load_tokenizer(plan.source.path)

@@ -1,0 +1,210 @@
+"""The training loop, on accelerate: exact normalization, a gradient for every layer, and a resume that changes no bit."""
+
+import math
+import os
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from tuner.bundle import write_json
+from tuner.causal import NextTokenLoss, collate, plan
+from tuner.data.example import Example
+from tuner.errors import GateError, Interrupted, RecipeError, disk_errors
+from tuner.progress import say, track
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how fast to train."""
+
+    steps: int
+    batch_size: int
+    """Rows an optimizer step learns from."""
+    micro_batch_size: int
+    """Rows in memory at a time; any divisor gives the same result in exact arithmetic."""
+    learning_rate: float
+    warmup_fraction: float
+    decay: Literal["cosine", "linear", "constant"]
+    weight_decay: float
+    max_grad_norm: float
+    checkpoint_every_steps: int
+    seed: int
+
+    def rate(self, step: int) -> float:
+        """Learning rate of optimizer step 0 .. steps-1: linear warm-up, then the decay."""
+        warmup = max(1, round(self.warmup_fraction * self.steps))
+        if step < warmup:
+            return self.learning_rate * (step + 1) / warmup
+        done = (step - warmup) / max(1, self.steps - warmup)
+        factor = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[self.decay]
+        return self.learning_rate * factor
+
+
+def fit(
+    model: Any, examples: list[Example], schedule: Schedule, *, layers: dict[str, list[nn.Parameter]], pad_id: int, work: Path
+) -> dict[str, Any]:
+    """Train `model` in place and return what was measured. Checkpoints in `work` are picked up by the same call again.
+
+    Raises GateError where a layer gets no gradient or the loss is no number, Interrupted (after saving) on SIGINT and SIGTERM.
+    """
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    if accelerator.num_processes > 1:
+        raise RecipeError(f"{accelerator.num_processes} processes were started; this version trains in one")
+    torch.manual_seed(schedule.seed)
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    optimizer = torch.optim.AdamW(trained.values(), lr=schedule.learning_rate, weight_decay=schedule.weight_decay)
+    loss_sum, optimizer = accelerator.prepare(NextTokenLoss(model), optimizer)
+    state = _resume(work, trained, optimizer) or {"step": 0, "tokens": 0, "supervised": 0, "seconds": 0.0, "losses": []}
+    if state["step"]:
+        say(f"continuing at step {state['step']} of {schedule.steps}")
+    model.train()
+    first = state["step"]
+    with _signals() as stop, track("training", schedule.steps, done=first) as advance:
+        for step in range(first, schedule.steps):
+            started = time.monotonic()
+            rows = [examples[index] for index in _batch(examples, schedule, step)]
+            for group in optimizer.param_groups:
+                group["lr"] = schedule.rate(step)
+            # The sum over all micro-batches is divided once, by their common count: a mean of means would weigh a token by
+            # how few others it shares its micro-batch with.
+            supervised = sum(row.supervised for row in rows)
+            total = 0.0
+            for at in range(0, len(rows), schedule.micro_batch_size):
+                batch = collate(rows[at : at + schedule.micro_batch_size], pad_id, accelerator.device)
+                negative_log_likelihood, _ = loss_sum(batch)
+                accelerator.backward(negative_log_likelihood / supervised)
+                total += negative_log_likelihood.item()
+            if not math.isfinite(total):
+                raise GateError(f"the loss is {total} at step {step + 1}; a lower learning_rate usually helps")
+            if step == first:
+                _require_gradients(layers)
+            accelerator.clip_grad_norm_(trained.values(), schedule.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            seconds = time.monotonic() - started
+            state["step"] = step + 1
+            state["tokens"] += sum(len(row.ids) for row in rows)
+            state["supervised"] += supervised
+            state["seconds"] += seconds
+            state["losses"].append(total / supervised)
+            advance(note=f"loss {total / supervised:.3f}  {sum(len(row.ids) for row in rows) / seconds:.0f} tokens/s")
+            if stop or (step + 1) % schedule.checkpoint_every_steps == 0:
+                _checkpoint(work, trained, optimizer, state)
+            if stop:
+                raise Interrupted(f"stopped at step {step + 1} of {schedule.steps}; the same command continues there")
+    model.eval()
+    tenth = max(1, schedule.steps // 10)
+    return {
+        "steps": schedule.steps,
+        "tokens": state["tokens"],
+        "supervised_tokens": state["supervised"],
+        "tokens_per_s": round(state["tokens"] / state["seconds"], 1),
+        "seconds": round(state["seconds"], 1),
+        "train_loss_first": round(sum(state["losses"][:tenth]) / tenth, 4),
+        "train_loss_last": round(sum(state["losses"][-tenth:]) / tenth, 4),
+    }
+
+
+def _batch(examples: list[Example], schedule: Schedule, step: int) -> list[int]:
+    """Indices of the rows of one optimizer step: a function of the seed and the step alone, so a resume needs no state."""
+    per_epoch = math.ceil(len(examples) / schedule.batch_size)
+    epoch, within = divmod(step, per_epoch)
+    return _epoch(tuple(len(each.ids) for each in examples), schedule.batch_size, schedule.seed, epoch)[within]
+
+
+_planned: dict[Any, list[list[int]]] = {}
+
+
+def _epoch(lengths: tuple[int, ...], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+    key = (lengths, batch_size, seed, epoch)
+    if key not in _planned:
+        _planned.clear()
+        _planned[key] = plan(list(lengths), batch_size, seed, epoch)
+    return _planned[key]
+
+
+def _require_gradients(layers: dict[str, list[nn.Parameter]]) -> None:
+    """Raises GateError that names the layers whose parameters all have a zero or no gradient."""
+    dead = [
+        name
+        for name, parameters in layers.items()
+        if not any(parameter.grad is not None and bool(parameter.grad.any()) for parameter in parameters)
+    ]
+    if dead:
+        shown = ", ".join(dead[:8]) + (f" and {len(dead) - 8} more" if len(dead) > 8 else "")
+        raise GateError(f"{len(dead)} of {len(layers)} trained layers get no gradient, so they would learn nothing: {shown}")
+
+
+def _checkpoint(work: Path, trained: dict[str, nn.Parameter], optimizer: Any, state: dict[str, Any]) -> None:
+    """Write everything that the next step depends on into `work`, replacing the last checkpoint only once this one is whole."""
+    target = work / f"step-{state['step']:08d}"
+    partial = work / "partial"
+    with disk_errors(work):
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        save_file({name: parameter.detach().contiguous() for name, parameter in trained.items()}, partial / "trained.safetensors")
+        moments = {
+            f"{index}.{key}": value for index, entry in optimizer.state_dict()["state"].items() for key, value in entry.items()
+        }
+        save_file({**moments, "random": torch.get_rng_state()}, partial / "optimizer.safetensors")
+        write_json(partial / "state.json", state)
+        for file in partial.iterdir():
+            with file.open("rb") as stream:
+                os.fsync(stream.fileno())
+        partial.rename(target)
+    for old in work.glob("step-*"):
+        if old != target:
+            shutil.rmtree(old)
+
+
+def _resume(work: Path, trained: dict[str, nn.Parameter], optimizer: Any) -> dict[str, Any] | None:
+    """Load the newest checkpoint in `work`, if there is one, and return its counters."""
+    import json
+
+    found = sorted(work.glob("step-*"))
+    if not found:
+        return None
+    saved = load_file(found[-1] / "trained.safetensors")
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(saved[name])
+    moments = load_file(found[-1] / "optimizer.safetensors")
+    torch.set_rng_state(moments.pop("random"))
+    entries: dict[int, dict[str, Any]] = {}
+    for name, value in moments.items():
+        index, _, key = name.partition(".")
+        entries.setdefault(int(index), {})[key] = value
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": entries})
+    state: dict[str, Any] = json.loads((found[-1] / "state.json").read_text())
+    return state
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """A list that gets the signal's number on the first SIGINT or SIGTERM; the second one acts as usual."""
+    received: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - the signature is Python's
+        received.append(number)
+        say("stopping after this step; once more stops at once")
+        signal.signal(number, before[number])
+
+    before: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

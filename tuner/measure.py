@@ -1,0 +1,123 @@
+"""Measures a bundle as it lies on the disk: probe, held-out loss, and scores of generated answers, all in its manifest.
+
+What was trained in one process is opened again here, so a save that lost something shows as a number.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from tuner import kinds, probe
+from tuner.bundle import Bundle, add_results, fingerprint, sha256
+from tuner.causal import collate, supervised_log_likelihood
+from tuner.checkpoint import device, load_model, load_tokenizer
+from tuner.data.dataset import heldout_rows, task_of
+from tuner.data.example import Example
+from tuner.progress import track
+from tuner.recipe import Recipe
+from tuner.score import mean_scores
+
+VERSION = 1
+BATCH_ROWS = 16
+
+
+def measured(bundle: Bundle, recipe: Recipe, reference: Bundle | None, base: Bundle | None) -> Bundle:
+    """The bundle with `probe` and `metrics` filled in.
+
+    `reference` is the tuned bundle whose probe this one should answer alike, `base` the model before tuning. Nothing is
+    done where the same rows were measured before. Raises DataError for held-out rows that cannot be used.
+    """
+    key = _key(recipe, reference, base)
+    if bundle.manifest.metrics.get("key") == key:
+        return bundle
+    tokenizer = load_tokenizer(bundle.path)
+    rows = heldout_rows(recipe, task_of(recipe), tokenizer)
+    if not rows:
+        return bundle
+    where = device()
+    model = load_model(bundle, "float32" if where == "cpu" else "bfloat16")
+    task = task_of(recipe)
+    module = kinds.load("tasks", task.kind)
+    questions = [
+        {"ids": module.question(row.record, tokenizer, task), "messages": (row.record.get("messages") or [])[:-1] or None}
+        for row, _ in first_of_each(rows)[: recipe.probe.rows]
+    ]
+    items = probe.record(model, questions, recipe.probe.answer_tokens, tokenizer.eos_token_id, where)
+    metrics: dict[str, Any] = {"key": key, **heldout_loss(model, [example for _, example in rows], tokenizer.pad_token_id)}
+    differences = {}
+    if reference is not None:
+        differences = probe.compare(reference.manifest.probe, probe.replay(model, reference.manifest.probe, where))
+    if base is not None:
+        apart = probe.compare(base.manifest.probe, probe.replay(model, base.manifest.probe, where))
+        differences["difference_from_base"] = apart["mean_difference"]
+    metrics["probe"] = differences
+    if recipe.evaluate.metrics:
+        asked = [row for row, _ in first_of_each(rows)[: recipe.evaluate.rows]]
+        prompts = [module.question(row.record, tokenizer, task) for row in asked]
+        answers = generate(model, tokenizer, prompts, recipe.evaluate.max_new_tokens)
+        pairs = [(answer, module.reference(row.record)) for answer, row in zip(answers, asked, strict=True)]
+        metrics["scores"] = {"rows": len(pairs), **mean_scores(recipe.evaluate.metrics, pairs)}
+    return add_results(bundle, metrics=metrics, probe=items)
+
+
+def heldout_loss(model: Any, examples: list[Example], pad_id: int) -> dict[str, Any]:
+    """Mean negative log-likelihood of a supervised held-out token (nats), and how many there are."""
+    import torch
+
+    total, count = 0.0, 0
+    order = sorted(examples, key=lambda example: len(example.ids))
+    with torch.inference_mode(), track("held-out loss", len(order)) as advance:
+        for at in range(0, len(order), BATCH_ROWS):
+            batch = order[at : at + BATCH_ROWS]
+            log_likelihood_N, _ = supervised_log_likelihood(model, collate(batch, pad_id, device()))
+            total -= log_likelihood_N.sum().item()
+            count += log_likelihood_N.numel()
+            advance(len(batch))
+    return {"heldout_loss": round(total / count, 5), "heldout_tokens": count}
+
+
+def generate(model: Any, tokenizer: Any, prompts: list[list[int]], max_new_tokens: int) -> list[str]:
+    """The greedy answer to each prompt as text, in the order of the prompts."""
+    import torch
+
+    answers = [""] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    with torch.inference_mode(), track("answering held-out rows", len(order)) as advance:
+        for at in range(0, len(order), BATCH_ROWS):
+            chosen = order[at : at + BATCH_ROWS]
+            longest = max(len(prompts[index]) for index in chosen)
+            # Padded on the left, so that every answer begins at the same column.
+            ids = [[tokenizer.pad_token_id] * (longest - len(prompts[index])) + prompts[index] for index in chosen]
+            mask = [[0] * (longest - len(prompts[index])) + [1] * len(prompts[index]) for index in chosen]
+            output = model.generate(
+                torch.tensor(ids, device=device()),
+                attention_mask=torch.tensor(mask, device=device()),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+            for index, text in zip(chosen, tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True), strict=True):
+                answers[index] = text
+            advance(len(chosen))
+    return answers
+
+
+def first_of_each(rows: list[Any]) -> list[Any]:
+    """The first example of each row: a long document has several."""
+    first: dict[str, Any] = {}
+    for row, example in rows:
+        first.setdefault(row.place, (row, example))
+    return list(first.values())
+
+
+def _key(recipe: Recipe, reference: Bundle | None, base: Bundle | None) -> str:
+    heldout = recipe.data.heldout
+    return fingerprint(
+        VERSION,
+        sha256(Path(heldout)) if heldout and Path(heldout).is_file() else None,
+        recipe.data.heldout_rows,
+        recipe.data.on_bad_row,
+        task_of(recipe).model_dump(mode="json"),
+        recipe.evaluate.model_dump(mode="json"),
+        recipe.probe.model_dump(mode="json"),
+        [each.manifest.fingerprint if each else None for each in (reference, base)],
+    )

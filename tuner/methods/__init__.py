@@ -1,0 +1,8 @@
+"""What trains. One file each; a file defines
+
+Options                  the method's keys in a recipe, with `kind`
+GIVES                    the kind of bundle that training leaves
+prepare(model, ...)      the model with everything else frozen
+layers(model)            the trained modules by name: each must get a gradient
+save(model, folder)      writes what was trained
+"""

@@ -1,0 +1,39 @@
+"""Every weight of the model is trained."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from tuner.families import Architecture, Family
+from tuner.kinds import Options as BaseOptions
+
+if TYPE_CHECKING:
+    from torch import nn
+
+GIVES = "model"
+
+
+class Options(BaseOptions):
+    """Keys of `method: {kind: full}`."""
+
+    kind: Literal["full"] = "full"
+
+
+def prepare(model: Any, options: Options, family: Family, architecture: Architecture) -> Any:  # noqa: ARG001 - common signature
+    """The model itself, every parameter trained in float32: steps of 1e-4 vanish in bfloat16's 8 bits."""
+    return model.float().requires_grad_(True)
+
+
+def layers(model: Any) -> dict[str, list["nn.Parameter"]]:
+    """Module name to its own parameters, for every module that has some."""
+    own = {name: list(module.parameters(recurse=False)) for name, module in model.named_modules()}
+    return {name: parameters for name, parameters in own.items() if parameters}
+
+
+def save(model: Any, folder: Path) -> None:
+    """Write an ordinary checkpoint."""
+    model.save_pretrained(folder)
+
+
+def serving(options: Options, architecture: Architecture) -> dict[str, Any]:  # noqa: ARG001 - common signature
+    """Facts for an engine."""
+    return {}

@@ -1,0 +1,97 @@
+"""LoRA: each chosen linear W gets a trained product of two thin matrices, W x + (alpha / rank) B A x (Hu et al. 2021,
+arXiv:2106.09685, equation 3). The adapter itself is peft's."""
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from tuner.errors import RecipeError, nearest
+from tuner.families import Architecture, Family
+from tuner.kinds import Options as BaseOptions
+
+if TYPE_CHECKING:
+    from torch import nn
+
+GIVES = "adapter"
+
+
+class Options(BaseOptions):
+    """Keys of `method: {kind: lora}`."""
+
+    kind: Literal["lora"] = "lora"
+    rank: int = Field(16, gt=0)
+    """Width of the two matrices. More learns more and costs more memory; 8 to 64 is usual."""
+    alpha: float | None = Field(None, gt=0)
+    """Scale of the adapter's output is alpha / rank; twice the rank by default."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Fraction of the adapter's inputs dropped while training."""
+    targets: str = "all-linear"
+    """`all-linear`, `attention`, or a regular expression that matches whole module names."""
+
+
+def prepare(model: Any, options: Options, family: Family, architecture: Architecture) -> Any:
+    """The model with a fresh adapter; raises RecipeError where `targets` matches nothing."""
+    from peft import LoraConfig, get_peft_model
+
+    names = targets(model, options.targets, family, architecture)
+    last = {name.rsplit(".", 1)[-1] for name in names}
+    same = {name for name, _ in _linears(model) if name.rsplit(".", 1)[-1] in last}
+    config = LoraConfig(
+        r=options.rank,
+        lora_alpha=options.alpha or 2 * options.rank,
+        lora_dropout=options.dropout,
+        # Last names where they say the same, since every server reads those; whole names otherwise.
+        target_modules=sorted(last) if same == set(names) else sorted(names),
+        # GPT-2's Conv1D stores its weight transposed.
+        fan_in_fan_out=any(type(module).__name__ == "Conv1D" for _, module in _linears(model)),
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    adapted = get_peft_model(model, config)
+    if len(layers(adapted)) != len(names):
+        raise RecipeError(f"the adapter was meant for {len(names)} linears and reached {len(layers(adapted))}")
+    return adapted
+
+
+def targets(model: Any, wanted: str, family: Family, architecture: Architecture) -> list[str]:
+    """Names of the linears that `targets` means. Raises RecipeError, with the nearest name, where that is none."""
+    known = [name for name, _ in _linears(model) if name.rsplit(".", 1)[-1] not in family.keep]
+    if wanted in ("all-linear", "attention"):
+        chosen = architecture.linears if wanted == "all-linear" else architecture.attention
+        names = [name for name in known if name.rsplit(".", 1)[-1] in chosen]
+    else:
+        try:
+            names = [name for name in known if re.fullmatch(wanted, name)]
+        except re.error as error:
+            raise RecipeError(f'targets: "{wanted}" is not a regular expression: {error}') from None
+    if not names:
+        raise RecipeError(f'targets: "{wanted}" matches none of the model\'s {len(known)} linears{nearest(wanted, known)}')
+    return names
+
+
+def layers(model: Any) -> dict[str, list["nn.Parameter"]]:
+    """Adapted module name to the parameters of its adapter."""
+    found: dict[str, list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            module = name.split(".lora_")[0].removeprefix("base_model.model.")
+            found.setdefault(module, []).append(parameter)
+    return found
+
+
+def save(model: Any, folder: Path) -> None:
+    """Write an ordinary PEFT adapter."""
+    model.save_pretrained(folder)
+    (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card
+
+
+def serving(options: Options, architecture: Architecture) -> dict[str, Any]:
+    """Facts for an engine."""
+    return {"adapter_rank": options.rank, "live_adapter": architecture.live_adapter}
+
+
+def _linears(model: Any) -> list[tuple[str, Any]]:
+    kinds = ("Linear", "Conv1D")
+    return [(name, module) for name, module in model.named_modules() if type(module).__name__ in kinds]

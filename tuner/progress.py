@@ -1,0 +1,47 @@
+"""What a person sees while long work runs: bars in a terminal, one line a stage elsewhere."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+console = Console(stderr=True, highlight=False)
+
+
+class Advance(Protocol):
+    """Call it after each unit of work with what there is to say about it."""
+
+    def __call__(self, count: int = 1, note: str = "") -> None: ...
+
+
+def say(text: str) -> None:
+    """One line for the user on standard error."""
+    console.print(text, soft_wrap=True, markup=False)
+
+
+@contextmanager
+def track(title: str, total: int, done: int = 0) -> Iterator[Advance]:
+    """A bar with count, note, elapsed and remaining time while the block runs; nothing when not a terminal."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+        task = progress.add_task(title, total=total, completed=done, note="")
+        yield lambda count=1, note="": progress.update(task, advance=count, note=note)
+
+
+@contextmanager
+def timed(title: str) -> Iterator[None]:
+    """Say what begins, and how long it took once it has ended well."""
+    start = time.monotonic()
+    say(f"{title} ...")
+    yield
+    say(f"{title}: {time.monotonic() - start:.0f} s")

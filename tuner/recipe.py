@@ -1,0 +1,337 @@
+"""Reads a recipe: YAML with a position for every value, checked strictly, every complaint with `file:line:`."""
+
+import json
+import types
+import typing
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, create_model, model_validator
+
+from tuner import kinds
+from tuner.errors import RecipeError, nearest
+from tuner.kinds import Options
+
+Location = tuple[str | int, ...]
+
+
+class Data(Options):
+    """Where the rows come from. Paths are relative to the recipe's own file."""
+
+    train: str
+    """JSON lines to train on, or a text file for `pretrain`."""
+    heldout: str | None = None
+    """Rows of the same form, never trained on: every stage is measured on them."""
+    made_by: str | None = None
+    """A script that writes the files; named in the error when they are not there."""
+    train_rows: int | None = Field(None, gt=0)
+    """Train on this many rows, drawn with the recipe's seed; all by default."""
+    heldout_rows: int | None = Field(None, gt=0)
+    """Measure on this many rows, the first ones of the file; all by default."""
+    on_bad_row: Literal["stop", "skip"] = "stop"
+    """`skip` leaves out rows that cannot be used, counts them and lists them in the report."""
+
+
+class Metric(Options):
+    """A score between 0 and 1 for an answer against the reference. Only the parts that match `pattern` are compared."""
+
+    kind: Literal["exact", "f1"]
+    """`exact`: the first match is the same. `f1`: harmonic mean of precision and recall over the sets of matches."""
+    pattern: str = r"(?s).+"
+    """A regular expression; the whole text by default."""
+
+    @model_validator(mode="after")
+    def _compiles(self) -> "Metric":
+        import re
+
+        try:
+            re.compile(self.pattern)
+        except re.error as error:
+            raise ValueError(f"{self.pattern!r} is not a regular expression: {error}") from None
+        return self
+
+
+class Evaluate(Options):
+    """What is measured after each stage on held-out rows, beside their loss."""
+
+    rows: int = Field(100, gt=0)
+    """How many of the held-out rows are answered by generation."""
+    max_new_tokens: int = Field(64, gt=0)
+    """Where a generated answer is cut off."""
+    metrics: dict[str, Metric] = Field(default_factory=dict)
+    """Name to score. The name is the column's title in the report."""
+
+
+class Probe(Options):
+    """The fixed inputs whose answers travel with each bundle."""
+
+    rows: int = Field(8, gt=0)
+    """How many held-out rows become probe inputs."""
+    answer_tokens: int = Field(24, gt=0)
+    """How many tokens are answered to each."""
+
+
+class Serve(Options):
+    """How the last bundle is served."""
+
+    name: str | None = None
+    """What clients put into `model`; the recipe's file name by default."""
+    port: int = Field(8000, ge=0, lt=65536)
+    """The gateway's port on loopback; 0 takes a free one."""
+    max_tokens: int = Field(1024, gt=1)
+    """Longest prompt and answer together, in tokens."""
+
+
+def _one_stage(entry: Any) -> Any:
+    if isinstance(entry, BaseModel) and len(entry.model_fields_set) != 1:
+        found = ", ".join(sorted(entry.model_fields_set)) or "none"
+        raise ValueError(f'a stage is one name with its options, such as "- merge: {{}}"; found {found}')
+    return entry
+
+
+@cache
+def recipe_type() -> type[BaseModel]:
+    """The recipe's schema, assembled from the files in tuner/stages; not at import, so that `--help` stays fast."""
+    stage_fields: dict[str, Any] = {name: (kinds.load("stages", name).Options, None) for name in kinds.names("stages")}
+    entry = create_model(
+        "Stage", __base__=Options, __validators__={"one": cast(Any, model_validator(mode="after")(_one_stage))}, **stage_fields
+    )
+    entry.model_config["json_schema_extra"] = {"minProperties": 1, "maxProperties": 1}
+    return create_model(
+        "Recipe",
+        __base__=Options,
+        __doc__="A list of stages, each turning one bundle into the next.",
+        extends=(str | None, Field(None, description="Another recipe whose keys this one changes; its lists are replaced whole.")),
+        model=(str | None, Field(None, description="A hub id, a directory, a bundle, a .gguf file, or pkg://MODULE/PATH.")),
+        revision=(str | None, Field(None, description="The hub commit to use; what was found is written into the manifest.")),
+        data=(Data, ...),
+        seed=(int, Field(0, ge=0, description="Everything random follows from it.")),
+        stages=(list[entry], Field(min_length=1)),
+        evaluate=(Evaluate, Evaluate()),
+        probe=(Probe, Probe()),
+        serve=(Serve, Serve()),
+    )
+
+
+class Recipe:
+    """A recipe that was read and is well-formed: its values as attributes, and the place in the file where each was written."""
+
+    def __init__(self, path: Path, tree: Any, places: dict[Location, str]) -> None:
+        self.path, self._tree, self._places = path, tree, places
+        try:
+            values: Any = recipe_type().model_validate(tree)
+        except ValidationError as error:
+            raise RecipeError("\n".join(self._explain(each) for each in error.errors())) from None
+        self.model: str | None = values.model
+        self.revision: str | None = values.revision
+        self.data: Data = values.data
+        self.seed: int = values.seed
+        self.evaluate: Evaluate = values.evaluate
+        self.probe: Probe = values.probe
+        self.serve: Serve = values.serve
+        self.stages: list[tuple[str, Any]] = [
+            (name, getattr(entry, name)) for entry in values.stages for name in sorted(entry.model_fields_set)
+        ]
+
+    @property
+    def name(self) -> str:
+        """The recipe's file name without its ending."""
+        return self.path.stem
+
+    def at(self, *location: str | int) -> str:
+        """`file:line` of a key, or of the nearest key above it."""
+        while location and location not in self._places:
+            location = location[:-1]
+        return self._places.get(location, f"{self.path}:1")
+
+    def error(self, message: str, *location: str | int) -> RecipeError:
+        """A RecipeError that names the place: `recipes/x.yaml:14: stages.1.quantize: <message>`."""
+        key = ".".join(map(str, location))
+        return RecipeError(f"{self.at(*location)}: {key + ': ' if key else ''}{message}")
+
+    def _explain(self, found: Any) -> str:
+        location = _written(self._tree, found["loc"])
+        match found["type"]:
+            case "extra_forbidden":
+                known = _keys(recipe_type(), self._tree, location[:-1])
+                return str(self.error(f'there is no key "{location[-1]}" here{nearest(str(location[-1]), known)}', *location))
+            case "union_tag_invalid":
+                words = [word.strip(" '") for word in found["ctx"]["expected_tags"].split(",")]
+                return str(self.error(f'there is no "{found["ctx"]["tag"]}"{nearest(found["ctx"]["tag"], words)}', *location))
+            case "literal_error":
+                words = [word.strip(" '") for word in found["ctx"]["expected"].replace(" or ", ",").split(",")]
+                return str(
+                    self.error(f'"{found["input"]}" is not one of the values{nearest(str(found["input"]), words)}', *location)
+                )
+            case "missing":
+                return str(self.error(f'the key "{found["loc"][-1]}" is missing', *location))
+            case "float_type" | "int_type" if isinstance(found["input"], str):
+                advice = " (YAML reads 2e-4 as text: write 2.0e-4)" if "e" in found["input"].lower() else ""
+                return str(self.error(f'expected a number, found the text "{found["input"]}"{advice}', *location))
+            case "value_error":
+                return str(self.error(str(found["ctx"]["error"]), *location))
+        value = found["input"] if isinstance(found["input"], str | int | float | bool | None) else type(found["input"]).__name__
+        return str(self.error(f"{found['msg'][:1].lower()}{found['msg'][1:]}, found {value!r}", *location))
+
+
+def read_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
+    """The recipe at `path` with `--set key.path=value` overrides applied. Raises RecipeError, one line for each complaint."""
+    tree, places = _read(path, ())
+    for override in overrides or []:
+        _override(tree, places, override)
+    return Recipe(path, tree, places)
+
+
+def json_schema() -> str:
+    """The JSON Schema of recipes, for an editor to complete and check them."""
+    return json.dumps(recipe_type().model_json_schema(), indent=1)
+
+
+def _read(path: Path, children: tuple[Path, ...]) -> tuple[Any, dict[Location, str]]:
+    if path.resolve() in children:
+        raise RecipeError(f"{path}: extends itself by way of {children[-1]}")
+    try:
+        text = path.read_text(encoding="utf-8")
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except FileNotFoundError:
+        known = [str(each) for each in path.parent.glob("*.yaml")]
+        raise RecipeError(f"there is no recipe {path}{nearest(str(path), known)}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: cannot be read as text: {error}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise RecipeError(f"{path}:{mark.line + 1 if mark else 1}: not YAML: {problem}") from None
+    if not isinstance(node, yaml.MappingNode):
+        raise RecipeError(f"{path}:1: a recipe is a mapping that begins with keys such as model, data and stages")
+    tree, places = {}, {}
+    for location, each, value in _walk(node, (), path):
+        places[location] = f"{path}:{each.start_mark.line + 1}"
+        if location == ():
+            tree = value
+    _anchor(tree, path.parent)
+    parent = tree.get("extends")
+    if isinstance(parent, str):
+        base_tree, base_places = _read(path.parent / parent, (*children, path.resolve()))
+        tree, places = _merge(base_tree, tree), {**base_places, **places}
+    return tree, places
+
+
+def _walk(node: yaml.Node, location: Location, path: Path) -> Iterator[tuple[Location, yaml.Node, Any]]:
+    """Every value with its place, innermost first; a mapping's keys give the place, so that a line names the key."""
+    if not node.tag.startswith("tag:yaml.org,2002:") or "python" in node.tag:
+        raise RecipeError(f"{path}:{node.start_mark.line + 1}: {node.tag} is not plain data")
+    if isinstance(node, yaml.MappingNode):
+        mapping: dict[Any, Any] = {}
+        for key_node, value_node in node.value:
+            key = key_node.value
+            if key in mapping:
+                raise RecipeError(f'{path}:{key_node.start_mark.line + 1}: the key "{key}" is there twice')
+            for inner, each, value in _walk(value_node, (*location, key), path):
+                yield inner, (key_node if inner == (*location, key) else each), value
+                if inner == (*location, key):
+                    mapping[key] = value
+        yield location, node, mapping
+    elif isinstance(node, yaml.SequenceNode):
+        items: list[Any] = []
+        for index, item in enumerate(node.value):
+            for inner, each, value in _walk(item, (*location, index), path):
+                yield inner, each, value
+                if inner == (*location, index):
+                    items.append(value)
+        yield location, node, items
+    else:
+        yield location, node, yaml.safe_load(yaml.serialize(node, Dumper=yaml.SafeDumper))
+
+
+def _anchor(tree: dict[str, Any], folder: Path) -> None:
+    """Make the paths in a recipe independent of where the command is run."""
+    data = tree.get("data")
+    for key in ("train", "heldout", "made_by"):
+        if isinstance(data, dict) and isinstance(data.get(key), str):
+            data[key] = str(folder / data[key])
+    model = tree.get("model")
+    if isinstance(model, str) and "://" not in model and (model.startswith((".", "/")) or (folder / model).exists()):
+        tree["model"] = str(folder / model)
+
+
+def _merge(parent: Any, child: Any) -> Any:
+    if isinstance(parent, dict) and isinstance(child, dict):
+        return {
+            key: _merge(parent[key], child[key]) if key in parent and key in child else child.get(key, parent.get(key))
+            for key in {**parent, **child}
+        }
+    return child
+
+
+def _override(root: Any, places: dict[Location, str], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise RecipeError(f'--set {override}: expected KEY=VALUE, such as "stages.0.tune.steps=50"')
+    location = tuple(int(part) if part.isdigit() else part for part in key.split("."))
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise RecipeError(f"--set {override}: the value is not YAML") from None
+    tree: Any = root
+    part: Any
+    for depth, part in enumerate(location):
+        last = depth == len(location) - 1
+        if isinstance(tree, list) and (not isinstance(part, int) or part >= len(tree)):
+            raise RecipeError(f'--set {override}: "{part}" is not one of the {len(tree)} entries, counted from 0')
+        if not isinstance(tree, dict | list):
+            raise RecipeError(f'--set {override}: "{location[depth - 1]}" holds a single value, so it has no "{part}" in it')
+        if last:
+            tree[part] = value
+        else:
+            if isinstance(tree, dict) and tree.get(part) is None:
+                tree[part] = {}
+            elif isinstance(tree, dict) and isinstance(tree[part], str):
+                tree[part] = {"kind": tree[part]}  # the short form, `task: sft`
+            tree = tree[part]
+    places[location] = f"--set {key}"
+
+
+def _written(tree: Any, location: Location) -> Location:
+    """The location as the user wrote it: pydantic adds the chosen `kind` to it, which is no key."""
+    kept: Location = ()
+    for part in location:
+        inside = (isinstance(tree, dict) and part in tree) or (
+            isinstance(tree, list) and isinstance(part, int) and part < len(tree)
+        )
+        if inside:
+            tree, kept = tree[part], (*kept, part)
+    return kept
+
+
+def _keys(kind: Any, tree: Any, location: Location) -> set[str]:
+    """The keys that may stand at `location`, found by walking down the types."""
+    for part in (*location, None):
+        kind = _member(kind, tree)
+        if part is None:
+            break
+        tree = tree[part]
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            kind = kind.model_fields[str(part)].annotation
+        else:
+            kind = typing.get_args(kind)[-1]
+    return set(kind.model_fields) if isinstance(kind, type) and issubclass(kind, BaseModel) else set()
+
+
+def _member(kind: Any, tree: Any) -> Any:
+    """Of a union, the type that the value at hand is meant to be: the one whose `kind` it has, else the first that is no None."""
+    while typing.get_origin(kind) is typing.Annotated:
+        kind = typing.get_args(kind)[0]
+    if typing.get_origin(kind) not in (typing.Union, types.UnionType):
+        return kind
+    members = [_member(each, tree) for each in typing.get_args(kind) if each is not type(None)]
+    named = tree.get("kind") if isinstance(tree, dict) else None
+    for each in members:
+        if isinstance(each, type) and issubclass(each, BaseModel) and "kind" in each.model_fields:
+            default = each.model_fields["kind"].default
+            if default == named:
+                return each
+    return members[0]

@@ -1,0 +1,88 @@
+"""The table that a run ends with: one row for each hand-over, from the figures in the manifests."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from tuner import kinds
+from tuner.bundle import Bundle, write_json
+from tuner.errors import BundleError
+
+SERVED = "served.json"
+
+
+def result_name(bundle: Bundle) -> str:
+    """What a bundle is called in the table: base, tuned, merged, quantized."""
+    stage = bundle.manifest.stage
+    return stage if stage == "base" else str(kinds.load("stages", stage).RESULT)
+
+
+def rows(bundles: list[Bundle], out_dir: Path) -> list[dict[str, str]]:
+    """One row for each measured bundle, and one for the endpoint where it was asked and serves the last of them."""
+    found = [_row(result_name(bundle), bundle.manifest.metrics) for bundle in bundles if "heldout_loss" in bundle.manifest.metrics]
+    served = read_served(out_dir)
+    if served and bundles and served["fingerprint"] == bundles[-1].manifest.fingerprint:
+        found.append(_row("served", served["metrics"]))
+    return found
+
+
+def write_report(bundles: list[Bundle], out_dir: Path) -> Path:
+    """Write report.md: the table, and the rows of data that were left out."""
+    found = rows(bundles, out_dir)
+    lines = []
+    if found:
+        columns = _columns(found)
+        lines += ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+        lines += ["| " + " | ".join(row.get(column, "") for column in columns) + " |" for row in found]
+    for bundle in bundles:
+        data = bundle.manifest.data
+        if data.get("skipped_rows"):
+            lines += ["", f"{bundle.manifest.stage}: {data['skipped_rows']} rows of {data['path']} were left out, such as:", ""]
+            lines += [f"- {reason}" for reason in data["skipped"]]
+    path = out_dir / "report.md"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def table(found: list[dict[str, str]], title: str) -> Table:
+    """The rows for a terminal."""
+    columns = _columns(found)
+    result = Table(title=title)
+    for column in columns:
+        result.add_column(column, justify="left" if column == columns[0] else "right")
+    for row in found:
+        result.add_row(*(row.get(column, "") for column in columns))
+    return result
+
+
+def write_served(out_dir: Path, bundle: Bundle, metrics: dict[str, Any]) -> None:
+    """Keep what the endpoint answered; it is no part of the bundle, which may be served in many places."""
+    write_json(out_dir / SERVED, {"fingerprint": bundle.manifest.fingerprint, "metrics": metrics})
+
+
+def read_served(out_dir: Path) -> dict[str, Any] | None:
+    """The figures of the last time the endpoint was asked."""
+    path = out_dir / SERVED
+    if not path.is_file():
+        return None
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BundleError(f"{path}: not JSON ({error}); remove it") from None
+    return found
+
+
+def _columns(found: list[dict[str, str]]) -> list[str]:
+    """The titles of the row that has most."""
+    return list(max(found, key=lambda row: len(list(row)), default={}))
+
+
+def _row(name: str, metrics: dict[str, Any]) -> dict[str, str]:
+    scores = {key: f"{value:.1%}" for key, value in metrics.get("scores", {}).items() if key != "rows"}
+    probe = metrics.get("probe", {})
+    row = {"": name, "held-out loss": f"{metrics['heldout_loss']:.3f}", **scores}
+    row["probe agreement"] = f"{probe['agreement']:.1%}" if "agreement" in probe else ("100.0%" if name == "tuned" else "")
+    row["largest difference"] = f"{probe['max_difference']:.5f}" if "max_difference" in probe else ""
+    return row

@@ -1,0 +1,153 @@
+"""START HERE. Runs a recipe: each stage turns one bundle into the next, and each result is opened again and measured.
+
+The way from a recipe to a served token, in the order in which a reader would follow it:
+
+recipes/demo.yaml     what the user wrote
+tuner/recipe.py       reads it, with a place for every complaint
+tuner/plan.py         whether the stages fit together, before anything is loaded
+tuner/source.py       the model as the first bundle
+tuner/stages/tune.py  task (tuner/tasks/sft.py) and method (tuner/methods/lora.py) meet in the loop, tuner/fit.py
+tuner/stages/merge.py and tuner/stages/quantize.py
+tuner/measure.py      held-out loss, scores and probe of every result
+tuner/bundle.py       bundle.json, which is all that the serving side knows
+serve/endpoint.py     starts serve/engines/vllm.py, replays the probe, then opens serve/gateway
+"""
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tuner.bundle import Bundle, Manifest, fingerprint, open_bundle, sha256, write_bundle
+from tuner.errors import BundleError, GateError, RecipeError
+from tuner.plan import Plan, Step
+from tuner.progress import say, timed
+from tuner.source import base_bundle
+from tuner.stages import Job
+
+
+def run(plan: Plan, out_dir: Path) -> list[Bundle]:
+    """Every bundle of the recipe, oldest first; finished ones are found again by their fingerprint.
+
+    Raises GateError where a result is not good enough to go on with; what was finished stays.
+    """
+    from tuner.measure import measured
+
+    bundles: list[Bundle] = []
+    reference: Bundle | None = None  # the tuned model, whose probe the later ones should answer alike
+    base: Bundle | None = None  # the model before tuning
+    out_dir.mkdir(parents=True, exist_ok=True)
+    with _alone(out_dir):
+        if plan.source is not None:
+            with timed(f"base: {plan.source.reference}"):
+                bundles.append(_named(out_dir, "base", measured(base_bundle(plan.source, out_dir), plan.recipe, None, None)))
+        for step in plan.steps:
+            before = bundles[-1] if bundles else None
+            bundle = _finished(plan, step, before, out_dir) or _made(plan, step, before, out_dir)
+            if step.gives != "tokenizer":
+                base = before if step.name == "tune" else base
+                with timed(f"{step.name}: measuring what was saved"):
+                    bundle = measured(bundle, plan.recipe, reference, base)
+            _gate(step, bundle, before)
+            reference = bundle if step.name == "tune" else reference
+            bundles.append(_named(out_dir, _link_name(plan, step), bundle))
+    return bundles
+
+
+def stage_fingerprint(plan: Plan, step: Step, parent: Bundle | None) -> str:
+    """Changes with the stage's options and code version, the parent, the seed and the bytes of the training data."""
+    data = plan.recipe.data
+    told = step.options.model_dump(mode="json", exclude={"gate", "tolerance", "checkpoint_every_steps"})
+    return fingerprint(
+        step.name,
+        step.stage.VERSION,
+        told,
+        parent.manifest.fingerprint if parent else None,
+        plan.recipe.seed,
+        [sha256(Path(data.train)), data.train_rows, data.on_bad_row],
+    )
+
+
+def _folder(plan: Plan, step: Step, parent: Bundle | None, out_dir: Path) -> tuple[str, Path]:
+    key = stage_fingerprint(plan, step, parent)
+    return key, out_dir / f"{step.index + 1}-{step.name}-{key[:8]}"
+
+
+def _finished(plan: Plan, step: Step, parent: Bundle | None, out_dir: Path) -> Bundle | None:
+    key, path = _folder(plan, step, parent, out_dir)
+    if not path.exists():
+        return None
+    try:
+        bundle = open_bundle(path)
+    except BundleError as error:
+        say(f"{step.name}: made again, since {error}")
+        return None
+    if bundle.manifest.fingerprint != key:
+        return None
+    say(f"{step.name}: finished before, in {path}")
+    return bundle
+
+
+def _made(plan: Plan, step: Step, parent: Bundle | None, out_dir: Path) -> Bundle:
+    key, path = _folder(plan, step, parent, out_dir)
+    work = out_dir / f".{path.name}.work"
+
+    def fill(folder: Path) -> Manifest:
+        job = Job(plan.recipe, step.index, step.options, parent, folder, work, key)
+        manifest: Manifest = step.stage.run(job)
+        return _with_lineage(manifest, parent, path)
+
+    with timed(step.name):
+        bundle = write_bundle(path, out_dir / f".{path.name}.part", fill)
+    shutil.rmtree(work, ignore_errors=True)
+    return bundle
+
+
+def _with_lineage(manifest: Manifest, parent: Bundle | None, path: Path) -> Manifest:
+    """Paths to the parents, relative to where the bundle will lie."""
+    if parent is None:
+        return manifest
+    way = os.path.relpath(parent.path.resolve(), path.resolve())
+    parents = [{**each, "path": os.path.normpath(os.path.join(way, each["path"]))} for each in parent.manifest.parents] + [
+        {"path": way, "stage": parent.manifest.stage, "fingerprint": parent.manifest.fingerprint}
+    ]
+    return replace(manifest, parents=parents, base=way if manifest.kind == "adapter" else None)
+
+
+def _gate(step: Step, bundle: Bundle, before: Bundle | None) -> None:
+    gate: Any = getattr(step.stage, "gate", None)
+    if gate is None:
+        return
+    try:
+        gate(step.options, bundle.manifest.metrics, before.manifest.metrics if before else {})
+    except GateError as error:
+        raise GateError(f"{step.name}: {error}; the result is kept in {bundle.path}") from None
+
+
+def _link_name(plan: Plan, step: Step) -> str:
+    earlier = sum(1 for other in plan.steps if other.name == step.name and other.index < step.index)
+    return step.name if not earlier else f"{step.name}-{earlier + 1}"
+
+
+def _named(out_dir: Path, name: str, bundle: Bundle) -> Bundle:
+    """A name without a fingerprint that always leads to the newest result of a stage."""
+    link, partial = out_dir / name, out_dir / f".{name}.link"
+    partial.unlink(missing_ok=True)
+    partial.symlink_to(os.path.relpath(bundle.path.resolve(), out_dir.resolve()))
+    partial.replace(link)
+    return open_bundle(link)
+
+
+@contextmanager
+def _alone(out_dir: Path) -> Iterator[None]:
+    """Hold the run's directory; raises RecipeError where another process is at work in it."""
+    with (out_dir / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RecipeError(f"{out_dir}: another run is at work there; wait for it or choose another --out") from None
+        yield

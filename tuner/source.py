@@ -1,0 +1,340 @@
+"""Where a model comes from: a hub id, a directory, a bundle, a GGUF file, or a file inside an installed package.
+
+`find` looks without reading weights; `base_bundle` turns what was found into the first bundle of a run. Weights are read
+from safetensors and GGUF only, which hold numbers and cannot run code.
+"""
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import re
+import struct
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from tuner.bundle import MANIFEST, Bundle, Manifest, fingerprint, open_bundle, sha256, write_bundle
+from tuner.errors import SourceError, nearest
+
+VERSION = 1
+# What a checkpoint is made of. Anything else in a directory or on the hub stays where it is.
+WANTED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model that exists. `path` is a directory, or a .gguf file."""
+
+    reference: str
+    path: Path
+    identity: dict[str, Any]
+    """What tells this version of the model from another: goes into the fingerprint and the manifest."""
+
+    @property
+    def is_gguf(self) -> bool:
+        """The weights have to be unpacked into an ordinary checkpoint first."""
+        return self.path.suffix == ".gguf"
+
+    @property
+    def is_bundle(self) -> bool:
+        """Made by an earlier run."""
+        return (self.path / MANIFEST).is_file()
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What can be known of a model without loading it."""
+
+    model_type: str
+    parameters: int
+    max_tokens: int
+    bundle_kind: str = "model"
+
+
+def find(reference: str, revision: str | None = None) -> Source:
+    """The model that a recipe names. Raises SourceError, with the nearest name that exists, where there is none."""
+    if reference.startswith("pkg://"):
+        return _in_package(reference)
+    path = Path(reference)
+    if path.exists() or reference.startswith((".", "/")):
+        return _local(reference, path)
+    if re.fullmatch(r"[\w.-]+/[\w.-]+|[\w.-]+", reference):
+        return _on_hub(reference, revision)
+    raise SourceError(f"{reference}: neither a path that exists nor a hub id (owner/name), a .gguf file or pkg://MODULE/PATH")
+
+
+def facts(source: Source) -> Facts:
+    """Model type, number of parameters and longest context, from headers alone."""
+    if source.is_gguf:
+        values, parameters = gguf_header(source.path)
+        kind = values.get("general.architecture")
+        return Facts(str(kind), parameters, int(values.get(f"{kind}.context_length", 0)))
+    folder = source.path
+    kind = "model"
+    if source.is_bundle:
+        bundle = open_bundle(folder)
+        kind = bundle.manifest.kind
+        folder = bundle.base().path if kind == "adapter" else folder
+    config = read_config(folder)
+    files = list(folder.glob("*.safetensors"))
+    return Facts(
+        str(config["model_type"]),
+        sum(_parameters(file) for file in files),
+        _context(config),
+        kind,
+    )
+
+
+def base_bundle(source: Source, out_dir: Path) -> Bundle:
+    """The model as a bundle in `out_dir`: its files linked, or its GGUF tensors unpacked."""
+    key = fingerprint("base", VERSION, source.identity)
+    path = out_dir / f"0-base-{key[:8]}"
+    if (path / MANIFEST).is_file() and open_bundle(path).manifest.fingerprint == key:
+        return open_bundle(path)
+
+    def fill(folder: Path) -> Manifest:
+        if source.is_gguf:
+            _unpack(source.path, folder)
+        else:
+            _link(source.path, folder)
+        if source.is_bundle:
+            made = open_bundle(source.path).manifest
+            base = made.base and os.path.relpath((source.path.resolve() / made.base).resolve(), path.resolve())
+            return replace(made, stage="base", fingerprint=key, base=base, probe=[], metrics={}, files={})
+        manifest = describe_model(folder, stage="base", fingerprint=key, source=source)
+        # Linked files are hashed as the bundle's own; an unpacked one is hashed here.
+        origin = {"sha256": sha256(source.path)} if source.is_gguf else {}
+        return replace(manifest, recipe={**manifest.recipe, **origin})
+
+    return write_bundle(path, out_dir / f".0-base-{key[:8]}.part", fill)
+
+
+def describe_model(folder: Path, *, stage: str, fingerprint: str, source: Source | None = None, **rest: Any) -> Manifest:
+    """A manifest for an ordinary checkpoint directory, its family looked up from config.json."""
+    from tuner.families import family_of
+
+    config = read_config(folder)
+    family, _ = family_of(str(config["model_type"]))
+    return Manifest(
+        kind=rest.pop("kind", "model"),
+        stage=stage,
+        fingerprint=fingerprint,
+        family=family.name,
+        head="causal",
+        model_type=str(config["model_type"]),
+        serving={
+            "dtype": str(config.get("dtype") or config.get("torch_dtype") or "float32"),
+            "max_tokens": _context(config),
+            **rest.pop("serving", {}),
+        },
+        recipe=rest.pop("recipe", {}) if source is None else {"model": source.reference, **source.identity},
+        versions=versions(),
+        **rest,
+    )
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json; raises SourceError where it is missing or is not what transformers writes."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SourceError(f"{folder}: no config.json, so this is no checkpoint that transformers can open") from None
+    except ValueError as error:
+        raise SourceError(f"{folder / 'config.json'}: not JSON ({error})") from None
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise SourceError(f"{folder / 'config.json'}: has no model_type")
+    return config
+
+
+def _context(config: dict[str, Any]) -> int:
+    """Longest input in tokens, 0 where the configuration does not say."""
+    text = config.get("text_config", config)
+    return int(text.get("max_position_embeddings") or text.get("n_positions") or 0)
+
+
+@cache
+def _installed(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def versions() -> dict[str, str]:
+    """The versions of the libraries that a result depends on."""
+    names = ("tuner", "torch", "transformers", "peft", "accelerate", "tokenizers", "llmcompressor", "compressed-tensors")
+    return {name: found for name in names if (found := _installed(name))}
+
+
+def gguf_header(path: Path) -> tuple[dict[str, Any], int]:
+    """The scalar metadata of a GGUF file and its number of parameters, read in milliseconds.
+
+    The library gguf builds every tokenizer string and tensor first, which takes seconds; the layout is the one in its
+    specification (GGUF version 2 and 3, little-endian). Raises SourceError for a file that is something else.
+    """
+    try:
+        with path.open("rb") as file:
+            magic, version, tensors, pairs = struct.unpack("<4sIQQ", file.read(24))
+            if magic != b"GGUF" or version not in (2, 3):
+                raise SourceError(f"{path}: not a GGUF file of version 2 or 3")
+            values = {_gguf_string(file): _gguf_value(file, _gguf_number(file, "I")) for _ in range(pairs)}
+            parameters = 0
+            for _ in range(tensors):
+                _gguf_string(file)
+                size = 1
+                for _ in range(_gguf_number(file, "I")):
+                    size *= _gguf_number(file, "Q")
+                _gguf_number(file, "I")  # the storage type
+                _gguf_number(file, "Q")  # the offset
+                parameters += size
+    except (struct.error, UnicodeDecodeError, KeyError, MemoryError, OverflowError):
+        raise SourceError(f"{path}: the GGUF header is damaged or cut off") from None
+    return {key: value for key, value in values.items() if value is not None}, parameters
+
+
+# GGUF value types 0 to 12, as struct writes them; 8 is a string and 9 an array.
+GGUF_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+
+
+def _gguf_number(file: BinaryIO, letter: str) -> Any:
+    return struct.unpack("<" + letter, file.read(struct.calcsize("<" + letter)))[0]
+
+
+def _gguf_string(file: BinaryIO) -> str:
+    return file.read(_gguf_number(file, "Q")).decode("utf-8")
+
+
+def _gguf_value(file: BinaryIO, kind: int) -> Any:
+    if kind == 8:
+        return _gguf_string(file)
+    if kind != 9:
+        return _gguf_number(file, GGUF_SCALARS[kind])
+    item, count = _gguf_number(file, "I"), _gguf_number(file, "Q")
+    if item in GGUF_SCALARS:
+        file.seek(count * struct.calcsize("<" + GGUF_SCALARS[item]), os.SEEK_CUR)
+    else:
+        for _ in range(count):
+            _gguf_value(file, item)
+    return None
+
+
+def _parameters(file: Path) -> int:
+    """Elements in a safetensors file, from its header: an 8-byte length, then JSON with the shapes."""
+    with file.open("rb") as stream:
+        header = json.loads(stream.read(struct.unpack("<Q", stream.read(8))[0]))
+    total = 0
+    for name, entry in header.items():
+        if name != "__metadata__":
+            size = 1
+            for dimension in entry["shape"]:
+                size *= dimension
+            total += size
+    return total
+
+
+def _in_package(reference: str) -> Source:
+    module, _, inside = reference.removeprefix("pkg://").partition("/")
+    try:
+        spec = importlib.util.find_spec(module)  # finds a top-level module without importing it
+    except (ImportError, ValueError):
+        spec = None
+    if spec is None or not spec.submodule_search_locations:
+        known = list(importlib.metadata.packages_distributions())
+        raise SourceError(f'{reference}: no package "{module}" is installed{nearest(module, known)}')
+    folder = Path(next(iter(spec.submodule_search_locations)))
+    path = folder / inside
+    if ".." in Path(inside).parts or not path.exists():
+        there = [file.relative_to(folder).as_posix() for ending in ("*.gguf", "*.safetensors") for file in folder.rglob(ending)]
+        raise SourceError(f'{reference}: the package "{module}" has no "{inside}"{nearest(inside, there)}')
+    return _local(reference, path, package=module, version=_package_version(module))
+
+
+def _package_version(module: str) -> str | None:
+    names = importlib.metadata.packages_distributions().get(module)
+    return importlib.metadata.version(names[0]) if names else None
+
+
+def _local(reference: str, path: Path, **identity: Any) -> Source:
+    if not path.exists():
+        siblings = [str(path.parent / each.name) for each in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise SourceError(f"{reference}: there is no such file or directory{nearest(str(path), siblings)}")
+    if path.is_dir():
+        if (path / MANIFEST).is_file():
+            return Source(reference, path, {"bundle": open_bundle(path).manifest.fingerprint})
+        read_config(path)
+        if not list(path.glob("*.safetensors")):
+            pickles = sorted(each.name for each in (*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.pth")))
+            found = f"only {pickles[0]}, a pickle, which can run code when it is read" if pickles else "no weights"
+            raise SourceError(f"{path}: {found}; save the model as safetensors (model.save_pretrained does)")
+        files = [file for pattern in WANTED for file in sorted(path.glob(pattern))]
+        stats = {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
+        return Source(reference, path, {**identity, "files": stats})
+    if path.suffix != ".gguf":
+        raise SourceError(f"{path}: a model is a directory with config.json and safetensors, or a .gguf file")
+    if path.stat().st_size < 24:
+        raise SourceError(f"{path}: the GGUF header is damaged or cut off")
+    return Source(reference, path, {**identity, "file": path.name, "size_bytes": path.stat().st_size})
+
+
+def _on_hub(reference: str, revision: str | None) -> Source:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        path = Path(snapshot_download(reference, revision=revision, allow_patterns=[*WANTED]))
+    except GatedRepoError:
+        raise SourceError(f"{reference}: its owner wants you to accept terms on the hub first, then `hf auth login`") from None
+    except RepositoryNotFoundError:
+        raise SourceError(f"{reference}: neither a directory here nor a model on the hub that you may read") from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
+        raise SourceError(
+            f"{reference}: no such directory here, and the hub could not be asked for it ({str(error).splitlines()[0]}); "
+            "a model is also a directory, a .gguf file or pkg://MODULE/PATH"
+        ) from None
+    found = _local(reference, path)
+    return Source(reference, found.path, {"hub": reference, "revision": path.name})
+
+
+def _link(source: Path, folder: Path) -> None:
+    for pattern in WANTED:
+        for file in sorted(source.glob(pattern)):
+            if file.name == MANIFEST:
+                continue
+            (folder / file.name).symlink_to(file.resolve())
+
+
+def _unpack(path: Path, folder: Path) -> None:
+    """Dequantize a GGUF file into an ordinary checkpoint in bfloat16, with its tokenizer and chat template."""
+    from tuner.checkpoint import quiet
+    from tuner.families import family_of
+
+    quiet()
+    import torch
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    values, _ = gguf_header(path)
+    family_of(str(values.get("general.architecture")))  # a sentence now rather than a failure after the conversion
+    model = AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+    )
+    # A Q4 block keeps a 16-bit scale, so bfloat16 rounds by 0.1% where 4 bits had rounded by several; it halves the file.
+    model.config.__dict__.pop("quantization_config", None)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    load_gguf_tokenizer(path).save_pretrained(folder)
+
+
+def load_gguf_tokenizer(path: Path) -> Any:
+    """The tokenizer and chat template inside a GGUF file, with the special tokens that its header names."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    values, _ = gguf_header(path)
+    # transformers 5.17 gives a GPT-2-style GGUF tokenizer its bos token as eos, so an answer would never end where the
+    # model ends it. The file itself says which is which.
+    for name, role in (("bos", "bos"), ("eos", "eos"), ("padding", "pad"), ("unknown", "unk")):
+        token_id = values.get(f"tokenizer.ggml.{name}_token_id")
+        if token_id is not None:
+            setattr(tokenizer, f"{role}_token", tokenizer.convert_ids_to_tokens(int(token_id)))
+    return tokenizer

@@ -1,0 +1,37 @@
+"""Steps from one bundle to the next. One file each; a file defines
+
+Options             the stage's keys in a recipe
+TAKES               the kinds of bundle that it can start from; "nothing" where it can be the first
+gives(options)      the kind of bundle that it leaves
+RESULT              what to call the result in the report
+VERSION             raised when the code changes what comes out, so that old results are made again
+run(job)            fills `job.folder` and returns the manifest
+gate(...)           raises GateError where the measured result is not good enough to go on with
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tuner.bundle import Bundle
+from tuner.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a stage is given."""
+
+    recipe: Recipe
+    index: int
+    options: Any
+    parent: Bundle | None
+    folder: Path
+    """Empty; becomes the bundle once `run` has returned."""
+    work: Path
+    """Survives a kill, for checkpoints; removed after the stage is finished."""
+    fingerprint: str
+
+    def told(self) -> dict[str, Any]:
+        """The part of the recipe that this stage followed, for the manifest."""
+        told: dict[str, Any] = self.options.model_dump(mode="json")
+        return told

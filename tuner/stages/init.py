@@ -1,0 +1,69 @@
+"""Make a model with random weights from a configuration and the tokenizer that came before: the start of pretraining."""
+
+from typing import Any
+
+from pydantic import field_validator
+
+from tuner.bundle import Manifest
+from tuner.errors import RecipeError, nearest
+from tuner.kinds import Options as BaseOptions
+from tuner.stages import Job
+
+TAKES = frozenset({"tokenizer"})
+RESULT = "untrained"
+VERSION = 1
+
+
+class Options(BaseOptions):
+    """Keys of `- init:`."""
+
+    config: dict[str, Any]
+    """`model_type` and whatever that type's transformers configuration has; the vocabulary comes from the tokenizer."""
+
+    @field_validator("config")
+    @classmethod
+    def _typed(cls, config: dict[str, Any]) -> dict[str, Any]:
+        if not isinstance(config.get("model_type"), str):
+            raise ValueError("config needs model_type, such as gpt2 or llama")
+        return config
+
+
+def gives(options: Options) -> str:  # noqa: ARG001 - a stage's common signature
+    """A model."""
+    return "model"
+
+
+def run(job: Job) -> Manifest:
+    """Build the model with the recipe's seed; raises RecipeError for a key that the configuration does not have."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from tuner.checkpoint import load_tokenizer
+    from tuner.source import describe_model
+
+    assert job.parent is not None
+    tokenizer = load_tokenizer(job.parent.path)
+    values = dict(job.options.config)
+    known = AutoConfig.for_model(values["model_type"])
+    names = set(known.to_dict()) | set(known.attribute_map)
+    for key in values:
+        if key not in names:
+            raise job.recipe.error(
+                f'{values["model_type"]} has no setting "{key}"{nearest(key, names)}', "stages", job.index, "init", "config", key
+            )
+    ids = {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    torch.manual_seed(job.recipe.seed)
+    try:
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**{**values, **ids}), dtype=torch.float32)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise RecipeError(
+            f"{job.recipe.at('stages', job.index, 'init', 'config')}: no model can be made from it: {error}"
+        ) from None
+    model.save_pretrained(job.folder)
+    tokenizer.save_pretrained(job.folder)
+    return describe_model(job.folder, stage="init", fingerprint=job.fingerprint, recipe=job.told())

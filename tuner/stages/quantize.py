@@ -1,0 +1,127 @@
+"""Store a model's linears in fewer bits, in the compressed-tensors format that vLLM reads, through llm-compressor."""
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from tuner.bundle import Manifest
+from tuner.errors import DataError, GateError, RecipeError
+from tuner.kinds import Options as BaseOptions
+from tuner.stages import Job
+
+TAKES = frozenset({"model"})
+VERSION = 1
+RESULT = "quantized"
+# Kernels exist for these sizes; the largest that divides the layers costs least and is as exact.
+GROUP_SIZES = (128, 64, 32)
+
+
+class Gate(BaseOptions):
+    """What quantization may cost."""
+
+    heldout_loss_rise: float = Field(0.1, ge=0)
+    """Held-out loss may rise above the unquantized model's by at most this (nats a token)."""
+
+
+class Options(BaseOptions):
+    """Keys of `- quantize:`."""
+
+    scheme: Literal["w8a8-int8", "w4a16"] = "w8a8-int8"
+    """`w8a8-int8`: weights and activations in 8 bits. `w4a16`: weights in 4 bits, activations as they are."""
+    algorithm: Literal["gptq", "round"] = "gptq"
+    """`gptq` corrects each column's rounding error with those not rounded yet (Frantar et al. 2022, arXiv:2210.17323) on
+    calibration rows; `round` needs none."""
+    calibration_rows: int = Field(128, gt=0)
+    """Training rows that `gptq` looks at."""
+    gate: Gate = Gate()
+
+
+def gives(options: Options) -> str:  # noqa: ARG001 - a stage's common signature
+    """A quantized model, which can be served and not trained further."""
+    return "quantized"
+
+
+def run(job: Job) -> Manifest:
+    """Calibrate, quantize, store compressed."""
+    import torch
+    from datasets import Dataset
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.quantization import GPTQModifier, QuantizationModifier
+
+    from tuner.checkpoint import load_model, load_tokenizer
+    from tuner.data.dataset import task_of, training_examples
+    from tuner.families import family_of
+    from tuner.source import describe_model
+
+    options: Any = job.options
+    assert job.parent is not None
+    family, architecture = family_of(str(job.parent.manifest.model_type))
+    if not architecture.quantizable:
+        raise RecipeError(not_quantizable(str(job.parent.manifest.model_type)))
+    tokenizer = load_tokenizer(job.parent.path)
+    model = load_model(job.parent, "float32")
+    linears = {name: module for name, module in model.named_modules() if type(module) is torch.nn.Linear}
+    kept = [name for name in linears if name.rsplit(".", 1)[-1] in family.keep]
+    widths = {module.in_features for name, module in linears.items() if name not in kept}
+    scheme = _scheme(options.scheme, widths)
+    common: dict[str, Any] = {"config_groups": {"group_0": scheme}, "ignore": kept}
+    if options.algorithm == "round":
+        oneshot(model=model, recipe=QuantizationModifier(**common))
+    else:
+        examples, data = training_examples(job.recipe, task_of(job.recipe), tokenizer, rows=options.calibration_rows)
+        if not examples:
+            raise DataError(f"{job.recipe.data.train}: no row is left to calibrate on ({data['skipped_rows']} were left out)")
+        rows = Dataset.from_list([{"input_ids": each.ids, "attention_mask": [1] * len(each.ids)} for each in examples])
+        oneshot(
+            model=model,
+            dataset=rows,
+            recipe=GPTQModifier(**common),
+            num_calibration_samples=len(examples),
+            max_seq_length=max(len(each.ids) for each in examples),
+            shuffle_calibration_samples=False,
+        )
+    model.save_pretrained(job.folder, save_compressed=True)
+    tokenizer.save_pretrained(job.folder)
+    serving = {"scheme": options.scheme, "group_size": scheme["weights"].get("group_size")}
+    return describe_model(
+        job.folder, kind="quantized", stage="quantize", fingerprint=job.fingerprint, recipe=job.told(), serving=serving
+    )
+
+
+def not_quantizable(model_type: str) -> str:
+    """The sentence for an architecture whose blocks llm-compressor cannot see."""
+    return f"{model_type} is not built of torch.nn.Linear, which quantization looks for; serve the model as it is"
+
+
+def group_size(widths: set[int]) -> int:
+    """The largest group that divides every linear's input; raises RecipeError where none does."""
+    for size in GROUP_SIZES:
+        if all(width % size == 0 for width in widths):
+            return size
+    raise RecipeError(
+        f"w4a16 needs a group of {' or '.join(map(str, GROUP_SIZES))} that divides the inputs of all linears, "
+        f"which are {', '.join(map(str, sorted(widths)))} wide; use w8a8-int8"
+    )
+
+
+def gate(options: Options, metrics: dict[str, Any], before: dict[str, Any]) -> None:
+    """Raises GateError where held-out loss rose by more than the recipe allows."""
+    if "heldout_loss" in metrics and "heldout_loss" in before:
+        rise = metrics["heldout_loss"] - before["heldout_loss"]
+        if rise > options.gate.heldout_loss_rise:
+            raise GateError(
+                f"held-out loss rose from {before['heldout_loss']:.3f} to {metrics['heldout_loss']:.3f}, by {rise:.3f}; "
+                f"gate.heldout_loss_rise allows {options.gate.heldout_loss_rise}"
+            )
+
+
+def _scheme(name: str, widths: set[int]) -> dict[str, Any]:
+    """The scheme as compressed-tensors writes it."""
+    if name == "w8a8-int8":
+        return {
+            "targets": ["Linear"],
+            "weights": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"},
+            "input_activations": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True},
+        }
+    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": group_size(widths)}
+    return {"targets": ["Linear"], "weights": weights}

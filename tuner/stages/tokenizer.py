@@ -1,0 +1,80 @@
+"""Train a byte-level BPE tokenizer on the recipe's text (Sennrich et al. 2016, arXiv:1508.07909; bytes as in GPT-2)."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from tuner.bundle import Manifest, sha256
+from tuner.errors import DataError
+from tuner.kinds import Options as BaseOptions
+from tuner.stages import Job
+
+TAKES = frozenset({"nothing"})
+RESULT = "tokenizer"
+VERSION = 1
+
+
+class Options(BaseOptions):
+    """Keys of `- tokenizer:`."""
+
+    vocab_size: int = Field(4096, ge=257)
+    """Entries: 256 bytes, the end token, and merges for the rest."""
+    eos_token: str = Field("<|endoftext|>", min_length=1)
+    """Ends a document, begins one, and pads."""
+
+
+def gives(options: Options) -> str:  # noqa: ARG001 - a stage's common signature
+    """A tokenizer."""
+    return "tokenizer"
+
+
+def run(job: Job) -> Manifest:
+    """Count pairs in the training text, write tokenizer.json and its configuration."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    from tuner.source import versions
+
+    options: Any = job.options
+    tokenizer: Any = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=options.vocab_size,
+        special_tokens=[options.eos_token],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts(job), trainer)
+    eos = options.eos_token
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=eos, eos_token=eos, pad_token=eos).save_pretrained(job.folder)
+    return Manifest(
+        kind="tokenizer",
+        stage="tokenizer",
+        fingerprint=job.fingerprint,
+        recipe=job.told(),
+        data={"path": job.recipe.data.train, "sha256": sha256(Path(job.recipe.data.train))},
+        metrics={"tokenizer": {"vocab_size": tokenizer.get_vocab_size()}},
+        versions=versions(),
+    )
+
+
+def texts(job: Job) -> Iterator[str]:
+    """The text in each training row. Raises DataError with the place of a row that has none."""
+    from tuner.data.rows import Skipped, read_rows, usable
+
+    data, skipped = job.recipe.data, Skipped()
+    rows = read_rows(Path(data.train), data.made_by, data.on_bad_row, skipped)
+    for _, text in usable(rows, lambda row: _text(row.record), data.on_bad_row, skipped):
+        yield text
+
+
+def _text(record: dict[str, Any]) -> str:
+    if isinstance(record.get("text"), str):
+        return str(record["text"])
+    if isinstance(record.get("messages"), list):
+        return "\n".join(str(message.get("content", "")) for message in record["messages"] if isinstance(message, dict))
+    raise DataError(f'found the keys {", ".join(record) or "of an empty object"}, expected "text" or "messages"')

@@ -1,0 +1,150 @@
+"""Fine-tune (or pretrain) a model: a task says what is learned, a method says which weights learn it."""
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from tuner import kinds
+from tuner.bundle import Manifest
+from tuner.errors import DataError, GateError, RecipeError
+from tuner.kinds import Options as BaseOptions
+from tuner.stages import Job
+
+TAKES = frozenset({"model"})
+VERSION = 1
+RESULT = "tuned"
+
+
+class Gate(BaseOptions):
+    """What training must have achieved."""
+
+    heldout_loss_drop: float = 0.0
+    """Held-out loss must be below the untrained model's by more than this (nats a token)."""
+
+
+class Options(BaseOptions):
+    """Keys of `- tune:`."""
+
+    task: kinds.choice("tasks")  # type: ignore[valid-type]
+    """What is learned: a file in tuner/tasks."""
+    method: kinds.choice("methods") = kinds.load("methods", "lora").Options()  # type: ignore[valid-type]
+    """Which weights learn it: a file in tuner/methods."""
+    steps: int | None = Field(None, gt=0)
+    """Optimizer steps; give this or `epochs`."""
+    epochs: float | None = Field(None, gt=0)
+    """Passes over the training rows; 1 where neither is given."""
+    batch_size: int = Field(8, gt=0)
+    """Rows an optimizer step learns from."""
+    micro_batch_size: int | None = Field(None, gt=0)
+    """Rows in memory at a time; all of `batch_size` by default. Less needs less memory and takes longer."""
+    learning_rate: float = Field(5.0e-4, gt=0)
+    """Peak learning rate of AdamW. LoRA wants about ten times what full tuning does."""
+    warmup_fraction: float = Field(0.05, ge=0, le=1)
+    """Part of the steps in which the rate rises from zero."""
+    decay: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the rate falls after that."""
+    weight_decay: float = Field(0.0, ge=0)
+    """AdamW's decoupled decay."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Longer gradients are scaled down to this length."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Of frozen weights and activations; what is trained is kept in float32."""
+    checkpoint_every_steps: int = Field(50, gt=0)
+    """How much can be lost to a power cut."""
+    gate: Gate = Gate()
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "Options":
+        if self.steps and self.epochs:
+            raise ValueError("steps and epochs both say how long to train; give one")
+        if self.micro_batch_size and self.batch_size % self.micro_batch_size:
+            raise ValueError(f"micro_batch_size {self.micro_batch_size} does not divide batch_size {self.batch_size}")
+        return self
+
+
+def gives(options: Options) -> str:
+    """An adapter or a model, as the method says."""
+    return str(kinds.load("methods", options.method.kind).GIVES)
+
+
+def run(job: Job) -> Manifest:
+    """Encode the data, train, save what was trained."""
+    import math
+
+    import torch
+
+    from tuner.checkpoint import device, load_model, load_tokenizer
+    from tuner.data.dataset import training_examples
+    from tuner.families import family_of
+    from tuner.fit import Schedule, fit
+    from tuner.progress import say
+    from tuner.source import describe_model, versions
+
+    options: Any = job.options
+    assert job.parent is not None
+    base = job.parent
+    tokenizer = load_tokenizer(base.path)
+    examples, data = training_examples(job.recipe, options.task, tokenizer)
+    if not examples:
+        raise DataError(f"{job.recipe.data.train}: no row is left to train on ({data['skipped_rows']} were left out)")
+    counts = f"{data['rows']} rows, {data['tokens']} tokens, {data['supervised_tokens']} of them learned"
+    say(f"{counts}; {data['skipped_rows']} rows left out")
+    method = kinds.load("methods", options.method.kind)
+    family, architecture = family_of(str(base.manifest.model_type))
+    torch.manual_seed(job.recipe.seed)
+    model = load_model(base, options.dtype)
+    try:
+        model = method.prepare(model, options.method, family, architecture)
+    except RecipeError as error:
+        raise job.recipe.error(str(error), "stages", job.index, "tune", "method") from None
+    layers = method.layers(model)
+    trained = sum(parameter.numel() for parameters in layers.values() for parameter in parameters)
+    say(f"{options.method.kind}: {len(layers)} layers, {trained:,} parameters are trained on {device()}")
+    per_epoch = math.ceil(len(examples) / options.batch_size)
+    schedule = Schedule(
+        steps=options.steps or math.ceil((options.epochs or 1) * per_epoch),
+        batch_size=options.batch_size,
+        micro_batch_size=options.micro_batch_size or options.batch_size,
+        learning_rate=options.learning_rate,
+        warmup_fraction=options.warmup_fraction,
+        decay=options.decay,
+        weight_decay=options.weight_decay,
+        max_grad_norm=options.max_grad_norm,
+        checkpoint_every_steps=options.checkpoint_every_steps,
+        seed=job.recipe.seed,
+    )
+    measured = fit(model, examples, schedule, layers=layers, pad_id=tokenizer.pad_token_id, work=job.work)
+    method.save(model, job.folder)
+    tokenizer.save_pretrained(job.folder)
+    rest: dict[str, Any] = {
+        "data": data,
+        "recipe": job.told(),
+        "metrics": {"training": {**measured, "layers": len(layers), "trained_parameters": trained}},
+        "serving": method.serving(options.method, architecture),
+    }
+    if method.GIVES == "model":
+        return describe_model(job.folder, stage="tune", fingerprint=job.fingerprint, **rest)
+    return Manifest(
+        kind=method.GIVES,
+        stage="tune",
+        fingerprint=job.fingerprint,
+        family=base.manifest.family,
+        head=kinds.load("tasks", options.task.kind).HEAD,
+        model_type=base.manifest.model_type,
+        base="base",  # run.py writes the way there
+        versions=versions(),
+        **rest,
+    )
+
+
+def gate(options: Options, metrics: dict[str, Any], before: dict[str, Any]) -> None:
+    """Raises GateError where training changed nothing, or held-out loss did not fall as far as the recipe asks."""
+    if metrics.get("probe", {}).get("difference_from_base", 1.0) == 0.0:
+        raise GateError("the tuned model answers every probe exactly as the base does: training had no effect")
+    if "heldout_loss" in metrics and "heldout_loss" in before:
+        drop = before["heldout_loss"] - metrics["heldout_loss"]
+        if not drop > options.gate.heldout_loss_drop:
+            raise GateError(
+                f"held-out loss went from {before['heldout_loss']:.3f} to {metrics['heldout_loss']:.3f}, a drop of {drop:.3f}; "
+                f"gate.heldout_loss_drop asks for more than {options.gate.heldout_loss_drop}"
+            )

@@ -1,0 +1,61 @@
+"""Causal language modelling on plain text: every token is learned from the ones before it."""
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from pydantic import Field
+
+from tuner.data.example import Example
+from tuner.data.rows import Row, Skipped, usable
+from tuner.errors import DataError
+from tuner.kinds import Options as BaseOptions
+
+HEAD = "causal"
+
+
+class Options(BaseOptions):
+    """Keys of `task: {kind: pretrain}`."""
+
+    kind: Literal["pretrain"] = "pretrain"
+    max_tokens: int = Field(256, gt=1)
+    """Length of a block in tokens. A longer document becomes several; two documents never share one."""
+    prompt_tokens: int = Field(16, gt=0)
+    """How much of a held-out document the probe shows before the model goes on by itself."""
+
+
+def check(record: dict[str, Any]) -> None:
+    """Raises DataError unless the record is {"text": "..."}."""
+    if "text" not in record:
+        found = ", ".join(f'"{key}"' for key in record) or "nothing"
+        raise DataError(f'found {found}, expected the key "text"')
+    if not isinstance(record["text"], str) or not record["text"].strip():
+        raise DataError(f'"text" is {record["text"]!r:.60}, expected text')
+
+
+def examples(
+    rows: Iterator[Row], tokenizer: Any, options: Options, on_bad_row: str, skipped: Skipped
+) -> Iterator[tuple[Row, Example]]:
+    """Each document's blocks; bad rows stop the run with a DataError, or are counted in `skipped`."""
+
+    def tokens(row: Row) -> list[int]:
+        check(row.record)
+        ids = [*tokenizer(row.record["text"])["input_ids"], tokenizer.eos_token_id]
+        if len(ids) < 3:
+            raise DataError(f"{len(ids)} tokens: too short to predict anything")
+        return ids
+
+    for row, ids in usable(rows, tokens, on_bad_row, skipped):
+        for start in range(0, len(ids), options.max_tokens):
+            block = ids[start : start + options.max_tokens]
+            if len(block) > 1:
+                yield row, Example(block, list(block))
+
+
+def question(record: dict[str, Any], tokenizer: Any, options: Options) -> list[int]:
+    """Ids of the document's beginning."""
+    return list(tokenizer(record["text"])["input_ids"])[: options.prompt_tokens]
+
+
+def reference(record: dict[str, Any]) -> str:
+    """The document."""
+    return str(record["text"])

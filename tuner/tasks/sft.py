@@ -1,0 +1,165 @@
+"""Supervised fine-tuning: conversations in the model's own chat template, or plain prompt and completion.
+
+Learned are the assistant's words and the token that ends its turn; everything else is only read.
+"""
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from pydantic import Field
+
+from tuner.data.example import IGNORE, Example
+from tuner.data.rows import Row, Skipped, usable
+from tuner.errors import DataError
+from tuner.kinds import Options as BaseOptions
+
+HEAD = "causal"
+ROLES = ("system", "user", "assistant")
+
+
+class Options(BaseOptions):
+    """Keys of `task: {kind: sft}`."""
+
+    kind: Literal["sft"] = "sft"
+    max_tokens: int = Field(512, gt=1)
+    """Longest conversation in tokens. A longer row is a bad row: nothing is cut off silently."""
+
+
+def check(record: dict[str, Any]) -> None:
+    """Raises DataError unless the record is {"messages": [...]} in a sensible order, or {"prompt", "completion"}."""
+    if "messages" in record:
+        _check_messages(record["messages"])
+    elif "prompt" in record or "completion" in record:
+        for key in ("prompt", "completion"):
+            if key not in record:
+                raise DataError(f'the key "{key}" is missing beside {_keys(record)}')
+            if not isinstance(record[key], str) or not record[key]:
+                raise DataError(f'"{key}" is {_shown(record[key])}, expected text')
+    else:
+        raise DataError(f'found the keys {_keys(record)}, expected "messages", or "prompt" and "completion"')
+
+
+def examples(
+    rows: Iterator[Row], tokenizer: Any, options: Options, on_bad_row: str, skipped: Skipped
+) -> Iterator[tuple[Row, Example]]:
+    """Each usable row with its tokens; bad rows stop the run with a DataError, or are counted in `skipped`."""
+
+    def tokens(row: Row) -> Example:
+        check(row.record)
+        example = _encode(row.record, tokenizer)
+        if len(example.ids) > options.max_tokens:
+            raise DataError(f"{len(example.ids)} tokens, expected at most max_tokens: {options.max_tokens}")
+        if not example.supervised:
+            raise DataError("no token of this row would be learned: the assistant says nothing")
+        return example
+
+    return usable(rows, tokens, on_bad_row, skipped)
+
+
+def question(record: dict[str, Any], tokenizer: Any, options: Options) -> list[int]:  # noqa: ARG001 - a task's common signature
+    """Ids of everything before the last answer."""
+    return question_ids(record, tokenizer)
+
+
+def reference(record: dict[str, Any]) -> str:
+    """The last answer's text."""
+    return str(record["messages"][-1]["content"] if "messages" in record else record["completion"])
+
+
+def question_ids(record: dict[str, Any], tokenizer: Any) -> list[int]:
+    """What an endpoint makes of the same messages (or of the same plain prompt)."""
+    if "messages" not in record:
+        return list(tokenizer(record["prompt"])["input_ids"])
+    text = _render(record["messages"][:-1], tokenizer, add_generation_prompt=True)
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _encode(record: dict[str, Any], tokenizer: Any) -> Example:
+    prompt = question_ids(record, tokenizer)
+    if "messages" not in record:
+        answer = [*tokenizer(record["completion"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        return Example(prompt + answer, [IGNORE] * len(prompt) + answer)
+    messages = record["messages"]
+    text = _render(messages, tokenizer, add_generation_prompt=False)
+    spans = []
+    for index, message in enumerate(messages):
+        if message["role"] == "assistant":
+            start = _render(messages[:index], tokenizer, add_generation_prompt=True)
+            end = _render(messages[: index + 1], tokenizer, add_generation_prompt=False)
+            if not (text.startswith(start) and text.startswith(end)):
+                raise DataError(
+                    f"messages[{index}]: this model's chat template renders the turns before it differently once it is there, "
+                    "so what is learned would not be what a server sends"
+                )
+            spans.append((len(start), len(end)))
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ids = list(encoded["input_ids"])
+    if ids[: len(prompt)] != prompt:
+        raise DataError("the chat template joins the question and the answer into one token, which no server would send")
+    labels = [
+        token if any(start <= left and right <= end and left < right for start, end in spans) else IGNORE
+        for token, (left, right) in zip(ids, encoded["offset_mapping"], strict=True)
+    ]
+    return _end_turns(ids, labels, tokenizer.eos_token_id)
+
+
+def _end_turns(ids: list[int], labels: list[int], eos_id: int) -> Example:
+    """Learn nothing after the token that ends a turn (templates put a newline there that no one generates).
+
+    Where the template ends the last answer with no such token it is added, or the model would never learn to stop.
+    """
+    ended = False
+    for index, label in enumerate(labels):
+        if label == IGNORE:
+            ended = False
+        elif ended:
+            labels[index] = IGNORE
+        else:
+            ended = label == eos_id
+    learned = [index for index, label in enumerate(labels) if label != IGNORE]
+    if learned and ids[learned[-1]] != eos_id:
+        end = learned[-1] + 1
+        ids, labels = [*ids[:end], eos_id], [*labels[:end], eos_id]
+    return Example(ids, labels)
+
+
+def _render(messages: list[dict[str, Any]], tokenizer: Any, *, add_generation_prompt: bool) -> str:
+    from jinja2.exceptions import TemplateError
+
+    if not tokenizer.chat_template:
+        raise DataError(
+            'the model has no chat template, so "messages" cannot be rendered; use rows with "prompt" and "completion", '
+            "or an instruction-tuned model"
+        )
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt))
+    except TemplateError as error:
+        raise DataError(f"the model's chat template refuses this conversation: {error}") from None
+
+
+def _check_messages(messages: Any) -> None:
+    if not isinstance(messages, list) or not messages:
+        raise DataError(f'"messages" is {_shown(messages)}, expected a list of {{"role", "content"}}')
+    expected: tuple[str, ...] = ("system", "user")
+    for index, message in enumerate(messages):
+        if not isinstance(message, dict) or not {"role", "content"} <= set(message):
+            missing = [key for key in ("role", "content") if not isinstance(message, dict) or key not in message]
+            raise DataError(f'messages[{index}]: the key "{missing[0]}" is missing')
+        role, content = message["role"], message["content"]
+        if role not in ROLES:
+            raise DataError(f"messages[{index}]: the role is {_shown(role)}, expected one of {', '.join(ROLES)}")
+        if role not in expected:
+            raise DataError(f'messages[{index}]: the role is "{role}", expected {" or ".join(expected)} here')
+        if not isinstance(content, str) or (role == "assistant" and not content.strip()):
+            raise DataError(f"messages[{index}]: the content is {_shown(content)}, expected text")
+        expected = ("assistant",) if role == "user" else ("user",)
+    if messages[-1]["role"] != "assistant":
+        raise DataError(f'the last message is from "{messages[-1]["role"]}", expected "assistant": there is no answer to learn')
+
+
+def _keys(record: dict[str, Any]) -> str:
+    return ", ".join(f'"{key}"' for key in record) or "of an empty object"
+
+
+def _shown(value: Any) -> str:
+    return repr(value)[:60]

@@ -20,7 +20,6 @@ data: install
 	@test -f recipes/data/azure-cli/heldout.jsonl || $(BIN)/python recipes/data/azure_cli.py
 
 demo: data
-	@$(BIN)/tuner run recipes/demo.yaml
 	@$(BIN)/tuner prove recipes/demo.yaml
 
 check: install

@@ -2,6 +2,7 @@
 proven again when they die, and gone without a trace when the endpoint stops."""
 
 import asyncio
+import ctypes
 import os
 import signal
 import socket
@@ -87,6 +88,7 @@ class Engine:
             stderr=descriptor,
             stdin=subprocess.DEVNULL,
             start_new_session=True,
+            preexec_fn=_end_with_parent,
         )
         os.close(descriptor)
         started = time.monotonic()
@@ -312,6 +314,17 @@ def _no_signals() -> Iterator[None]:
 def _entry(name: str, engine: Engine, created: int) -> dict[str, Any]:
     bundle = engine.adapters.get(name, engine.model)
     return {"id": name, "object": "model", "created": created, "owned_by": "tuner", "fingerprint": bundle.manifest.fingerprint}
+
+
+# Loaded here rather than in the child, where nothing may be allocated between fork and exec.
+_libc = ctypes.CDLL(None)
+PR_SET_PDEATHSIG = 1
+
+
+def _end_with_parent() -> None:
+    """Linux: an engine whose endpoint is killed outright is asked to stop, instead of holding its memory for ever."""
+    if hasattr(_libc, "prctl"):
+        _libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _group_exists(group: int) -> bool:

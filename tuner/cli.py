@@ -55,7 +55,7 @@ def run(recipe: RecipePath, overrides: Overrides = None, out: Out = None) -> Non
 
 @app.command()
 def prove(recipe: RecipePath, overrides: Overrides = None, out: Out = None) -> None:
-    """Serve a finished recipe's last bundle, ask it the held-out questions, compare, shut down."""
+    """Run what is not finished, serve the last bundle, ask it the held-out questions, compare, shut down."""
     from tuner.progress import say
     from tuner.prove import prove as prove_served
     from tuner.report import rows, table, write_report

@@ -17,34 +17,30 @@ Question = dict[str, Any]
 """{"ids": token ids of the prompt, "messages": the conversation it was rendered from, or None}"""
 
 
-def record(model: Any, questions: list[Question], answer_tokens: int, eos_id: int, device: str) -> list[dict[str, Any]]:
-    """Each question with `answer_ids`, `logprobs` and `margins` (nats), all of one length, ending at the first eos."""
-    items = []
-    for question in questions:
-        with torch.inference_mode():
-            ids = torch.tensor([question["ids"]], device=device)
-            output = model.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=answer_tokens, do_sample=False, pad_token_id=eos_id
-            )
-        answer = output[0, len(question["ids"]) :].tolist()
-        if eos_id in answer:
-            answer = answer[: answer.index(eos_id) + 1]
-        logprobs, margins, _ = replay(model, [{**question, "answer_ids": answer}], device)[0]
-        items.append({**question, "answer_ids": answer, "logprobs": _rounded(logprobs), "margins": _rounded(margins)})
-    return items
+def record(model: Any, questions: list[Question], answers: list[list[int]], device: str) -> list[dict[str, Any]]:
+    """Each question with its greedy answer's `answer_ids`, `logprobs` and `margins` (nats), all of one length."""
+    items = [{**question, "answer_ids": answer} for question, answer in zip(questions, answers, strict=True)]
+    return [
+        {**item, "logprobs": _rounded(logprobs), "margins": _rounded(margins)}
+        for item, (logprobs, margins, _) in zip(items, replay(model, items, device), strict=True)
+    ]
 
 
 def replay(model: Any, items: list[dict[str, Any]], device: str) -> list[tuple[list[float], list[float], list[int]]]:
     """For each item: log-probability of every recorded answer token, the top margin there, and the token preferred now."""
-    results = []
-    for item in items:
-        example = Example(item["ids"] + item["answer_ids"], [IGNORE] * len(item["ids"]) + item["answer_ids"])
-        with torch.inference_mode():
-            log_likelihood_N, logits_NV = supervised_log_likelihood(model, collate([example], 0, device))
-            top_N2 = logits_NV.log_softmax(-1).topk(2).values
-            margins = (top_N2[:, 0] - top_N2[:, 1]).tolist()
-            results.append((log_likelihood_N.tolist(), margins, logits_NV.argmax(-1).tolist()))
-    return results
+    batch = collate([example(item) for item in items], 0, device)
+    with torch.inference_mode():
+        log_likelihood_N, logits_NV = supervised_log_likelihood(model, batch)
+        top_N2 = logits_NV.log_softmax(-1).topk(2).values
+    lengths = [len(item["answer_ids"]) for item in items]
+    values = (log_likelihood_N, top_N2[:, 0] - top_N2[:, 1], logits_NV.argmax(-1))
+    parts = [[part.tolist() for part in torch.split(value, lengths)] for value in values]
+    return list(zip(*parts, strict=True))
+
+
+def example(item: dict[str, Any]) -> Example:
+    """A probe item as an example whose answer is supervised."""
+    return Example(item["ids"] + item["answer_ids"], [IGNORE] * len(item["ids"]) + item["answer_ids"])
 
 
 def compare(items: list[dict[str, Any]], now: list[tuple[list[float], list[float], list[int]]]) -> dict[str, float]:

@@ -50,9 +50,7 @@ def prove(recipe: Recipe, bundles: list[Bundle], url: str, out_dir: Path) -> dic
 
     tuned = next((each for each in bundles if each.manifest.stage == "tune"), bundle)
     items = tuned.manifest.probe
-    examples = [example for _, example in rows] + [
-        Example(item["ids"] + item["answer_ids"], [IGNORE] * len(item["ids"]) + item["answer_ids"]) for item in items
-    ]
+    examples = [example for _, example in rows] + [probe.example(item) for item in items]
     with ThreadPoolExecutor(PARALLEL_REQUESTS) as pool, track("asking the endpoint", len(asked) + len(examples)) as advance:
         answers, read = [], []
         for text in pool.map(answer, asked):

@@ -327,9 +327,13 @@ def _unpack(path: Path, folder: Path) -> None:
 
 def load_gguf_tokenizer(path: Path) -> Any:
     """The tokenizer and chat template inside a GGUF file, with the special tokens that its header names."""
+    from tuner.checkpoint import quiet
+
+    quiet()
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    # Clean-up on decoding is meant for BERT's word pieces and would eat spaces; transformers would say so at every use.
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, clean_up_tokenization_spaces=False)
     values, _ = gguf_header(path)
     # transformers 5.17 gives a GPT-2-style GGUF tokenizer its bos token as eos, so an answer would never end where the
     # model ends it. The file itself says which is which.

@@ -244,6 +244,16 @@ def test_a_taken_port_is_said_before_an_engine_starts(out: Path) -> None:
     assert "engine starts" not in done.stderr
 
 
+def test_an_engine_does_not_outlive_an_endpoint_that_is_killed(out: Path) -> None:
+    server = Server(out / "merge", "--port", "0")
+    server.wait_for("the engine starts")
+    engines = server.children()
+    assert engines
+    server.end(signal.SIGKILL)
+    _, alive = psutil.wait_procs(engines, timeout=30)
+    assert alive == []
+
+
 def test_nothing_of_vllm_runs_after_all_this() -> None:
     left = [process for process in psutil.Process().children(recursive=True) if "vllm" in " ".join(process.cmdline())]
     assert left == []

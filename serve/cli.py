@@ -47,6 +47,8 @@ def serve(folders: list[Path], settings: Settings) -> None:
 
 def chat(target: str, system: str | None) -> None:
     """Read lines, stream answers. An empty line or end of input ends it."""
+    from openai import OpenAIError
+
     with _address(target) as url:
         client, model = _connect(url)
         messages: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
@@ -54,11 +56,14 @@ def chat(target: str, system: str | None) -> None:
         for line in _lines():
             messages.append({"role": "user", "content": line})
             answer = ""
-            for event in client.chat.completions.create(model=model, messages=messages, stream=True, temperature=0):
-                piece = (event.choices[0].delta.content or "") if event.choices else ""
-                answer += piece
-                sys.stdout.write(piece)
-                sys.stdout.flush()
+            try:
+                for event in client.chat.completions.create(model=model, messages=messages, stream=True, temperature=0):
+                    piece = (event.choices[0].delta.content or "") if event.choices else ""
+                    answer += piece
+                    sys.stdout.write(piece)
+                    sys.stdout.flush()
+            except OpenAIError as error:
+                raise ServeError(f"{url}: {error}") from None
             sys.stdout.write("\n")
             messages.append({"role": "assistant", "content": answer})
 

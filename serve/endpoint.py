@@ -23,7 +23,7 @@ import uvicorn
 from serve.engines import vllm
 from serve.errors import EngineError, ServeError
 from serve.gateway.app import Traffic, gateway
-from serve.replay import Proof, replay
+from serve.replay import replay
 from tuner.bundle import Bundle, open_bundle
 
 
@@ -33,15 +33,15 @@ class Settings:
 
     port: int = 8000
     """On loopback; 0 takes a free one."""
-    max_tokens: int = 1024
-    """Longest prompt and answer together."""
+    max_tokens: int | None = None
+    """Longest prompt and answer together; what the bundle's recipe says by default."""
     name: str | None = None
     """What clients put into `model`; the bundle's own name by default."""
     start_timeout_s: float = 600.0
     """An engine that is not healthy by then is given up."""
     drain_timeout_s: float = 30.0
     """Requests under way may finish in this time after Ctrl-C."""
-    # An engine that dies this often in a row, without having been ready in between, stays down.
+    # After this many failed starts in a row an engine stays down; the endpoint ends when none is left.
     max_failed_starts: int = 3
 
 
@@ -57,7 +57,8 @@ class Engine:
     ) -> None:
         self.name, self.model, self.adapters, self.settings, self.say = name, model, adapters, settings, say
         self.client = httpx.AsyncClient()
-        self.proofs: dict[str, Proof] = {}
+        self.failure: str | None = None
+        """Why it stays down, once it does."""
         self._ready = False
         self._process: subprocess.Popen[bytes] | None = None
         self._children: list[psutil.Process] = []
@@ -94,11 +95,12 @@ class Engine:
         started = time.monotonic()
         self.say(f"{self.name}: the engine starts (log: {log})")
         await self._wait_until_healthy(started)
-        self._children = psutil.Process(self._process.pid).children(recursive=True)
+        with suppress(psutil.NoSuchProcess):  # died just now, which the probe will find
+            self._children = psutil.Process(self._process.pid).children(recursive=True)
         served = {**({self.name: self.model} if self.model.manifest.probe or not self.adapters else {}), **self.adapters}
         for name, bundle in served.items():
             try:
-                self.proofs[name] = proof = await replay(self.client, name, bundle, plan.dtype)
+                proof = await replay(self.client, name, bundle, plan.dtype)
             except EngineError as error:
                 raise EngineError(f"{error}{self._last_words() if not self._alive() else ''}") from None
             self.say(
@@ -109,7 +111,7 @@ class Engine:
         self.say(f"{self.name}: ready after {time.monotonic() - started:.0f} s")
 
     async def watch(self) -> None:
-        """Restart the engine whenever one of its processes is gone. Raises EngineError when it will not stay up."""
+        """Restart the engine whenever one of its processes is gone; returns, with `failure` set, when it will not stay up."""
         failures = 0
         while True:
             await asyncio.sleep(WATCH_INTERVAL_S)
@@ -125,13 +127,14 @@ class Engine:
                 failures += 1
                 await self.stop()
                 if failures >= self.settings.max_failed_starts:
-                    raise EngineError(f"{self.name}: gave up after {failures} starts: {error}") from None
+                    self.failure = f"{self.name}: gave up after {failures} starts: {error}"
+                    return
                 self.say(str(error))
 
     async def stop(self) -> None:
-        """End the whole process group: politely, then after 15 s by force."""
-        self._ready = False
-        process, self._process = self._process, None
+        """End the whole process group: politely, then after 15 s by force. The log of an engine that was well goes, too."""
+        well, self._ready = self.ready, False
+        process = self._process
         if process is None:
             return
         with suppress(psutil.NoSuchProcess):
@@ -145,7 +148,9 @@ class Engine:
         for child in self._children:
             with suppress(psutil.NoSuchProcess):
                 child.kill()
-        self._children = []
+        self._children, self._process = [], None
+        if well and self._log:
+            self._log.unlink(missing_ok=True)
 
     async def _wait_until_healthy(self, started: float) -> None:
         while True:
@@ -163,7 +168,10 @@ class Engine:
     def _alive(self) -> bool:
         if self._process is None or self._process.poll() is not None:
             return False
-        return all(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in self._children)
+        try:
+            return all(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in self._children)
+        except psutil.NoSuchProcess:
+            return False
 
     def _last_words(self) -> str:
         return f": {vllm.error_lines(self._log)} (log: {self._log})" if self._log else ""
@@ -178,6 +186,8 @@ def arrange(folders: list[Path], settings: Settings, say: Callable[[str], None])
         bundle = open_bundle(folder)
         if why := vllm.refusal(bundle):
             raise ServeError(f"{folder}: {why}")
+        if not bundle.manifest.probe:
+            raise ServeError(f"{folder}: has no probe to be proven with; run its recipe to the end")
         name = settings.name if settings.name and len(folders) == 1 else default_name(bundle)
         if name in names:
             raise ServeError(f"{folder}: another bundle is called {name!r} already; serve them under different directories' names")
@@ -200,7 +210,7 @@ async def serve_until(engines: list[Engine], settings: Settings, stop: asyncio.E
     """Start all engines, open the gateway, call `opened` with its address, and after `stop` drain and end everything."""
     listener = _bind(settings.port)
     server: uvicorn.Server | None = None
-    tasks: list[asyncio.Task[Any]] = []
+    tasks: list[asyncio.Future[Any]] = []
     traffic = Traffic()
     try:
         for engine in engines:
@@ -211,12 +221,10 @@ async def serve_until(engines: list[Engine], settings: Settings, stop: asyncio.E
         created = int(time.time())
         app = gateway(models, lambda: [_entry(name, engine, created) for name, engine in models.items()], traffic)
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=5))
-        server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
+        # Signals are ours: uvicorn would stop before the requests under way are answered.
         server.capture_signals = _no_signals  # type: ignore[method-assign]
-        tasks = [
-            asyncio.create_task(server.serve(sockets=[listener])),
-            *(asyncio.create_task(engine.watch()) for engine in engines),
-        ]
+        watching = asyncio.gather(*(engine.watch() for engine in engines))
+        tasks = [asyncio.create_task(server.serve(sockets=[listener])), watching]
         opened(f"http://127.0.0.1:{listener.getsockname()[1]}/v1")
         waiting = asyncio.create_task(stop.wait())
         done, _ = await asyncio.wait([waiting, *tasks], return_when=asyncio.FIRST_COMPLETED)
@@ -227,13 +235,15 @@ async def serve_until(engines: list[Engine], settings: Settings, stop: asyncio.E
         waiting.cancel()
         for task in done - {waiting}:
             task.result()
+        if watching in done:
+            raise EngineError("; ".join(str(engine.failure) for engine in engines))
     finally:
         for task in tasks[1:]:
             task.cancel()
         if server is not None:
             server.should_exit = True
-            with suppress(asyncio.CancelledError):
-                await tasks[0]
+        # Whatever went wrong in them, the engines have still to be ended.
+        await asyncio.gather(*tasks, return_exceptions=True)
         listener.close()
         await asyncio.gather(*(engine.stop() for engine in engines))
         for engine in engines:
@@ -287,6 +297,7 @@ def _bind(port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind(("127.0.0.1", port))
+        listener.listen()  # now, or a second endpoint could bind the same port until the first one's engines are up
     except OSError:
         listener.close()
         raise ServeError(f"port {port} on 127.0.0.1 is taken; stop what listens there or choose another with --port") from None

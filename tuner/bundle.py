@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from tuner.errors import BundleError, disk_errors
+from tuner.errors import BundleError, disk_errors, nearest
 
 MANIFEST = "bundle.json"
 FORMAT = 1
@@ -70,7 +70,9 @@ def open_bundle(path: Path) -> Bundle:
     manifest_path = path / MANIFEST
     if not manifest_path.is_file():
         found = "is not there" if not path.exists() else "is no directory" if not path.is_dir() else f"has no {MANIFEST}"
-        raise BundleError(f"{path} {found}; a bundle is what `tuner run` leaves in runs/, such as runs/demo/merge")
+        siblings = [str(each.parent) for each in path.parent.glob(f"*/{MANIFEST}")] if not path.exists() else []
+        advice = nearest(str(path), siblings) or "; a bundle is what `tuner run` leaves in runs/, such as runs/demo/merge"
+        raise BundleError(f"{path} {found}{advice}")
     try:
         values = json.loads(manifest_path.read_text(encoding="utf-8"))
         unknown = set(values) - {each.name for each in fields(Manifest)}
@@ -125,10 +127,17 @@ def write_bundle(path: Path, partial: Path, fill: Callable[[Path], Manifest]) ->
     return open_bundle(path)
 
 
-def add_results(bundle: Bundle, *, metrics: dict[str, Any], probe: list[dict[str, Any]] | None = None) -> Bundle:
-    """Add what was measured to a finished bundle's manifest; its files and fingerprint stay as they are."""
+def add_results(
+    bundle: Bundle,
+    *,
+    metrics: dict[str, Any] | None = None,
+    serving: dict[str, Any] | None = None,
+    probe: list[dict[str, Any]] | None = None,
+) -> Bundle:
+    """Add what was measured, or how to serve it, to a finished bundle's manifest; its files and fingerprint stay as they are."""
     values = asdict(bundle.manifest)
-    values["metrics"] = {**values["metrics"], **metrics}
+    values["metrics"] |= metrics or {}
+    values["serving"] |= serving or {}
     if probe is not None:
         values["probe"] = probe
     with disk_errors(bundle.path):

@@ -68,20 +68,18 @@ def _compute_in_int8(model: Any) -> None:
 
 
 def quiet() -> None:
-    """Keep the libraries' own bars and remarks off the terminal; ours say what matters. Call it before they are imported."""
+    """Keep the libraries' own remarks off the terminal; errors still come through. Call it before they are imported."""
     import logging
     import os
-    import sys
+    import warnings
 
-    if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported
     # bitsandbytes suggests a package for faster 4-bit products at every import.
     logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
-    from loguru import logger
+    for name in ("LLM_COMPRESSOR", "COMPRESSED_TENSORS"):
+        os.environ.setdefault(f"{name}_LOG_DISABLED", "true")
+    # Advice to programmers about arguments that are meant as they are.
+    warnings.filterwarnings("ignore", category=UserWarning, module="transformers")
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    # llm-compressor reports every layer through loguru.
-    for name in ("llmcompressor", "compressed_tensors"):
-        logger.disable(name)

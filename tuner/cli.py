@@ -1,6 +1,7 @@
 """The commands. Everything heavy is imported where it is used, so that `tuner --help` answers at once."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,20 +21,23 @@ app = typer.Typer(
 USAGE_ERROR: type[Any] = typer.BadParameter.__bases__[0]
 
 RecipePath = Annotated[Path, typer.Argument(help="A recipe, such as recipes/demo.yaml.")]
-Overrides = Annotated[list[str] | None, typer.Option("--set", help="Change a key: stages.0.tune.steps=50. Can be repeated.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Change a key: stages.0.tune.steps=50. Can be repeated; paths are relative to where you are."),
+]
 Out = Annotated[Path | None, typer.Option("--out", help="Where results go; runs/RECIPE by default.")]
 
 
 @app.command()
 def check(recipe: RecipePath, overrides: Overrides = None, out: Out = None) -> None:
     """Say whether a recipe will work, without loading a weight."""
-    from tuner.plan import check_rows
+    from tuner.plan import CHECKED_ROWS
 
-    plan = _plan(recipe, overrides, out)
+    plan, _ = _plan(recipe, overrides, out)
     source = plan.recipe.model or "a new model"
     print(f"model:   {source} ({plan.facts.model_type}, about {plan.facts.parameters / 1e6:.0f}M parameters)")
-    for name, count in check_rows(plan.recipe).items():
-        print(f"data:    {count} {name} rows can be read")
+    for name, count in plan.rows.items():
+        print(f"data:    {count} {name} rows can be read{' (the first; the run reads all)' if count == CHECKED_ROWS else ''}")
     print(f"stages:  {' -> '.join([plan.steps[0].takes, *(f'{step.name} -> {step.gives}' for step in plan.steps)])}")
     print(f"serving: {plan.serving()}")
     print(f"needs:   about {plan.disk_bytes() / 1e9:.1f} GB of disk and {plan.memory_bytes() / 1e9:.1f} GB of memory")
@@ -45,8 +49,7 @@ def run(recipe: RecipePath, overrides: Overrides = None, out: Out = None) -> Non
     from tuner.report import rows, table, write_report
     from tuner.run import run as run_plan
 
-    plan = _plan(recipe, overrides, out)
-    out_dir = _out_dir(plan, out)
+    plan, out_dir = _plan(recipe, overrides, out)
     bundles = run_plan(plan, out_dir)
     report = write_report(bundles, out_dir)
     _print_table(table, rows(bundles, out_dir), plan.recipe.name)
@@ -61,13 +64,12 @@ def prove(recipe: RecipePath, overrides: Overrides = None, out: Out = None) -> N
     from tuner.report import rows, table, write_report
     from tuner.run import run as run_plan
 
-    plan = _plan(recipe, overrides, out)
-    out_dir = _out_dir(plan, out)
+    plan, out_dir = _plan(recipe, overrides, out)
     bundles = run_plan(plan, out_dir)
 
     from serve.endpoint import Settings, serving
 
-    settings = Settings(port=0, max_tokens=plan.recipe.serve.max_tokens, name=plan.recipe.serve.name)
+    settings = Settings(port=0, max_tokens=plan.recipe.serve.max_tokens)
     try:
         with serving([bundles[-1].path], settings, say) as url:
             prove_served(plan.recipe, bundles, url, out_dir)
@@ -81,7 +83,7 @@ def data(recipe: RecipePath, overrides: Overrides = None, rows: Annotated[int, t
     """Show training examples as the model reads them, what is learned in colour, and how long they are."""
     from tuner.data.show import show
 
-    show(_plan(recipe, overrides, None), rows)
+    show(_plan(recipe, overrides, None)[0], rows)
 
 
 @app.command()
@@ -112,8 +114,10 @@ def schema() -> None:
 @app.command()
 def serve(
     folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Bundles: models, and adapters beside their bases.")],
-    port: Annotated[int, typer.Option(help="Port on loopback; 0 takes a free one.")] = 8000,
-    max_tokens: Annotated[int, typer.Option(help="Longest prompt and answer together.")] = 1024,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port on loopback; 0 takes a free one.")] = 8000,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=2, help="Longest prompt and answer together; the recipe's by default.")
+    ] = None,
     name: Annotated[str | None, typer.Option(help="What clients put into `model`; for a single DIR.")] = None,
 ) -> None:
     """Serve bundles as an OpenAI-compatible endpoint, once they answer their probes as they were trained to."""
@@ -134,16 +138,14 @@ def chat(
     chat_with(target, system)
 
 
-def _plan(recipe: Path, overrides: list[str] | None, out: Path | None) -> Any:
+def _plan(recipe: Path, overrides: list[str] | None, out: Path | None) -> tuple[Any, Path]:
+    """The plan, and the directory for its results."""
     from tuner.plan import make_plan
     from tuner.recipe import read_recipe
 
     read = read_recipe(recipe, overrides)
-    return make_plan(read, out or Path("runs") / read.name)
-
-
-def _out_dir(plan: Any, out: Path | None) -> Path:
-    return out or Path("runs") / str(plan.recipe.name)
+    out_dir = out or Path("runs") / read.name
+    return make_plan(read, out_dir), out_dir
 
 
 def _print_table(table: Any, found: list[dict[str, str]], title: str) -> None:
@@ -156,17 +158,28 @@ def _print_table(table: Any, found: list[dict[str, str]], title: str) -> None:
         )
 
 
+def _interrupt(number: int, frame: Any) -> None:  # noqa: ARG001 - the signature is Python's
+    raise KeyboardInterrupt
+
+
 def main() -> None:
     """Run a command; a user's mistake is one sentence and exit code 2, a bug keeps its traceback and exit code 1."""
     # Threads that spin while they wait make a busy machine several times slower. torch reads this when it is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' bars, which would fill a log; read when tqdm is imported
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
         sys.exit(app(standalone_mode=False))
     except TunerError as error:
         print(f"tuner: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        print("tuner: interrupted; finished stages are kept, and the same command continues", file=sys.stderr)
+        continues = sys.argv[1:2] in (["run"], ["prove"])
+        print(
+            f"tuner: interrupted{'; finished stages are kept, and the same command continues' if continues else ''}",
+            file=sys.stderr,
+        )
         sys.exit(130)
     except USAGE_ERROR as error:
         error.show()

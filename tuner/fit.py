@@ -69,11 +69,11 @@ def fit(
     if state["step"]:
         say(f"continuing at step {state['step']} of {schedule.steps}")
     model.train()
-    first = state["step"]
+    first, order = state["step"], _Order(examples, schedule)
     with _signals() as stop, track("training", schedule.steps, done=first) as advance:
         for step in range(first, schedule.steps):
             started = time.monotonic()
-            rows = [examples[index] for index in _batch(examples, schedule, step)]
+            rows = [examples[index] for index in order.rows(step)]
             for group in optimizer.param_groups:
                 group["lr"] = schedule.rate(step)
             # The sum over all micro-batches is divided once, by their common count: a mean of means would weigh a token by
@@ -116,22 +116,20 @@ def fit(
     }
 
 
-def _batch(examples: list[Example], schedule: Schedule, step: int) -> list[int]:
-    """Indices of the rows of one optimizer step: a function of the seed and the step alone, so a resume needs no state."""
-    per_epoch = math.ceil(len(examples) / schedule.batch_size)
-    epoch, within = divmod(step, per_epoch)
-    return _epoch(tuple(len(each.ids) for each in examples), schedule.batch_size, schedule.seed, epoch)[within]
+class _Order:
+    """Which rows an optimizer step learns from: a function of the seed and the step alone, so a resume needs no state."""
 
+    def __init__(self, examples: list[Example], schedule: Schedule) -> None:
+        self._lengths = [len(each.ids) for each in examples]
+        self._schedule = schedule
+        self._epoch, self._batches = -1, [[0]]
 
-_planned: dict[Any, list[list[int]]] = {}
-
-
-def _epoch(lengths: tuple[int, ...], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
-    key = (lengths, batch_size, seed, epoch)
-    if key not in _planned:
-        _planned.clear()
-        _planned[key] = plan(list(lengths), batch_size, seed, epoch)
-    return _planned[key]
+    def rows(self, step: int) -> list[int]:
+        """Indices for optimizer step 0, 1, ..."""
+        epoch, within = divmod(step, math.ceil(len(self._lengths) / self._schedule.batch_size))
+        if epoch != self._epoch:
+            self._epoch, self._batches = epoch, plan(self._lengths, self._schedule.batch_size, self._schedule.seed, epoch)
+        return self._batches[within]
 
 
 def _require_gradients(layers: dict[str, list[nn.Parameter]]) -> None:
@@ -157,7 +155,10 @@ def _checkpoint(work: Path, trained: dict[str, nn.Parameter], optimizer: Any, st
         moments = {
             f"{index}.{key}": value for index, entry in optimizer.state_dict()["state"].items() for key, value in entry.items()
         }
-        save_file({**moments, "random": torch.get_rng_state()}, partial / "optimizer.safetensors")
+        generators = {"random.cpu": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            generators |= {f"random.cuda{index}": value for index, value in enumerate(torch.cuda.get_rng_state_all())}
+        save_file({**moments, **generators}, partial / "optimizer.safetensors")
         write_json(partial / "state.json", state)
         for file in partial.iterdir():
             with file.open("rb") as stream:
@@ -180,7 +181,9 @@ def _resume(work: Path, trained: dict[str, nn.Parameter], optimizer: Any) -> dic
         for name, parameter in trained.items():
             parameter.copy_(saved[name])
     moments = load_file(found[-1] / "optimizer.safetensors")
-    torch.set_rng_state(moments.pop("random"))
+    torch.set_rng_state(moments.pop("random.cpu"))
+    for name in sorted(name for name in moments if name.startswith("random.cuda")):
+        torch.cuda.set_rng_state(moments.pop(name), int(name.removeprefix("random.cuda")))
     entries: dict[int, dict[str, Any]] = {}
     for name, value in moments.items():
         index, _, key = name.partition(".")

@@ -35,12 +35,17 @@ def load(folder: str, name: str) -> Any:
     return module
 
 
-def choice(folder: str) -> Any:
-    """The type of a key whose value is `{kind: NAME, ...}`, or just NAME: any one of the folder's Options."""
+def choice(folder: str, default: str | None = None) -> Any:
+    """The type of a key whose value is `{kind: NAME, ...}`, or just NAME: any one of the folder's Options.
+
+    `default` is the kind of a value that says none.
+    """
     members = tuple(load(folder, name).Options for name in names(folder))
     union: Any = Annotated[Union[members], Field(discriminator="kind")] if len(members) > 1 else members[0]  # noqa: UP007
-    return Annotated[union, BeforeValidator(_expand, json_schema_input_type=Union[union, Literal[names(folder)]])]  # noqa: UP007
 
+    def expand(value: Any) -> Any:
+        if isinstance(value, str):
+            return {"kind": value}
+        return {"kind": default, **value} if isinstance(value, dict) and default else value
 
-def _expand(value: Any) -> Any:
-    return {"kind": value} if isinstance(value, str) else value
+    return Annotated[union, BeforeValidator(expand, json_schema_input_type=Union[union, Literal[names(folder)]])]  # noqa: UP007

@@ -3,6 +3,8 @@
 What was trained in one process is opened again here, so a save that lost something shows as a number.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from tuner.progress import track
 from tuner.recipe import Recipe
 from tuner.score import mean_scores
 
-VERSION = 1
+VERSION = 2
 BATCH_ROWS = 16
 # A step of generation costs hardly more for four times the rows: its time goes into reading the weights.
 GENERATE_ROWS = 64
@@ -26,18 +28,17 @@ def measured(bundle: Bundle, recipe: Recipe, reference: Bundle | None, base: Bun
     """The bundle with `probe` and `metrics` filled in.
 
     `reference` is the tuned bundle whose probe this one should answer alike, `base` the model before tuning. Nothing is
-    done where the same rows were measured before. Raises DataError for held-out rows that cannot be used.
+    done where the same rows were measured before. Without held-out rows the probe asks training rows, and nothing else
+    is measured. Raises DataError for held-out rows that cannot be used.
     """
     key = _key(recipe, reference, base)
     if bundle.manifest.metrics.get("key") == key:
         return bundle
     tokenizer = load_tokenizer(bundle.path)
-    rows = heldout_rows(recipe, task_of(recipe), tokenizer)
-    if not rows:
-        return bundle
-    where = device()
-    model = load_model(bundle, "float32" if where == "cpu" else "bfloat16")
     task = task_of(recipe)
+    rows, skipped = heldout_rows(recipe, task, tokenizer)
+    where = device()
+    model = load_model(bundle)
     module = kinds.load("tasks", task.kind)
     questions = [
         {"ids": module.question(row.record, tokenizer, task), "messages": (row.record.get("messages") or [])[:-1] or None}
@@ -45,15 +46,16 @@ def measured(bundle: Bundle, recipe: Recipe, reference: Bundle | None, base: Bun
     ]
     given = generate(model, tokenizer, [question["ids"] for question in questions], recipe.probe.answer_tokens)
     items = probe.record(model, questions, given, where)
-    metrics: dict[str, Any] = {"key": key, **heldout_loss(model, [example for _, example in rows], tokenizer.pad_token_id)}
-    differences = {}
-    if reference is not None:
-        differences = probe.compare(reference.manifest.probe, probe.replay(model, reference.manifest.probe, where))
+    metrics: dict[str, Any] = {"key": key, "base": None}
+    asked_items = reference.manifest.probe if reference is not None else items
+    metrics["probe"] = probe.compare(asked_items, probe.replay(model, asked_items, where))
     if base is not None:
         apart = probe.compare(base.manifest.probe, probe.replay(model, base.manifest.probe, where))
-        differences["difference_from_base"] = apart["mean_difference"]
-    metrics["probe"] = differences
-    if recipe.evaluate.metrics:
+        metrics["probe"]["difference_from_base"] = apart["mean_difference"]
+    if recipe.data.heldout is not None:
+        metrics |= heldout_loss(model, [example for _, example in rows], tokenizer.pad_token_id)
+        metrics["heldout_skipped"] = {"count": skipped.count, "listed": skipped.listed}
+    if recipe.data.heldout is not None and recipe.evaluate.metrics:
         asked = [row for row, _ in first_of_each(rows)[: recipe.evaluate.rows]]
         prompts = [module.question(row.record, tokenizer, task) for row in asked]
         given = generate(model, tokenizer, prompts, recipe.evaluate.max_new_tokens)
@@ -61,6 +63,14 @@ def measured(bundle: Bundle, recipe: Recipe, reference: Bundle | None, base: Bun
         pairs = [(answer, module.reference(row.record)) for answer, row in zip(answers, asked, strict=True)]
         metrics["scores"] = {"rows": len(pairs), **mean_scores(recipe.evaluate.metrics, pairs)}
     return add_results(bundle, metrics=metrics, probe=items)
+
+
+def base_on_probe(bundle: Bundle, base: Bundle) -> Bundle:
+    """The tuned bundle with `metrics.base`: how the model before tuning answers the tuned model's probe."""
+    if bundle.manifest.metrics.get("base"):
+        return bundle
+    items = bundle.manifest.probe
+    return add_results(bundle, metrics={"base": probe.compare(items, probe.replay(load_model(base), items, device()))})
 
 
 def heldout_loss(model: Any, examples: list[Example], pad_id: int) -> dict[str, Any]:
@@ -82,28 +92,40 @@ def heldout_loss(model: Any, examples: list[Example], pad_id: int) -> dict[str, 
 def generate(model: Any, tokenizer: Any, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
     """The greedy answer to each prompt as token ids up to and with the first eos, in the order of the prompts."""
     import torch
+    from transformers import GenerationConfig
 
+    # The checkpoint's own ends of a turn count, and nothing else of its generation_config: a repetition penalty in it would
+    # make the model disagree with its own probabilities, and the engine is told to ignore it, too.
+    named = model.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id, *(named if isinstance(named, list) else [] if named is None else [named])}
+    greedy = GenerationConfig(
+        max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=sorted(ends), pad_token_id=tokenizer.pad_token_id
+    )
     answers: list[list[int]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    with torch.inference_mode(), track("answering held-out rows", len(order)) as advance:
+    with torch.inference_mode(), _habits(model, greedy), track("answering held-out rows", len(order)) as advance:
         for at in range(0, len(order), GENERATE_ROWS):
             chosen = order[at : at + GENERATE_ROWS]
             longest = max(len(prompts[index]) for index in chosen)
             # Padded on the left, so that every answer begins at the same column.
             ids = [[tokenizer.pad_token_id] * (longest - len(prompts[index])) + prompts[index] for index in chosen]
             mask = [[0] * (longest - len(prompts[index])) + [1] * len(prompts[index]) for index in chosen]
-            output = model.generate(
-                torch.tensor(ids, device=device()),
-                attention_mask=torch.tensor(mask, device=device()),
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                pad_token_id=tokenizer.pad_token_id,
-            )
+            output = model.generate(torch.tensor(ids, device=device()), attention_mask=torch.tensor(mask, device=device()))
             for index, ids_after in zip(chosen, output[:, longest:].tolist(), strict=True):
-                end = ids_after.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in ids_after else len(ids_after)
+                end = next((at + 1 for at, token in enumerate(ids_after) if token in ends), len(ids_after))
                 answers[index] = ids_after[:end]
             advance(len(chosen))
     return answers
+
+
+@contextmanager
+def _habits(model: Any, wanted: Any) -> Iterator[None]:
+    """The model with another generation_config: one that is only passed to `generate` is filled up from the checkpoint's own."""
+    own, model.generation_config = model.generation_config, wanted
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def first_of_each(rows: list[Any]) -> list[Any]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tuner import kinds
+from tuner.data.dataset import task_of
 from tuner.data.rows import Row, Skipped, read_rows, usable
 from tuner.errors import DataError, RecipeError, SourceError, TunerError
 from tuner.families import Architecture, Family, family_of
@@ -41,6 +42,8 @@ class Plan:
     family: Family
     architecture: Architecture
     steps: list[Step]
+    rows: dict[str, int]
+    """Rows that were looked at and can be used, for each file."""
 
     @property
     def result(self) -> str:
@@ -81,10 +84,9 @@ def make_plan(recipe: Recipe, out_dir: Path) -> Plan:
     try:
         family, architecture = family_of(known.model_type)
     except SourceError as error:
-        raise recipe.error(str(error), "model") from None
-    plan = Plan(recipe, source, known, family, architecture, steps)
+        raise recipe.error(str(error), *_model_place(recipe)) from None
+    plan = Plan(recipe, source, known, family, architecture, steps, check_rows(recipe))
     _check_combinations(plan)
-    check_rows(recipe)
     _check_disk(plan, out_dir)
     return plan
 
@@ -92,7 +94,8 @@ def make_plan(recipe: Recipe, out_dir: Path) -> Plan:
 def check_rows(recipe: Recipe) -> dict[str, int]:
     """Rows that a task can read, per file, without a tokenizer. Raises DataError with the place of the first it cannot."""
     counts = {}
-    check = kinds.load("tasks", _task(recipe)).check
+    learns = recipe.model is not None or any(name == "tune" for name, _ in recipe.stages)
+    check = kinds.load("tasks", task_of(recipe).kind).check if learns else kinds.load("stages", "tokenizer").text_of
 
     def checked(row: Row) -> None:
         check(row.record)
@@ -121,13 +124,6 @@ def _first(rows: Iterator[Row]) -> Iterator[Row]:
         if number == CHECKED_ROWS:
             return
         yield row
-
-
-def _task(recipe: Recipe) -> str:
-    for name, options in recipe.stages:
-        if name == "tune":
-            return str(options.task.kind)
-    return "sft"
 
 
 def _start(recipe: Recipe) -> tuple[Source | None, Facts | None]:
@@ -160,7 +156,7 @@ def _a(kind: str) -> str:
 
 def _advice(have: str, wanted: frozenset[str]) -> str:
     """What to put in between, found by asking every stage what it takes and gives."""
-    if have == "nothing":
+    if have == "nothing" and "model" in wanted:
         return '; name one with "model:"'
     for name in kinds.names("stages"):
         stage = kinds.load("stages", name)
@@ -170,14 +166,21 @@ def _advice(have: str, wanted: frozenset[str]) -> str:
     return ""
 
 
+def _model_place(recipe: Recipe) -> tuple[str | int, ...]:
+    """Where the recipe says which model it is about."""
+    made = [index for index, (name, _) in enumerate(recipe.stages) if name == "init"]
+    return ("stages", made[0], "init", "config", "model_type") if recipe.model is None and made else ("model",)
+
+
 def _facts_of_init(recipe: Recipe) -> Facts:
     for name, options in recipe.stages:
         if name == "init":
             config = options.config
-            hidden = config.get("hidden_size") or config.get("n_embd") or 768
-            blocks = config.get("num_hidden_layers") or config.get("n_layer") or 12
+            numbers = {key: value for key, value in config.items() if isinstance(value, int)}
+            hidden = numbers.get("hidden_size") or numbers.get("n_embd") or 768
+            blocks = numbers.get("num_hidden_layers") or numbers.get("n_layer") or 12
             vocabulary = max([each.vocab_size for stage, each in recipe.stages if stage == "tokenizer"], default=50_000)
-            length = config.get("max_position_embeddings") or config.get("n_positions") or 0
+            length = numbers.get("max_position_embeddings") or numbers.get("n_positions") or 0
             # A block is about 12 x hidden^2: four projections in attention, eight in the two layers behind it.
             return Facts(str(config["model_type"]), 12 * blocks * hidden * hidden + vocabulary * hidden, length)
     return Facts("gpt2", 0, 0)
@@ -208,9 +211,17 @@ def _check_combinations(plan: Plan) -> None:
                 )
         if step.name == "quantize" and not plan.architecture.quantizable:
             raise recipe.error(step.stage.not_quantizable(model_type), "stages", step.index, "quantize")
-    if plan.facts.max_tokens and recipe.serve.max_tokens > plan.facts.max_tokens:
+    served = recipe.serve.max_tokens
+    learns = any(step.name == "tune" for step in plan.steps)
+    if served and learns and served <= task_of(recipe).max_tokens:
         raise recipe.error(
-            f"max_tokens {recipe.serve.max_tokens} is more than the {plan.facts.max_tokens} that {model_type} reads",
+            f"max_tokens {served} leaves no room for an answer to rows of up to {task_of(recipe).max_tokens} tokens",
+            "serve",
+            "max_tokens",
+        )
+    if served and plan.facts.max_tokens and served > plan.facts.max_tokens:
+        raise recipe.error(
+            f"max_tokens {served} is more than the {plan.facts.max_tokens} that {model_type} reads",
             "serve",
             "max_tokens",
         )

@@ -10,6 +10,7 @@ from typing import Any, Literal, cast
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, create_model, model_validator
+from yaml.constructor import SafeConstructor
 
 from tuner import kinds
 from tuner.errors import RecipeError, nearest
@@ -75,14 +76,15 @@ class Probe(Options):
 
 
 class Serve(Options):
-    """How the last bundle is served."""
+    """How the recipe's bundles are served, where the command line says nothing else."""
 
-    name: str | None = None
-    """What clients put into `model`; the recipe's file name by default."""
-    port: int = Field(8000, ge=0, lt=65536)
-    """The gateway's port on loopback; 0 takes a free one."""
-    max_tokens: int = Field(1024, gt=1)
-    """Longest prompt and answer together, in tokens."""
+    max_tokens: int | None = Field(None, gt=1)
+    """Longest prompt and answer together, in tokens; 1,024 by default, or what the model reads where that is less."""
+
+
+def _no_options(entry: Any) -> Any:
+    """`- merge:` is `- merge: {}`."""
+    return {name: {} if options is None else options for name, options in entry.items()} if isinstance(entry, dict) else entry
 
 
 def _one_stage(entry: Any) -> Any:
@@ -96,9 +98,8 @@ def _one_stage(entry: Any) -> Any:
 def recipe_type() -> type[BaseModel]:
     """The recipe's schema, assembled from the files in tuner/stages; not at import, so that `--help` stays fast."""
     stage_fields: dict[str, Any] = {name: (kinds.load("stages", name).Options, None) for name in kinds.names("stages")}
-    entry = create_model(
-        "Stage", __base__=Options, __validators__={"one": cast(Any, model_validator(mode="after")(_one_stage))}, **stage_fields
-    )
+    validators = {"one": model_validator(mode="after")(_one_stage), "none": model_validator(mode="before")(_no_options)}
+    entry = create_model("Stage", __base__=Options, __validators__=cast(Any, validators), **stage_fields)
     entry.model_config["json_schema_extra"] = {"minProperties": 1, "maxProperties": 1}
     return create_model(
         "Recipe",
@@ -166,6 +167,8 @@ class Recipe:
                 return str(
                     self.error(f'"{found["input"]}" is not one of the values{nearest(str(found["input"]), words)}', *location)
                 )
+            case "union_tag_not_found":
+                return str(self.error('the key "kind" is missing: it says which one is meant', *location))
             case "missing":
                 return str(self.error(f'the key "{found["loc"][-1]}" is missing', *location))
             case "float_type" | "int_type" if isinstance(found["input"], str):
@@ -196,6 +199,12 @@ def _read(path: Path, children: tuple[Path, ...]) -> tuple[Any, dict[Location, s
     try:
         text = path.read_text(encoding="utf-8")
         node = yaml.compose(text, Loader=yaml.SafeLoader)
+        places = {}
+        tree: Any = {}
+        if isinstance(node, yaml.MappingNode):
+            for location, each, value in _walk(node, (), path):
+                places[location] = f"{path}:{each.start_mark.line + 1}"
+                tree = value if location == () else tree
     except FileNotFoundError:
         known = [str(each) for each in path.parent.glob("*.yaml")]
         raise RecipeError(f"there is no recipe {path}{nearest(str(path), known)}") from None
@@ -205,13 +214,10 @@ def _read(path: Path, children: tuple[Path, ...]) -> tuple[Any, dict[Location, s
         mark = getattr(error, "problem_mark", None)
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise RecipeError(f"{path}:{mark.line + 1 if mark else 1}: not YAML: {problem}") from None
+    except RecursionError:
+        raise RecipeError(f"{path}: nested too deeply, or an alias that contains itself") from None
     if not isinstance(node, yaml.MappingNode):
         raise RecipeError(f"{path}:1: a recipe is a mapping that begins with keys such as model, data and stages")
-    tree, places = {}, {}
-    for location, each, value in _walk(node, (), path):
-        places[location] = f"{path}:{each.start_mark.line + 1}"
-        if location == ():
-            tree = value
     _anchor(tree, path.parent)
     parent = tree.get("extends")
     if isinstance(parent, str):
@@ -228,6 +234,8 @@ def _walk(node: yaml.Node, location: Location, path: Path) -> Iterator[tuple[Loc
         mapping: dict[Any, Any] = {}
         for key_node, value_node in node.value:
             key = key_node.value
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise RecipeError(f"{path}:{key_node.start_mark.line + 1}: a key is a word, not a list or a mapping")
             if key in mapping:
                 raise RecipeError(f'{path}:{key_node.start_mark.line + 1}: the key "{key}" is there twice')
             for inner, each, value in _walk(value_node, (*location, key), path):
@@ -244,7 +252,11 @@ def _walk(node: yaml.Node, location: Location, path: Path) -> Iterator[tuple[Loc
                     items.append(value)
         yield location, node, items
     else:
-        yield location, node, yaml.safe_load(yaml.serialize(node, Dumper=yaml.SafeDumper))
+        try:
+            value = SafeConstructor().construct_object(node)
+        except (yaml.YAMLError, ValueError):
+            raise RecipeError(f'{path}:{node.start_mark.line + 1}: "{node.value}" is not a value of its kind') from None
+        yield location, node, value
 
 
 def _anchor(tree: dict[str, Any], folder: Path) -> None:
@@ -271,10 +283,12 @@ def _override(root: Any, places: dict[Location, str], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise RecipeError(f'--set {override}: expected KEY=VALUE, such as "stages.0.tune.steps=50"')
+    if key.split(".")[0] == "extends":
+        raise RecipeError("--set extends: has no effect here; write it into the recipe")
     location = tuple(int(part) if part.isdigit() else part for part in key.split("."))
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         raise RecipeError(f"--set {override}: the value is not YAML") from None
     tree: Any = root
     part: Any

@@ -21,7 +21,12 @@ def result_name(bundle: Bundle) -> str:
 
 def rows(bundles: list[Bundle], out_dir: Path) -> list[dict[str, str]]:
     """One row for each measured bundle, and one for the endpoint where it was asked and serves the last of them."""
-    found = [_row(result_name(bundle), bundle.manifest.metrics) for bundle in bundles if "heldout_loss" in bundle.manifest.metrics]
+    measured = [bundle for bundle in bundles if "probe" in bundle.manifest.metrics]
+    found = []
+    for bundle, following in zip(measured, [*measured[1:], None], strict=True):
+        # The model before tuning is asked the tuned model's questions only once those exist.
+        asked = following.manifest.metrics.get("base") if following else None
+        found.append(_row(result_name(bundle), {**bundle.manifest.metrics, **({"probe": asked} if asked else {})}))
     served = read_served(out_dir)
     if served and bundles and served["fingerprint"] == bundles[-1].manifest.fingerprint:
         found.append(_row("served", served["metrics"]))
@@ -41,6 +46,9 @@ def write_report(bundles: list[Bundle], out_dir: Path) -> Path:
         if data.get("skipped_rows"):
             lines += ["", f"{bundle.manifest.stage}: {data['skipped_rows']} rows of {data['path']} were left out, such as:", ""]
             lines += [f"- {reason}" for reason in data["skipped"]]
+    heldout = bundles[-1].manifest.metrics.get("heldout_skipped", {"count": 0})
+    if heldout["count"]:
+        lines += ["", f"{heldout['count']} held-out rows were left out, such as:", "", *(f"- {each}" for each in heldout["listed"])]
     path = out_dir / "report.md"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
@@ -81,8 +89,7 @@ def _columns(found: list[dict[str, str]]) -> list[str]:
 
 def _row(name: str, metrics: dict[str, Any]) -> dict[str, str]:
     scores = {key: f"{value:.1%}" for key, value in metrics.get("scores", {}).items() if key != "rows"}
-    probe = metrics.get("probe", {})
-    row = {"": name, "held-out loss": f"{metrics['heldout_loss']:.3f}", **scores}
-    row["probe agreement"] = f"{probe['agreement']:.1%}" if "agreement" in probe else ("100.0%" if name == "tuned" else "")
-    row["largest difference"] = f"{probe['max_difference']:.5f}" if "max_difference" in probe else ""
-    return row
+    loss = {"held-out loss": f"{metrics['heldout_loss']:.3f}"} if "heldout_loss" in metrics else {}
+    probe = metrics["probe"]
+    agreement = {"probe agreement": f"{probe['agreement']:.1%}", "largest difference": f"{probe['max_difference']:.5f}"}
+    return {"": name, **loss, **scores, **agreement}

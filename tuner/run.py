@@ -22,7 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tuner.bundle import Bundle, Manifest, fingerprint, open_bundle, sha256, write_bundle
+from tuner.bundle import Bundle, Manifest, add_results, fingerprint, open_bundle, sha256, write_bundle
 from tuner.errors import BundleError, GateError, RecipeError
 from tuner.plan import Plan, Step
 from tuner.progress import say, timed
@@ -35,12 +35,17 @@ def run(plan: Plan, out_dir: Path) -> list[Bundle]:
 
     Raises GateError where a result is not good enough to go on with; what was finished stays.
     """
-    from tuner.measure import measured
+    from tuner.measure import base_on_probe, measured
 
     bundles: list[Bundle] = []
     reference: Bundle | None = None  # the tuned model, whose probe the later ones should answer alike
     base: Bundle | None = None  # the model before tuning
-    out_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RecipeError(f"--out {out_dir}: no directory can be made there: {error.strerror}") from None
+    if plan.recipe.data.heldout is None:
+        say("no data.heldout: the probe asks training rows, and no held-out loss is measured or gated")
     with _alone(out_dir):
         if plan.source is not None:
             with timed(f"base: {plan.source.reference}"):
@@ -50,8 +55,13 @@ def run(plan: Plan, out_dir: Path) -> list[Bundle]:
             bundle = _finished(plan, step, before, out_dir) or _made(plan, step, before, out_dir)
             if step.gives != "tokenizer":
                 base = before if step.name == "tune" else base
+                # A recipe that tunes nothing compares with the model that it was given.
+                like = None if step.name in ("tune", "init") else reference or before
                 with timed(f"{step.name}: measuring what was saved"):
-                    bundle = measured(bundle, plan.recipe, reference, base)
+                    bundle = measured(bundle, plan.recipe, like, base)
+                    if step.name == "tune" and base is not None:
+                        bundle = base_on_probe(bundle, base)
+                bundle = add_results(bundle, serving={"serve_max_tokens": plan.recipe.serve.max_tokens})
             _gate(step, bundle, before)
             reference = bundle if step.name == "tune" else reference
             bundles.append(_named(out_dir, _link_name(plan, step), bundle))

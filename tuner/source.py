@@ -4,19 +4,22 @@
 from safetensors and GGUF only, which hold numbers and cannot run code.
 """
 
+import difflib
 import importlib.metadata
 import importlib.util
 import json
+import math
 import os
 import re
 import struct
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from tuner.bundle import MANIFEST, Bundle, Manifest, fingerprint, open_bundle, sha256, write_bundle
-from tuner.errors import SourceError, nearest
+from tuner.errors import BundleError, SourceError, nearest
 
 VERSION = 1
 # What a checkpoint is made of. Anything else in a directory or on the hub stays where it is.
@@ -55,10 +58,13 @@ class Facts:
 
 def find(reference: str, revision: str | None = None) -> Source:
     """The model that a recipe names. Raises SourceError, with the nearest name that exists, where there is none."""
+    path = Path(reference)
+    here = path.exists() or reference.startswith((".", "/"))
+    if revision and (here or reference.startswith("pkg://")):
+        raise SourceError(f"revision {revision}: only a model on the hub has revisions, and {reference} is not there")
     if reference.startswith("pkg://"):
         return _in_package(reference)
-    path = Path(reference)
-    if path.exists() or reference.startswith((".", "/")):
+    if here:
         return _local(reference, path)
     if re.fullmatch(r"[\w.-]+/[\w.-]+|[\w.-]+", reference):
         return _on_hub(reference, revision)
@@ -78,10 +84,12 @@ def facts(source: Source) -> Facts:
         kind = bundle.manifest.kind
         folder = bundle.base().path if kind == "adapter" else folder
     config = read_config(folder)
-    files = list(folder.glob("*.safetensors"))
+    parameters = (
+        _hub_parameters(source) if "hub" in source.identity else sum(_parameters(file) for file in folder.glob("*.safetensors"))
+    )
     return Facts(
         str(config["model_type"]),
-        sum(_parameters(file) for file in files),
+        parameters,
         _context(config),
         kind,
     )
@@ -91,24 +99,47 @@ def base_bundle(source: Source, out_dir: Path) -> Bundle:
     """The model as a bundle in `out_dir`: its files linked, or its GGUF tensors unpacked."""
     key = fingerprint("base", VERSION, source.identity)
     path = out_dir / f"0-base-{key[:8]}"
-    if (path / MANIFEST).is_file() and open_bundle(path).manifest.fingerprint == key:
-        return open_bundle(path)
+    with suppress(BundleError):  # what is not there or not whole is made again
+        if (found := open_bundle(path)).manifest.fingerprint == key:
+            return found
 
     def fill(folder: Path) -> Manifest:
         if source.is_gguf:
             _unpack(source.path, folder)
         else:
+            if "hub" in source.identity and not _weights_are_here(source.path):
+                _snapshot(source.reference, source.identity["revision"], list(WANTED))
             _link(source.path, folder)
         if source.is_bundle:
-            made = open_bundle(source.path).manifest
-            base = made.base and os.path.relpath((source.path.resolve() / made.base).resolve(), path.resolve())
-            return replace(made, stage="base", fingerprint=key, base=base, probe=[], metrics={}, files={})
+            return _adopted(open_bundle(source.path), path, source.reference, key)
         manifest = describe_model(folder, stage="base", fingerprint=key, source=source)
         # Linked files are hashed as the bundle's own; an unpacked one is hashed here.
         origin = {"sha256": sha256(source.path)} if source.is_gguf else {}
         return replace(manifest, recipe={**manifest.recipe, **origin})
 
     return write_bundle(path, out_dir / f".0-base-{key[:8]}.part", fill)
+
+
+def _adopted(made: Bundle, path: Path, reference: str, key: str) -> Manifest:
+    """The manifest of an earlier run's bundle for `path`: its lineage kept, seen from there, and itself the last of it."""
+
+    def from_here(way: str) -> str:
+        return os.path.relpath((made.path.resolve() / way).resolve(), path.resolve())
+
+    old = made.manifest
+    parents = [{**each, "path": from_here(each["path"])} for each in old.parents]
+    parents.append({"path": from_here("."), "stage": old.stage, "fingerprint": old.fingerprint})
+    return replace(
+        old,
+        stage="base",
+        fingerprint=key,
+        base=old.base and from_here(old.base),
+        parents=parents,
+        recipe={"model": reference, "bundle": old.fingerprint},
+        probe=[],
+        metrics={},
+        files={},
+    )
 
 
 def describe_model(folder: Path, *, stage: str, fingerprint: str, source: Source | None = None, **rest: Any) -> Manifest:
@@ -222,16 +253,15 @@ def _gguf_value(file: BinaryIO, kind: int) -> Any:
 
 def _parameters(file: Path) -> int:
     """Elements in a safetensors file, from its header: an 8-byte length, then JSON with the shapes."""
-    with file.open("rb") as stream:
-        header = json.loads(stream.read(struct.unpack("<Q", stream.read(8))[0]))
-    total = 0
-    for name, entry in header.items():
-        if name != "__metadata__":
-            size = 1
-            for dimension in entry["shape"]:
-                size *= dimension
-            total += size
-    return total
+    try:
+        with file.open("rb") as stream:
+            length = struct.unpack("<Q", stream.read(8))[0]
+            header = json.loads(stream.read(min(length, file.stat().st_size)))
+        return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError):
+        raise SourceError(
+            f"{file}: not a safetensors file; a download by git without LFS leaves a few lines of text instead"
+        ) from None
 
 
 def _in_package(reference: str) -> Source:
@@ -275,26 +305,59 @@ def _local(reference: str, path: Path, **identity: Any) -> Source:
         raise SourceError(f"{path}: a model is a directory with config.json and safetensors, or a .gguf file")
     if path.stat().st_size < 24:
         raise SourceError(f"{path}: the GGUF header is damaged or cut off")
-    return Source(reference, path, {**identity, "file": path.name, "size_bytes": path.stat().st_size})
+    # A package's files change with its version; any other file may be replaced by another of the same size.
+    moment = {} if "package" in identity else {"mtime_ns": path.stat().st_mtime_ns}
+    return Source(reference, path, {**identity, "file": path.name, "size_bytes": path.stat().st_size, **moment})
 
 
 def _on_hub(reference: str, revision: str | None) -> Source:
+    """Configuration and tokenizer only; `base_bundle` fetches the weights."""
+    path = _snapshot(reference, revision, [pattern for pattern in WANTED if "safetensors" not in pattern])
+    read_config(path)
+    return Source(reference, path, {"hub": reference, "revision": path.name})
+
+
+def _snapshot(reference: str, revision: str | None, patterns: list[str]) -> Path:
+    """The hub's own cache directory for one commit; raises SourceError where it is not to be had."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        path = Path(snapshot_download(reference, revision=revision, allow_patterns=[*WANTED]))
+        return Path(snapshot_download(reference, revision=revision, allow_patterns=patterns))
     except GatedRepoError:
         raise SourceError(f"{reference}: its owner wants you to accept terms on the hub first, then `hf auth login`") from None
     except RepositoryNotFoundError:
         raise SourceError(f"{reference}: neither a directory here nor a model on the hub that you may read") from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
+        siblings = [str(each) for each in Path(reference).parent.glob("*")]
+        close = nearest(reference, siblings) if difflib.get_close_matches(reference, siblings, n=1) else ""
         raise SourceError(
             f"{reference}: no such directory here, and the hub could not be asked for it ({str(error).splitlines()[0]}); "
-            "a model is also a directory, a .gguf file or pkg://MODULE/PATH"
+            f"a model is also a directory, a .gguf file or pkg://MODULE/PATH{close}"
         ) from None
-    found = _local(reference, path)
-    return Source(reference, found.path, {"hub": reference, "revision": path.name})
+
+
+def _weights_are_here(folder: Path) -> bool:
+    """Every file of weights that the checkpoint consists of was downloaded before."""
+    index = folder / "model.safetensors.index.json"
+    names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) if index.is_file() else {"model.safetensors"}
+    return all((folder / name).is_file() for name in names)
+
+
+def _hub_parameters(source: Source) -> int:
+    """Parameters of a model on the hub: from its files where they are here already, else from their headers there."""
+    if _weights_are_here(source.path):
+        return sum(_parameters(file) for file in source.path.glob("*.safetensors"))
+    from huggingface_hub import get_safetensors_metadata
+    from huggingface_hub.errors import HfHubHTTPError, NotASafetensorsRepoError
+
+    try:
+        metadata = get_safetensors_metadata(source.reference, revision=source.identity["revision"])
+    except NotASafetensorsRepoError:
+        raise SourceError(f"{source.reference}: has no safetensors, and other weights can run code when they are read") from None
+    except (HfHubHTTPError, OSError) as error:
+        raise SourceError(f"{source.reference}: the hub could not be asked for its size ({str(error).splitlines()[0]})") from None
+    return int(sum(metadata.parameter_count.values()))
 
 
 def _link(source: Path, folder: Path) -> None:

@@ -9,7 +9,6 @@ import hashlib
 import json
 import re
 import sys
-import tempfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,11 +32,11 @@ EXAMPLE = re.compile(r":example: (?P<request>.+)\n(?P<command>(?:[ \t]+[^\s:].*\
 def main() -> int:
     """Write both files and print how many rows went where; returns the process's exit code."""
     try:
-        wheel = download(PACKAGE, SHA256, Path(tempfile.mkdtemp(prefix="azure-cli-")))
+        archive = download(PACKAGE, SHA256)
     except ValueError as error:
         print(f"azure_cli.py: {error}", file=sys.stderr)
         return 2
-    pairs = unique(clean(examples(wheel)))
+    pairs = unique(clean(examples(archive)))
     train, heldout, dropped = split(pairs)
     write_rows(
         OUTPUT_DIR,
@@ -47,14 +46,13 @@ def main() -> int:
     return 0
 
 
-def examples(wheel: Path) -> Iterator[tuple[str, str]]:
+def examples(archive: zipfile.ZipFile) -> Iterator[tuple[str, str]]:
     """(request, command text) for every example in the wheel, in the order of the file names."""
-    with zipfile.ZipFile(wheel) as archive:
-        for name in sorted(archive.namelist()):
-            if name.endswith("_help.py"):
-                yield from from_help(archive.read(name).decode("utf-8"))
-            elif "/aaz/" in name and name.endswith(".py"):
-                yield from from_docstring(archive.read(name).decode("utf-8"))
+    for name in sorted(archive.namelist()):
+        if name.endswith("_help.py"):
+            yield from from_help(archive.read(name).decode("utf-8"))
+        elif "/aaz/" in name and name.endswith(".py"):
+            yield from from_docstring(archive.read(name).decode("utf-8"))
 
 
 def from_help(source: str) -> Iterator[tuple[str, str]]:

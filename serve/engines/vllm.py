@@ -16,6 +16,8 @@ from tuner.bundle import Bundle
 
 # vLLM sizes its buffers for one of these ranks.
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+# Long enough to chat; a longer one costs memory for the cache of keys and values.
+DEFAULT_MAX_TOKENS = 1024
 # Where requirements/install.py puts vLLM on a GPU machine, beside the environment that trains.
 SERVE_ENVIRONMENT = ".venv-serve"
 
@@ -26,22 +28,20 @@ class Launch:
 
     command: list[str]
     environment: dict[str, str]
-    model: Bundle
-    adapters: dict[str, Bundle]
-    """Served name to adapter."""
-    name: str
-    """What the model itself is called."""
     dtype: str
     """What the engine computes in."""
 
 
-def launch(name: str, model: Bundle, adapters: dict[str, Bundle], *, port: int, max_tokens: int) -> Launch:
+def launch(name: str, model: Bundle, adapters: dict[str, Bundle], *, port: int, max_tokens: int | None = None) -> Launch:
     """How to start vLLM on one model bundle and the adapters that belong to it. Raises ServeError for what it cannot serve."""
     gpu = shutil.which("nvidia-smi") is not None
     facts = model.manifest.serving
-    most = int(facts.get("max_tokens") or max_tokens)
-    if max_tokens > most:
-        raise ServeError(f"{model.path}: reads {most} tokens at most, max_tokens {max_tokens} was asked for")
+    most = int(facts.get("max_tokens") or 0) or None
+    said = [each.manifest.serving.get("serve_max_tokens") for each in (model, *adapters.values())]
+    wanted = max_tokens or max((each for each in said if each), default=None)
+    if wanted and most and wanted > most:
+        raise ServeError(f"{model.path}: reads {most} tokens at most, --max-tokens {wanted} was asked for")
+    longest = wanted or min(DEFAULT_MAX_TOKENS, most or DEFAULT_MAX_TOKENS)
     command = [
         python(), "-m", "vllm.entrypoints.openai.api_server",
         "--model", str(model.path.resolve()),
@@ -49,7 +49,7 @@ def launch(name: str, model: Bundle, adapters: dict[str, Bundle], *, port: int, 
         "--host", "127.0.0.1",
         "--port", str(port),
         "--dtype", dtype(model, gpu=gpu),
-        "--max-model-len", str(max_tokens),
+        "--max-model-len", str(longest),
         # A checkpoint's own sampling defaults would change answers behind the client's back.
         "--generation-config", "vllm",
         "--return-tokens-as-token-ids",
@@ -71,7 +71,7 @@ def launch(name: str, model: Bundle, adapters: dict[str, Bundle], *, port: int, 
         "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "2"),
         "OMP_WAIT_POLICY": "passive",
     }
-    return Launch(command, environment, model, adapters, name, dtype(model, gpu=gpu))
+    return Launch(command, environment, dtype(model, gpu=gpu))
 
 
 def dtype(model: Bundle, *, gpu: bool) -> str:
@@ -107,6 +107,8 @@ def python() -> str:
     """The interpreter that has vLLM: TUNER_VLLM_PYTHON, .venv-serve beside this environment, or this one."""
     named = os.environ.get("TUNER_VLLM_PYTHON")
     beside = Path(sys.prefix).parent / SERVE_ENVIRONMENT / "bin" / "python"
+    if named and not os.access(named, os.X_OK):
+        raise ServeError(f"TUNER_VLLM_PYTHON: {named} is not a Python that can be run")
     found = named or (str(beside) if beside.exists() else sys.executable)
     if found == sys.executable and importlib.util.find_spec("vllm") is None:
         raise ServeError("vLLM is not installed here; `make install` does it, or set TUNER_VLLM_PYTHON to a Python that has it")
@@ -117,7 +119,8 @@ def error_lines(log: Path, count: int = 3) -> str:
     """The last lines of the engine's log that name an error, else its very last lines, without the log's own prefixes."""
     lines = [line.rstrip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     prefix = re.compile(r"^(\(\w+ pid=\d+\) )?((ERROR|INFO|WARNING) [\d-]+ [\d:]+ \[[^\]]*\] ?)?")
-    lines = [prefix.sub("", line) for line in lines]
+    # An engine that served for hours has logged errors that it survived.
+    lines = [prefix.sub("", line) for line in lines[-200:]]
     named = []
     for line, following in zip(lines, [*lines[1:], ""], strict=True):
         if re.match(r"[\w.]*(Error|Exception|Interrupt)\b.*: ", line):

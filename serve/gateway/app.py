@@ -58,7 +58,7 @@ def gateway(models: dict[str, Backend], describe: Callable[[], list[dict[str, An
         try:
             asked = json.loads(body)
             name, stream = asked["model"], bool(asked.get("stream"))
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return failure(400, 'the body must be a JSON object with the key "model"', "invalid_request_error")
         if not isinstance(name, str) or name not in models:
             return failure(404, f"there is no model {name!r} here; there is: {', '.join(models)}", "model_not_found")

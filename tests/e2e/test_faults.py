@@ -120,6 +120,25 @@ def test_a_run_that_learns_nothing_fails_and_says_so(recipe_file: Callable[..., 
     assert "gate.heldout_loss_drop asks for more than 100.0" in done.stderr
 
 
+def test_a_bundle_of_an_earlier_run_can_be_merged_without_held_out_rows(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
+    first = tuner("run", recipe_file(), "--out", tmp_path / "first")
+    assert first.returncode == 0, first.stderr
+
+    def change(tree: dict[str, Any]) -> None:
+        tree.update(model="first/tune", stages=[{"merge": None}])
+        del tree["data"]["heldout"]
+
+    done = tuner("run", recipe_file(change), "--out", tmp_path / "second")
+    assert done.returncode == 0, done.stderr
+    assert "no data.heldout" in done.stderr
+    manifest = json.loads((tmp_path / "second" / "merge" / "bundle.json").read_text())
+    assert 0 <= manifest["metrics"]["probe"]["max_difference"] < 1e-3
+    assert "heldout_loss" not in manifest["metrics"]
+    assert [each["stage"] for each in manifest["parents"]] == ["base", "tune", "base"]
+    for each in manifest["parents"]:
+        assert (tmp_path / "second" / "merge").resolve().joinpath(each["path"], "bundle.json").is_file()
+
+
 def test_layers_without_a_gradient_end_the_run_with_their_names(
     recipe_file: Callable[..., Path], tiny_model: Path, tmp_path: Path
 ) -> None:
@@ -159,7 +178,7 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(recipe_file: Callable[..., Pa
 
 
 def test_a_bug_keeps_its_traceback_and_exit_code_1(tmp_path: Path) -> None:
-    # A home for a bug: a file where the code rightly expects a directory that only it makes.
+    # A bug, brought in from outside: Python imports this file at its start.
     (tmp_path / "sitecustomize.py").write_text("import tuner.recipe\ntuner.recipe.json_schema = lambda: 1 / 0\n")
     done = tuner("schema", PYTHONPATH=str(tmp_path))
     assert done.returncode == 1

@@ -1,7 +1,6 @@
 """A bundle is whole or not there."""
 
 import json
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -75,18 +74,6 @@ def test_a_failed_save_leaves_the_earlier_result_alone(bundle, tmp_path: Path) -
     with pytest.raises(DiskFull, match="the disk is full while writing .*what was finished before is intact"):
         write_bundle(bundle.path, tmp_path / ".part", fails)
     verify(open_bundle(bundle.path))
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path):
-    """A real file system of 1 MB."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"a small file system can only be mounted as root: {done.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
 
 
 def test_a_disk_that_fills_up_is_a_clear_error_whichever_library_writes(small_disk: Path) -> None:

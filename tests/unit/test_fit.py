@@ -1,5 +1,6 @@
 """The loop: gradients for every layer, a loss that falls, a resume that changes no bit."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,34 @@ def test_a_run_that_was_cut_and_resumed_ends_with_the_same_bits(tiny_model: Path
         fit(cut, rows, schedule, layers=lora.layers(cut), pad_id=0, work=tmp_path / "b")
     resumed = adapted(tiny_model, dropout=0.3)
     fit(resumed, rows, schedule, layers=lora.layers(resumed), pad_id=0, work=tmp_path / "b")
+    expected = trained(whole)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in trained(resumed).items())
+
+
+def test_a_disk_that_fills_up_at_a_checkpoint_leaves_the_one_before(tiny_model: Path, tokenizer: Any, small_disk: Path) -> None:
+    from dataclasses import replace
+
+    from tuner.errors import DiskFull
+
+    model = adapted(tiny_model)
+    work = small_disk / "work"
+    schedule = replace(SCHEDULE, checkpoint_every_steps=2)
+    ballast = small_disk / "ballast"
+
+    def fill_up(*_: Any) -> None:
+        if (work / "step-00000002").exists() and not ballast.exists():
+            with ballast.open("wb", buffering=0) as file, suppress(OSError):
+                while True:
+                    file.write(b"x" * 4096)
+
+    model.register_forward_pre_hook(fill_up)
+    with pytest.raises(DiskFull, match="the disk is full while writing .*what was finished before is intact"):
+        fit(model, examples(tokenizer), schedule, layers=lora.layers(model), pad_id=0, work=work)
+    ballast.unlink()
+    resumed = adapted(tiny_model)
+    fit(resumed, examples(tokenizer), schedule, layers=lora.layers(resumed), pad_id=0, work=work)
+    whole = adapted(tiny_model)
+    fit(whole, examples(tokenizer), SCHEDULE, layers=lora.layers(whole), pad_id=0, work=small_disk.parent / "other")
     expected = trained(whole)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in trained(resumed).items())
 

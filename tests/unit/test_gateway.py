@@ -136,6 +136,12 @@ def test_a_taken_port_is_said_in_one_sentence() -> None:
             _bind(port)
 
 
+def test_a_second_endpoint_cannot_take_the_port_of_one_that_is_still_starting() -> None:
+    first = _bind(0)
+    with first, pytest.raises(ServeError, match="is taken"):
+        _bind(first.getsockname()[1])
+
+
 def test_what_is_no_bundle_is_refused_before_anything_starts(tmp_path) -> None:
     from tuner.errors import BundleError
 

@@ -32,9 +32,11 @@ def refused(recipe_file: Callable[..., Path], tmp_path: Path, change: Change) ->
         (lambda tree: tree["serve"].update(max_tokens=999), "serve.max_tokens: max_tokens 999 is more than the 256 that llama reads"),
         (lambda tree: tree["data"].update(heldout="train.jsonl"), "the held-out rows are the training rows"),
         (lambda tree: tree["data"].update(heldout="heldou.jsonl"), "recipe.yaml:4: data.heldout: heldou.jsonl: there is no such file"),
+        (lambda tree: tree["serve"].update(max_tokens=128), "serve.max_tokens: max_tokens 128 leaves no room for an answer to rows of up to 128"),
+        (lambda tree: tree.update(revision="main"), "revision main: only a model on the hub has revisions"),
         (lambda tree: tree.update(model="./tiny"), "recipe.yaml:1: model: "),
     ],
-    ids=range(9),
+    ids=range(11),
 )  # fmt: skip
 def test_what_does_not_go_together_is_refused(recipe_file: Callable[..., Path], tmp_path: Path, change: Change, said: str) -> None:
     assert said in refused(recipe_file, tmp_path, change)
@@ -43,11 +45,38 @@ def test_what_does_not_go_together_is_refused(recipe_file: Callable[..., Path], 
 def test_gpt2_is_not_quantized_and_not_served_with_a_live_adapter(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
     def gpt2(stages: list[dict[str, Any]]) -> Change:
         first: list[dict[str, Any]] = [{"tokenizer": {}}, {"init": {"config": {"model_type": "gpt2"}}}]
-        return lambda tree: (tree.pop("model"), tree.update(stages=first + stages))
+        return lambda tree: (tree.pop("model"), tree.pop("serve"), tree.update(stages=first + stages))
 
     assert "gpt2 is not built of torch.nn.Linear" in refused(recipe_file, tmp_path, gpt2([QUANTIZE]))
     plan = make_plan(read_recipe(recipe_file(gpt2([{"tune": {"task": "sft"}}]))), tmp_path / "out")
     assert plan.serving() == 'vLLM takes no live adapters for gpt2: put "- merge: {}" last to serve it'
+
+
+def test_a_tokenizer_alone_is_trained_on_text(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
+    from tests.conftest import write_rows
+
+    def change(tree: dict[str, Any]) -> None:
+        del tree["model"]
+        tree["stages"] = [{"tokenizer": None}]
+        del tree["data"]["heldout"]
+
+    recipe = recipe_file(change)
+    write_rows(tmp_path / "train.jsonl", [{"text": "some words"}])
+    assert make_plan(read_recipe(recipe), tmp_path / "out").result == "tokenizer"
+
+
+@pytest.mark.parametrize("value", ["64", 2.5, None, [1]])
+def test_settings_of_any_type_are_no_crash(recipe_file: Callable[..., Path], tmp_path: Path, value: Any) -> None:
+    config = {"model_type": "llama", "hidden_size": value}
+    recipe = recipe_file(lambda tree: (tree.pop("model"), tree.update(stages=[{"tokenizer": None}, {"init": {"config": config}}])))
+    assert make_plan(read_recipe(recipe), tmp_path / "out").result == "model"
+
+
+def test_an_unknown_architecture_is_named_where_it_stands(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
+    stages = [{"tokenizer": None}, {"init": {"config": {"model_type": "lama"}}}]
+    said = refused(recipe_file, tmp_path, lambda tree: (tree.pop("model"), tree.update(stages=stages)))
+    assert "stages.1.init.config.model_type: " in said
+    assert 'did you mean "llama"?' in said
 
 
 def test_a_disk_that_is_too_small_is_said_before_the_work(

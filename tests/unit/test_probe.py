@@ -56,6 +56,17 @@ def test_generation_in_a_batch_is_generation_alone(model: Any, tokenizer: Any) -
     assert together == [generate(model, tokenizer, [prompt], 6)[0] for prompt in PROMPTS]
 
 
+def test_a_checkpoints_own_sampling_habits_do_not_change_its_answers(model: Any, tokenizer: Any) -> None:
+    before = generate(model, tokenizer, PROMPTS, 8)
+    model.generation_config.repetition_penalty = 1.8
+    model.generation_config.do_sample = True
+    assert generate(model, tokenizer, PROMPTS, 8) == before
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, before[0][1]]
+    short = generate(model, tokenizer, PROMPTS, 8)[0]
+    assert short == before[0][: before[0].index(before[0][1]) + 1]
+    model.generation_config = type(model.generation_config)()
+
+
 def test_held_out_loss_is_transformers_own(model: Any, tokenizer: Any) -> None:
     from tests.conftest import chat_rows
     from tuner.data.rows import Row, Skipped

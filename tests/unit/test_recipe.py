@@ -102,6 +102,35 @@ def test_yaml_that_would_build_objects_is_refused(tmp_path: Path) -> None:
     assert "is not plain data" in complaint(tmp_path, GOOD.replace("some/model", "!!python/object/apply:os.system ['true']"))
 
 
+@pytest.mark.parametrize(
+    "old_new",
+    [("some/model", ""), ("some/model", "2024-99-99"), ("some/model", "!!float abc"), ("some/model", "&a [*a]"), ("model:", "? [a, b]\n:"),
+     ("some/model", "*nowhere"), ("some/model", "[" * 3000), ("- merge: {}", "- [merge]"), ("- merge: {}", "- "), (GOOD, ""), (GOOD, "- 1"),
+     ("task: sft", "task: {max_tokens: 5}")],
+    ids=range(12),
+)  # fmt: skip
+def test_odd_yaml_is_a_complaint_or_fine_and_never_a_crash(tmp_path: Path, old_new: tuple[str, str]) -> None:
+    said = "r.yaml: fine"
+    try:
+        read(tmp_path, GOOD.replace(*old_new))
+    except RecipeError as error:
+        said = str(error)
+    assert "r.yaml:" in said
+
+
+def test_a_stage_without_options_needs_no_braces(tmp_path: Path) -> None:
+    assert read(tmp_path, GOOD.replace("- merge: {}", "- merge:")).stages[1][0] == "merge"
+
+
+def test_a_method_without_its_kind_is_lora(tmp_path: Path) -> None:
+    assert read(tmp_path, GOOD, "stages.0.tune.method.rank=8").stages[0][1].method.rank == 8
+
+
+def test_full_training_in_bfloat16_is_refused(tmp_path: Path) -> None:
+    said = complaint(tmp_path, GOOD.replace("task: sft", "task: sft\n      method: full\n      dtype: bfloat16"))
+    assert "dtype bfloat16 would round the weights that full trains; it takes float32" in said
+
+
 def test_the_schema_names_every_stage_task_and_method() -> None:
     text = json_schema()
     json.loads(text)

@@ -29,6 +29,7 @@ BAD_ROWS = [
     ({"messages": [ASKED, {"role": "robot", "content": "x"}]}, "the role is 'robot', expected one of system, user, assistant"),
     ({"messages": [ASKED, {"role": "assistant", "content": None}]}, "messages[1]: the content is None, expected text"),
     ({"messages": [ASKED, {"role": "assistant", "content": " "}]}, "messages[1]: the content is ' ', expected text"),
+    ('{"messages": [{"role": "user", "content": "\\ud800"}]}', "half of a surrogate pair"),
     ({"prompt": "x"}, 'the key "completion" is missing beside "prompt"'),
 ]
 

@@ -71,6 +71,39 @@ def test_a_damaged_gguf_file_is_refused(tmp_path: Path, content: bytes) -> None:
         facts(find(str(path)))
 
 
+def test_a_file_that_is_no_safetensors_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    for content in (b"", b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", b"\x02\0\0\0\0\0\0\0[]"):
+        (tmp_path / "model.safetensors").write_bytes(content)
+        with pytest.raises(SourceError, match="not a safetensors file"):
+            facts(find(str(tmp_path)))
+
+
+def test_a_model_in_the_hubs_cache_is_used_with_its_commit(tiny_model: Path, tmp_path: Path) -> None:
+    """The real hub code, offline, on a cache laid out as the hub client writes it."""
+    import subprocess
+    import sys
+
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "hub" / "models--someone--tiny"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    (repository / "snapshots").mkdir()
+    (repository / "snapshots" / commit).symlink_to(tiny_model)
+    code = (
+        "import sys; from pathlib import Path; from tuner.source import *; source = find('someone/tiny'); known = facts(source);"
+        "bundle = base_bundle(source, Path(sys.argv[1])); print(known.parameters, bundle.manifest.recipe['revision'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        env={**__import__("os").environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(facts(find(str(tiny_model))).parameters), commit]
+
+
 def test_a_directory_becomes_a_bundle_of_links_that_opens_as_a_model(tiny_model: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 

@@ -46,8 +46,17 @@ def test_adapters_get_a_buffer_of_their_rank_and_all_at_once() -> None:
 
 
 def test_more_tokens_than_the_model_reads_are_refused() -> None:
-    with pytest.raises(ServeError, match="reads 256 tokens at most, max_tokens 300 was asked for"):
+    with pytest.raises(ServeError, match="reads 256 tokens at most, --max-tokens 300 was asked for"):
         vllm.launch("m", bundle(max_tokens=256), {}, port=1, max_tokens=300)
+
+
+@pytest.mark.parametrize(
+    ("said", "reads", "asked", "length"),
+    [(None, 64, None, "64"), (None, 9000, None, "1024"), (512, 9000, None, "512"), (512, 9000, 600, "600")],
+)
+def test_the_length_is_the_command_lines_the_recipes_or_what_fits(said: Any, reads: int, asked: Any, length: str) -> None:
+    command = vllm.launch("m", bundle(max_tokens=reads, serve_max_tokens=said), {}, port=1, max_tokens=asked).command
+    assert command[command.index("--max-model-len") + 1] == length
 
 
 @pytest.mark.parametrize(("rank", "bucket"), [(1, 1), (2, 8), (16, 16), (17, 32), (512, 512)])

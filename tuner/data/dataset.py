@@ -8,6 +8,7 @@ from tuner import kinds
 from tuner.bundle import sha256
 from tuner.data.example import Example
 from tuner.data.rows import Row, Skipped, read_rows
+from tuner.errors import DataError
 from tuner.recipe import Recipe
 
 
@@ -44,11 +45,14 @@ def training_examples(recipe: Recipe, task: Any, tokenizer: Any, rows: int | Non
     }
 
 
-def heldout_rows(recipe: Recipe, task: Any, tokenizer: Any) -> list[tuple[Row, Example]]:
-    """The held-out rows that are usable, in the order of the file; empty where the recipe has none."""
-    if recipe.data.heldout is None:
-        return []
-    path, skipped = Path(recipe.data.heldout), Skipped()
+def heldout_rows(recipe: Recipe, task: Any, tokenizer: Any) -> tuple[list[tuple[Row, Example]], Skipped]:
+    """The held-out rows that are usable, in the order of the file, and those left out; training rows where there are none.
+
+    Raises DataError where no row is left.
+    """
+    path, skipped = Path(recipe.data.heldout or recipe.data.train), Skipped()
     rows = read_rows(path, recipe.data.made_by, recipe.data.on_bad_row, skipped)
     found = list(kinds.load("tasks", task.kind).examples(rows, tokenizer, task, recipe.data.on_bad_row, skipped))
-    return found[: recipe.data.heldout_rows]
+    if not found:
+        raise DataError(f"{path}: no row is left to measure on ({skipped.count} were left out)")
+    return found[: recipe.data.heldout_rows], skipped

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tuner.errors import DataError
+from tuner.errors import DataError, nearest
 
 T = TypeVar("T")
 # The report lists this many of the rows that were left out; all of them are counted.
@@ -41,7 +41,8 @@ def read_rows(path: Path, made_by: str | None, on_bad_row: str, skipped: Skipped
     Raises DataError for a file that is missing or empty, and for a line that is no JSON object unless bad rows are skipped.
     """
     if not path.is_file():
-        advice = f"; `python {made_by}` writes it" if made_by else ""
+        siblings = [str(each) for each in path.parent.glob("*") if each.is_file()] if path.parent.is_dir() else []
+        advice = f"; `python {made_by}` writes it" if made_by else nearest(str(path), siblings)
         raise DataError(f"{path}: there is no such file{advice}")
     found = False
     for line, text in _records(path):
@@ -93,6 +94,9 @@ def _records(path: Path) -> Iterator[tuple[int, Any]]:
 def _parse(text: str) -> dict[str, Any]:
     try:
         record = json.loads(text)
+        json.dumps(record, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise DataError("half of a surrogate pair (\\ud800 to \\udfff), which is no character; expected text") from None
     except (ValueError, RecursionError) as error:
         shown = text.strip()[:40]
         raise DataError(f"not JSON ({getattr(error, 'msg', error)}), found {shown!r}; expected one object a line") from None

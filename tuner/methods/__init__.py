@@ -1,6 +1,7 @@
 """What trains. One file each; a file defines
 
 Options                  the method's keys in a recipe, with `kind`
+DTYPES                   what the model may be loaded in, the default first
 GIVES                    the kind of bundle that training leaves
 prepare(model, ...)      the model with everything else frozen
 layers(model)            the trained modules by name: each must get a gradient

@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 GIVES = "model"
+# Steps of 1e-4 vanish in the 8 bits of bfloat16.
+DTYPES = ("float32",)
 
 
 class Options(BaseOptions):
@@ -19,8 +21,8 @@ class Options(BaseOptions):
 
 
 def prepare(model: Any, options: Options, family: Family, architecture: Architecture) -> Any:  # noqa: ARG001 - common signature
-    """The model itself, every parameter trained in float32: steps of 1e-4 vanish in bfloat16's 8 bits."""
-    return model.float().requires_grad_(True)
+    """The model itself, every parameter trained."""
+    return model.requires_grad_(True)
 
 
 def layers(model: Any) -> dict[str, list["nn.Parameter"]]:

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 GIVES = "adapter"
+# Of the frozen weights; the first is the default.
+DTYPES = ("bfloat16", "float32")
 
 
 class Options(BaseOptions):

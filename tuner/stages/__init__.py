@@ -34,4 +34,4 @@ class Job:
     def told(self) -> dict[str, Any]:
         """The part of the recipe that this stage followed, for the manifest."""
         told: dict[str, Any] = self.options.model_dump(mode="json")
-        return told
+        return {**told, "seed": self.recipe.seed}

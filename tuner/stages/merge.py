@@ -44,6 +44,6 @@ def run(job: Job) -> Manifest:
 
 def gate(options: Options, metrics: dict[str, Any], before: dict[str, Any]) -> None:  # noqa: ARG001 - a stage's common signature
     """Raises GateError where the merged model's probe is not the tuned model's."""
-    worst = metrics.get("probe", {}).get("max_difference", 0.0)
-    if worst > options.tolerance:
+    worst = metrics["probe"]["max_difference"]
+    if not worst <= options.tolerance:  # also where it is no number
         raise GateError(f"merging moved a probe token's log-probability by {worst:.4f}; tolerance is {options.tolerance}")

@@ -108,7 +108,7 @@ def gate(options: Options, metrics: dict[str, Any], before: dict[str, Any]) -> N
     """Raises GateError where held-out loss rose by more than the recipe allows."""
     if "heldout_loss" in metrics and "heldout_loss" in before:
         rise = metrics["heldout_loss"] - before["heldout_loss"]
-        if rise > options.gate.heldout_loss_rise:
+        if not rise <= options.gate.heldout_loss_rise:  # also where it is no number
             raise GateError(
                 f"held-out loss rose from {before['heldout_loss']:.3f} to {metrics['heldout_loss']:.3f}, by {rise:.3f}; "
                 f"gate.heldout_loss_rise allows {options.gate.heldout_loss_rise}"

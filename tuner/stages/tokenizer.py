@@ -22,7 +22,7 @@ class Options(BaseOptions):
     vocab_size: int = Field(4096, ge=257)
     """Entries: 256 bytes, the end token, and merges for the rest."""
     eos_token: str = Field("<|endoftext|>", min_length=1)
-    """Ends a document, begins one, and pads."""
+    """Ends a document and pads."""
 
 
 def gives(options: Options) -> str:  # noqa: ARG001 - a stage's common signature
@@ -68,11 +68,12 @@ def texts(job: Job) -> Iterator[str]:
 
     data, skipped = job.recipe.data, Skipped()
     rows = read_rows(Path(data.train), data.made_by, data.on_bad_row, skipped)
-    for _, text in usable(rows, lambda row: _text(row.record), data.on_bad_row, skipped):
+    for _, text in usable(rows, lambda row: text_of(row.record), data.on_bad_row, skipped):
         yield text
 
 
-def _text(record: dict[str, Any]) -> str:
+def text_of(record: dict[str, Any]) -> str:
+    """The record's text; raises DataError where it has none."""
     if isinstance(record.get("text"), str):
         return str(record["text"])
     if isinstance(record.get("messages"), list):

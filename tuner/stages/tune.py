@@ -11,6 +11,7 @@ from tuner.kinds import Options as BaseOptions
 from tuner.stages import Job
 
 TAKES = frozenset({"model"})
+# Also of the task, the method and the loop.
 VERSION = 1
 RESULT = "tuned"
 
@@ -27,7 +28,7 @@ class Options(BaseOptions):
 
     task: kinds.choice("tasks")  # type: ignore[valid-type]
     """What is learned: a file in tuner/tasks."""
-    method: kinds.choice("methods") = kinds.load("methods", "lora").Options()  # type: ignore[valid-type]
+    method: kinds.choice("methods", "lora") = kinds.load("methods", "lora").Options()  # type: ignore[valid-type]
     """Which weights learn it: a file in tuner/methods."""
     steps: int | None = Field(None, gt=0)
     """Optimizer steps; give this or `epochs`."""
@@ -47,8 +48,8 @@ class Options(BaseOptions):
     """AdamW's decoupled decay."""
     max_grad_norm: float = Field(1.0, gt=0)
     """Longer gradients are scaled down to this length."""
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Of frozen weights and activations; what is trained is kept in float32."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Of frozen weights and activations: bfloat16 by default. What is trained is float32, so `full` takes nothing else."""
     checkpoint_every_steps: int = Field(50, gt=0)
     """How much can be lost to a power cut."""
     gate: Gate = Gate()
@@ -59,6 +60,9 @@ class Options(BaseOptions):
             raise ValueError("steps and epochs both say how long to train; give one")
         if self.micro_batch_size and self.batch_size % self.micro_batch_size:
             raise ValueError(f"micro_batch_size {self.micro_batch_size} does not divide batch_size {self.batch_size}")
+        allowed = kinds.load("methods", self.method.kind).DTYPES
+        if self.dtype and self.dtype not in allowed:
+            raise ValueError(f"dtype {self.dtype} would round the weights that {self.method.kind} trains; it takes {allowed[0]}")
         return self
 
 
@@ -92,7 +96,7 @@ def run(job: Job) -> Manifest:
     method = kinds.load("methods", options.method.kind)
     family, architecture = family_of(str(base.manifest.model_type))
     torch.manual_seed(job.recipe.seed)
-    model = load_model(base, options.dtype)
+    model = load_model(base, options.dtype or method.DTYPES[0])
     try:
         model = method.prepare(model, options.method, family, architecture)
     except RecipeError as error:
@@ -139,7 +143,7 @@ def run(job: Job) -> Manifest:
 
 def gate(options: Options, metrics: dict[str, Any], before: dict[str, Any]) -> None:
     """Raises GateError where training changed nothing, or held-out loss did not fall as far as the recipe asks."""
-    if metrics.get("probe", {}).get("difference_from_base", 1.0) == 0.0:
+    if metrics["probe"]["difference_from_base"] == 0.0:
         raise GateError("the tuned model answers every probe exactly as the base does: training had no effect")
     if "heldout_loss" in metrics and "heldout_loss" in before:
         drop = before["heldout_loss"] - metrics["heldout_loss"]

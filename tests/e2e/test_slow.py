@@ -1,0 +1,64 @@
+"""Whole recipes with the real vLLM that take minutes each."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import tuner
+from tests.e2e.test_serving import QUICK, ROOT, Server, manifest
+
+pytestmark = pytest.mark.slow
+
+
+def sets(*changes: str) -> list[str]:
+    return [part for each in changes for part in ("--set", each)]
+
+
+def ask(server: Server, **body: Any) -> str:
+    from openai import OpenAI
+
+    client = OpenAI(base_url=server.wait_for(r"serving .* at (http://\S+)"), api_key="none")
+    return client.completions.create(temperature=0, **body).choices[0].text
+
+
+def test_gpt2_from_nothing_but_text_is_served(tmp_path: Path) -> None:
+    done = tuner("run", ROOT / "recipes/gpt2-pretrain.yaml", "--out", tmp_path / "gpt2", timeout=1800)
+    assert done.returncode == 0, done.stderr
+    assert manifest(tmp_path / "gpt2", "tune")["metrics"]["heldout_loss"] < 5.6
+    server = Server(tmp_path / "gpt2" / "tune", "--port", "0")
+    try:
+        assert len(ask(server, model="gpt2-tune", prompt="The people of the United States", max_tokens=20).split()) > 5
+        assert re.search(r"proven on 8 questions: 100\.0%", server.said)
+    finally:
+        server.end()
+
+
+def test_four_bit_weights_are_served_in_the_type_that_works(tmp_path: Path) -> None:
+    changes = sets(
+        *QUICK[:-1],
+        "stages.2.quantize.scheme=w4a16",
+        "stages.2.quantize.algorithm=gptq",
+        "stages.2.quantize.calibration_rows=32",
+        "stages.2.quantize.gate.heldout_loss_rise=0.5",
+    )
+    done = tuner("run", ROOT / "recipes/demo.yaml", "--out", tmp_path / "four", *changes, timeout=1800)
+    assert done.returncode == 0, done.stderr
+    # 576 wide: 128 does not divide it, 64 does.
+    assert manifest(tmp_path / "four", "quantize")["serving"]["group_size"] == 64
+    server = Server(tmp_path / "four" / "quantize", "--port", "0")
+    try:
+        assert ask(server, model="four-quantize", prompt="az vm", max_tokens=4)
+    finally:
+        server.end()
+
+
+def test_the_demo_ends_with_its_table(tmp_path: Path) -> None:
+    done = tuner("prove", ROOT / "recipes/demo.yaml", "--out", tmp_path / "demo", timeout=3600)
+    assert done.returncode == 0, done.stderr
+    rows = [line.split("|")[1:-1] for line in (tmp_path / "demo" / "report.md").read_text().splitlines() if line.startswith("| ")]
+    assert [row[0].strip() for row in rows[1:]] == ["base", "tuned", "merged", "quantized", "served"]
+    words = {row[0].strip(): float(row[2].strip(" %")) for row in rows[1:]}
+    assert words["base"] < 5
+    assert min(words["tuned"], words["served"]) > 15

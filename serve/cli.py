@@ -24,6 +24,7 @@ def say(text: str) -> None:
 def serve(folders: list[Path], settings: Settings) -> None:
     """Serve until Ctrl-C or SIGTERM, then finish what is under way and leave no process behind."""
     engines = arrange(folders, settings, say)
+    waiting = console.status("waiting for the engines")
 
     async def main() -> None:
         stop = asyncio.Event()
@@ -37,12 +38,18 @@ def serve(folders: list[Path], settings: Settings) -> None:
             loop.add_signal_handler(number, ask_to_stop)
 
         def opened(url: str) -> None:
+            waiting.stop()
             names = ", ".join(name for engine in engines for name in (engine.name, *engine.adapters))
             say(f"serving {names} at {url}")
 
         await serve_until(engines, settings, stop, opened)
 
-    asyncio.run(main())
+    if console.is_terminal:
+        waiting.start()
+    try:
+        asyncio.run(main())
+    finally:
+        waiting.stop()
 
 
 def chat(target: str, system: str | None) -> None:

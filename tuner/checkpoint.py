@@ -76,7 +76,8 @@ def quiet() -> None:
     # bitsandbytes suggests a package for faster 4-bit products at every import.
     logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
     for name in ("LLM_COMPRESSOR", "COMPRESSED_TENSORS"):
-        os.environ.setdefault(f"{name}_LOG_DISABLED", "true")
+        # Not LOG_DISABLED: llm-compressor 0.14 then lacks a level that its GPTQ logs to, and dies.
+        os.environ.setdefault(f"{name}_LOG_LEVEL", "ERROR")
     # Advice to programmers about arguments that are meant as they are.
     warnings.filterwarnings("ignore", category=UserWarning, module="transformers")
     from transformers.utils import logging as transformers_logging

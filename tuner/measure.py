@@ -137,10 +137,10 @@ def first_of_each(rows: list[Any]) -> list[Any]:
 
 
 def _key(recipe: Recipe, reference: Bundle | None, base: Bundle | None) -> str:
-    heldout = recipe.data.heldout
+    rows = Path(recipe.data.heldout or recipe.data.train)
     return fingerprint(
         VERSION,
-        sha256(Path(heldout)) if heldout and Path(heldout).is_file() else None,
+        sha256(rows),
         recipe.data.heldout_rows,
         recipe.data.on_bad_row,
         task_of(recipe).model_dump(mode="json"),

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Protocol
 
 from rich.console import Console
@@ -40,8 +40,9 @@ def track(title: str, total: int, done: int = 0) -> Iterator[Advance]:
 
 @contextmanager
 def timed(title: str) -> Iterator[None]:
-    """Say what begins, and how long it took once it has ended well."""
+    """Say what begins, turn a spinner in a terminal, and say how long it took once it has ended well."""
     start = time.monotonic()
     say(f"{title} ...")
-    yield
+    with console.status(title) if console.is_terminal else nullcontext():
+        yield
     say(f"{title}: {time.monotonic() - start:.0f} s")

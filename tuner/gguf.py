@@ -1,0 +1,99 @@
+"""GGUF files: their header without reading weights, and the ordinary checkpoint inside them."""
+
+import os
+import struct
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from tuner.errors import SourceError
+
+
+def read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """The scalar metadata of a GGUF file and its number of parameters, read in milliseconds.
+
+    The library gguf builds every tokenizer string and tensor first, which takes seconds; the layout is the one in its
+    specification (GGUF version 2 and 3, little-endian). Raises SourceError for a file that is something else.
+    """
+    try:
+        with path.open("rb") as file:
+            magic, version, tensors, pairs = struct.unpack("<4sIQQ", file.read(24))
+            if magic != b"GGUF" or version not in (2, 3):
+                raise SourceError(f"{path}: not a GGUF file of version 2 or 3")
+            values = {_gguf_string(file): _gguf_value(file, _gguf_number(file, "I")) for _ in range(pairs)}
+            parameters = 0
+            for _ in range(tensors):
+                _gguf_string(file)
+                size = 1
+                for _ in range(_gguf_number(file, "I")):
+                    size *= _gguf_number(file, "Q")
+                _gguf_number(file, "I")  # the storage type
+                _gguf_number(file, "Q")  # the offset
+                parameters += size
+    except (struct.error, UnicodeDecodeError, KeyError, MemoryError, OverflowError):
+        raise SourceError(f"{path}: the GGUF header is damaged or cut off") from None
+    return {key: value for key, value in values.items() if value is not None}, parameters
+
+
+# GGUF value types 0 to 12, as struct writes them; 8 is a string and 9 an array.
+GGUF_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+
+
+def _gguf_number(file: BinaryIO, letter: str) -> Any:
+    return struct.unpack("<" + letter, file.read(struct.calcsize("<" + letter)))[0]
+
+
+def _gguf_string(file: BinaryIO) -> str:
+    return file.read(_gguf_number(file, "Q")).decode("utf-8")
+
+
+def _gguf_value(file: BinaryIO, kind: int) -> Any:
+    if kind == 8:
+        return _gguf_string(file)
+    if kind != 9:
+        return _gguf_number(file, GGUF_SCALARS[kind])
+    item, count = _gguf_number(file, "I"), _gguf_number(file, "Q")
+    if item in GGUF_SCALARS:
+        file.seek(count * struct.calcsize("<" + GGUF_SCALARS[item]), os.SEEK_CUR)
+    else:
+        for _ in range(count):
+            _gguf_value(file, item)
+    return None
+
+
+def unpack(path: Path, folder: Path) -> None:
+    """Dequantize a GGUF file into an ordinary checkpoint in bfloat16, with its tokenizer and chat template."""
+    from tuner.checkpoint import quiet
+    from tuner.families import family_of
+
+    quiet()
+    import torch
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    values, _ = read_header(path)
+    family_of(str(values.get("general.architecture")))  # a sentence now rather than a failure after the conversion
+    model = AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+    )
+    # A Q4 block keeps a 16-bit scale, so bfloat16 rounds by 0.1% where 4 bits had rounded by several; it halves the file.
+    model.config.__dict__.pop("quantization_config", None)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    load_tokenizer(path).save_pretrained(folder)
+
+
+def load_tokenizer(path: Path) -> Any:
+    """The tokenizer and chat template inside a GGUF file, with the special tokens that its header names."""
+    from tuner.checkpoint import quiet
+
+    quiet()
+    from transformers import AutoTokenizer
+
+    # Clean-up on decoding is meant for BERT's word pieces and would eat spaces; transformers would say so at every use.
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, clean_up_tokenization_spaces=False)
+    values, _ = read_header(path)
+    # transformers 5.17 gives a GPT-2-style GGUF tokenizer its bos token as eos, so an answer would never end where the
+    # model ends it. The file itself says which is which.
+    for name, role in (("bos", "bos"), ("eos", "eos"), ("padding", "pad"), ("unknown", "unk")):
+        token_id = values.get(f"tokenizer.ggml.{name}_token_id")
+        if token_id is not None:
+            setattr(tokenizer, f"{role}_token", tokenizer.convert_ids_to_tokens(int(token_id)))
+    return tokenizer

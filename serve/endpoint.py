@@ -102,6 +102,7 @@ class Engine:
             try:
                 proof = await replay(self.client, name, bundle, plan.dtype)
             except EngineError as error:
+                await asyncio.sleep(1.0)  # a core that died takes its front end along, and its log says why
                 raise EngineError(f"{error}{self._last_words() if not self._alive() else ''}") from None
             self.say(
                 f"{name}: proven on {proof.questions} questions: {proof.agreement:.1%} of {proof.tokens} tokens the same, "
@@ -182,6 +183,8 @@ def arrange(folders: list[Path], settings: Settings, say: Callable[[str], None])
     models: dict[Path, tuple[str, Bundle]] = {}
     adapters: dict[Path, dict[str, Bundle]] = {}
     names: set[str] = set()
+    if settings.name and len(folders) > 1:
+        raise ServeError(f"--name {settings.name}: {len(folders)} bundles cannot share one name; without it each has its own")
     for folder in folders:
         bundle = open_bundle(folder)
         if why := vllm.refusal(bundle):

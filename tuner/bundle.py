@@ -134,9 +134,13 @@ def add_results(
     serving: dict[str, Any] | None = None,
     probe: list[dict[str, Any]] | None = None,
 ) -> Bundle:
-    """Add what was measured, or how to serve it, to a finished bundle's manifest; its files and fingerprint stay as they are."""
+    """Add what was measured, or how to serve it, to a finished bundle's manifest; its files and fingerprint stay as they are.
+
+    A metric that is None is removed: it was measured under other conditions.
+    """
     values = asdict(bundle.manifest)
-    values["metrics"] |= metrics or {}
+    merged = {**values["metrics"], **(metrics or {})}
+    values["metrics"] = {name: value for name, value in merged.items() if value is not None}
     values["serving"] |= serving or {}
     if probe is not None:
         values["probe"] = probe

@@ -46,7 +46,7 @@ def measured(bundle: Bundle, recipe: Recipe, reference: Bundle | None, base: Bun
     ]
     given = generate(model, tokenizer, [question["ids"] for question in questions], recipe.probe.answer_tokens)
     items = probe.record(model, questions, given, where)
-    metrics: dict[str, Any] = {"key": key, "base": None}
+    metrics: dict[str, Any] = {"key": key, **dict.fromkeys(("base", "heldout_loss", "heldout_tokens", "heldout_skipped", "scores"))}
     asked_items = reference.manifest.probe if reference is not None else items
     metrics["probe"] = probe.compare(asked_items, probe.replay(model, asked_items, where))
     if base is not None:

@@ -109,7 +109,7 @@ def recipe_type() -> type[BaseModel]:
         model=(str | None, Field(None, description="A hub id, a directory, a bundle, a .gguf file, or pkg://MODULE/PATH.")),
         revision=(str | None, Field(None, description="The hub commit to use; what was found is written into the manifest.")),
         data=(Data, ...),
-        seed=(int, Field(0, ge=0, description="Everything random follows from it.")),
+        seed=(int, Field(0, ge=0, lt=2**32, description="Everything random follows from it.")),
         stages=(list[entry], Field(min_length=1)),
         evaluate=(Evaluate, Evaluate()),
         probe=(Probe, Probe()),

@@ -23,7 +23,7 @@ def rows(bundles: list[Bundle], out_dir: Path) -> list[dict[str, str]]:
     """One row for each measured bundle, and one for the endpoint where it was asked and serves the last of them."""
     measured = [bundle for bundle in bundles if "probe" in bundle.manifest.metrics]
     found = []
-    for bundle, following in zip(measured, [*measured[1:], None], strict=True):
+    for bundle, following in zip(measured, [*measured, None][1:], strict=True):
         # The model before tuning is asked the tuned model's questions only once those exist.
         asked = following.manifest.metrics.get("base") if following else None
         found.append(_row(result_name(bundle), {**bundle.manifest.metrics, **({"probe": asked} if asked else {})}))

@@ -26,7 +26,8 @@ def test_a_bundle_is_found_again_with_sizes_and_hashes(bundle) -> None:
 
 
 def test_results_are_added_without_touching_the_files(bundle) -> None:
-    assert add_results(bundle, metrics={"a": 1}).manifest.metrics == {"a": 1}
+    assert add_results(bundle, metrics={"a": 1, "b": 2}).manifest.metrics == {"a": 1, "b": 2}
+    assert add_results(bundle, metrics={"b": None}).manifest.metrics == {}
     verify(open_bundle(bundle.path))
 
 

@@ -87,6 +87,11 @@ def test_text_files_have_a_document_a_paragraph(tmp_path: Path) -> None:
     assert [(row.place, row.record["text"]) for row in rows] == [(f"{path}:1", "one\ntwo\n"), (f"{path}:5", "three\n")]
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "x"}\r\n')
+    assert [row.record for row in read_rows(tmp_path / "a.jsonl", None, "stop", Skipped())] == [{"text": "x"}]
+
+
 def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(DataError, match="not UTF-8"):

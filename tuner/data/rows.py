@@ -74,7 +74,7 @@ def usable(rows: Iterator[Row], use: Callable[[Row], T], on_bad_row: str, skippe
 
 def _records(path: Path) -> Iterator[tuple[int, Any]]:
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:  # Windows editors begin a file with a mark
             if path.suffix != ".txt":
                 yield from ((number, line) for number, line in enumerate(file, 1) if line.strip())
                 return

@@ -36,6 +36,7 @@ def gives(options: Options) -> str:  # noqa: ARG001 - a stage's common signature
 def run(job: Job) -> Manifest:
     """Build the model with the recipe's seed; raises RecipeError for a key that the configuration does not have."""
     import torch
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from tuner.checkpoint import load_tokenizer
@@ -60,7 +61,7 @@ def run(job: Job) -> Manifest:
     torch.manual_seed(job.recipe.seed)
     try:
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**{**values, **ids}), dtype=torch.float32)
-    except (ValueError, TypeError, RuntimeError) as error:
+    except (ValueError, TypeError, RuntimeError, StrictDataclassError) as error:
         raise RecipeError(
             f"{job.recipe.at('stages', job.index, 'init', 'config')}: no model can be made from it: {error}"
         ) from None

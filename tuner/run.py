@@ -37,6 +37,8 @@ def run(plan: Plan, out_dir: Path) -> list[Bundle]:
     """
     from tuner.measure import base_on_probe, measured
 
+    # Without a model that was given or trained there is nothing to ask the rows of.
+    learns = plan.source is not None or any(step.name == "tune" for step in plan.steps)
     bundles: list[Bundle] = []
     reference: Bundle | None = None  # the tuned model, whose probe the later ones should answer alike
     base: Bundle | None = None  # the model before tuning
@@ -53,7 +55,7 @@ def run(plan: Plan, out_dir: Path) -> list[Bundle]:
         for step in plan.steps:
             before = bundles[-1] if bundles else None
             bundle = _finished(plan, step, before, out_dir) or _made(plan, step, before, out_dir)
-            if step.gives != "tokenizer":
+            if step.gives != "tokenizer" and learns:
                 base = before if step.name == "tune" else base
                 # A recipe that tunes nothing compares with the model that it was given.
                 like = None if step.name in ("tune", "init") else reference or before

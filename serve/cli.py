@@ -64,8 +64,7 @@ def chat(target: str, system: str | None) -> None:
             messages.append({"role": "user", "content": line})
             answer = ""
             try:
-                for event in client.chat.completions.create(model=model, messages=messages, stream=True, temperature=0):
-                    piece = (event.choices[0].delta.content or "") if event.choices else ""
+                for piece in _answer(client, model, messages):
                     answer += piece
                     sys.stdout.write(piece)
                     sys.stdout.flush()
@@ -73,6 +72,25 @@ def chat(target: str, system: str | None) -> None:
                 raise ServeError(f"{url}: {error}") from None
             sys.stdout.write("\n")
             messages.append({"role": "assistant", "content": answer})
+
+
+def _answer(client: Any, model: str, messages: list[dict[str, str]]) -> Iterator[str]:
+    """The pieces of the next answer; of a model that has no chat template, of what it makes of the last line."""
+    from openai import BadRequestError
+
+    try:
+        events = client.chat.completions.create(model=model, messages=messages, stream=True, temperature=0)
+    except BadRequestError as error:
+        if "chat template" not in str(error):
+            raise
+        say(f"{model} has no chat template, so it goes on from your line alone")
+        for event in client.completions.create(
+            model=model, prompt=messages[-1]["content"], stream=True, temperature=0, max_tokens=64
+        ):
+            yield event.choices[0].text if event.choices else ""
+        return
+    for event in events:
+        yield (event.choices[0].delta.content or "") if event.choices else ""
 
 
 @contextmanager

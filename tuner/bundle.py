@@ -110,7 +110,11 @@ def write_bundle(path: Path, partial: Path, fill: Callable[[Path], Manifest]) ->
         if partial.exists():
             shutil.rmtree(partial)
         partial.mkdir(parents=True)
-        manifest = fill(partial)
+        try:
+            manifest = fill(partial)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)  # on a full disk, room for the next try
+            raise
         files = {}
         for file in sorted(partial.rglob("*")):
             if file.is_file():

@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -38,6 +39,8 @@ def check(recipe: RecipePath, overrides: Overrides = None, out: Out = None) -> N
     print(f"model:   {source} ({plan.facts.model_type}, about {plan.facts.parameters / 1e6:.0f}M parameters)")
     for name, count in plan.rows.items():
         print(f"data:    {count} {name} rows can be read{' (the first; the run reads all)' if count == CHECKED_ROWS else ''}")
+    if plan.copied:
+        print(f"data:    {plan.copied} held-out rows are training rows, too: what is measured on them is too good")
     print(f"stages:  {' -> '.join([plan.steps[0].takes, *(f'{step.name} -> {step.gives}' for step in plan.steps)])}")
     print(f"serving: {plan.serving()}")
     print(f"needs:   about {plan.disk_bytes() / 1e9:.1f} GB of disk and {plan.memory_bytes() / 1e9:.1f} GB of memory")
@@ -59,7 +62,7 @@ def run(recipe: RecipePath, overrides: Overrides = None, out: Out = None) -> Non
 @app.command()
 def prove(recipe: RecipePath, overrides: Overrides = None, out: Out = None) -> None:
     """Run what is not finished, serve the last bundle, ask it the held-out questions, compare, shut down."""
-    from tuner.progress import say
+    from tuner.progress import say, timed
     from tuner.prove import prove as prove_served
     from tuner.report import rows, table, write_report
     from tuner.run import run as run_plan
@@ -71,7 +74,9 @@ def prove(recipe: RecipePath, overrides: Overrides = None, out: Out = None) -> N
 
     settings = Settings(port=0, max_tokens=plan.recipe.serve.max_tokens)
     try:
-        with serving([bundles[-1].path], settings, say) as url:
+        with ExitStack() as endpoint:
+            with timed("starting the endpoint"):
+                url = endpoint.enter_context(serving([bundles[-1].path], settings, say))
             prove_served(plan.recipe, bundles, url, out_dir)
     finally:
         write_report(bundles, out_dir)
@@ -100,6 +105,7 @@ def show(
     bundle = open_bundle(folder)
     if verify:
         verify_bundle(bundle)
+        print(f"verified: {len(bundle.manifest.files)} files have the sha256 that {folder / 'bundle.json'} says", file=sys.stderr)
     show_bundle(bundle, as_json=as_json)
 
 

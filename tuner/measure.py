@@ -12,7 +12,7 @@ from tuner import kinds, probe
 from tuner.bundle import Bundle, add_results, fingerprint, sha256
 from tuner.causal import collate, supervised_log_likelihood
 from tuner.checkpoint import device, load_model, load_tokenizer
-from tuner.data.dataset import heldout_rows, task_of
+from tuner.data.dataset import heldout_rows
 from tuner.data.example import Example
 from tuner.progress import track
 from tuner.recipe import Recipe
@@ -24,18 +24,17 @@ BATCH_ROWS = 16
 GENERATE_ROWS = 64
 
 
-def measured(bundle: Bundle, recipe: Recipe, reference: Bundle | None, base: Bundle | None) -> Bundle:
+def measured(bundle: Bundle, recipe: Recipe, *, task: Any, reference: Bundle | None = None, base: Bundle | None = None) -> Bundle:
     """The bundle with `probe` and `metrics` filled in.
 
-    `reference` is the tuned bundle whose probe this one should answer alike, `base` the model before tuning. Nothing is
-    done where the same rows were measured before. Without held-out rows the probe asks training rows, and nothing else
-    is measured. Raises DataError for held-out rows that cannot be used.
+    `task` has the options of the task by which it is measured, `reference` is the tuned bundle whose probe this one should
+    answer alike, `base` the model before tuning. Nothing is done where the same rows were measured before. Without held-out
+    rows the probe asks training rows, and nothing else is measured. Raises DataError for held-out rows that cannot be used.
     """
-    key = _key(recipe, reference, base)
+    key = _key(recipe, task, reference, base)
     if bundle.manifest.metrics.get("key") == key:
         return bundle
     tokenizer = load_tokenizer(bundle.path)
-    task = task_of(recipe)
     rows, skipped = heldout_rows(recipe, task, tokenizer)
     where = device()
     model = load_model(bundle)
@@ -136,14 +135,14 @@ def first_of_each(rows: list[Any]) -> list[Any]:
     return list(first.values())
 
 
-def _key(recipe: Recipe, reference: Bundle | None, base: Bundle | None) -> str:
+def _key(recipe: Recipe, task: Any, reference: Bundle | None, base: Bundle | None) -> str:
     rows = Path(recipe.data.heldout or recipe.data.train)
     return fingerprint(
         VERSION,
         sha256(rows),
         recipe.data.heldout_rows,
         recipe.data.on_bad_row,
-        task_of(recipe).model_dump(mode="json"),
+        task.model_dump(mode="json"),
         recipe.evaluate.model_dump(mode="json"),
         recipe.probe.model_dump(mode="json"),
         [each.manifest.fingerprint if each else None for each in (reference, base)],

@@ -1,6 +1,7 @@
 """Decides, before anything is loaded, what a recipe will do and whether it can: a chain of stages, each taking what the one
 before gives."""
 
+import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tuner import kinds
-from tuner.data.dataset import task_of
+from tuner.data.dataset import task_of, tasks_of
 from tuner.data.rows import Row, Skipped, read_rows, usable
 from tuner.errors import DataError, RecipeError, SourceError, TunerError
 from tuner.families import Architecture, Family, family_of
@@ -31,6 +32,11 @@ class Step:
     takes: str
     gives: str
 
+    @property
+    def trains(self) -> bool:
+        """It teaches the model a task."""
+        return hasattr(self.options, "task")
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -44,11 +50,27 @@ class Plan:
     steps: list[Step]
     rows: dict[str, int]
     """Rows that were looked at and can be used, for each file."""
+    copied: int
+    """Held-out rows among them that are training rows, too."""
+
+    @property
+    def learns(self) -> bool:
+        """There is a model, given or trained, that can be asked the rows."""
+        return self.source is not None or any(step.trains for step in self.steps)
 
     @property
     def result(self) -> str:
         """The kind of the last bundle."""
         return self.steps[-1].gives
+
+    def skeleton(self) -> Any | None:
+        """The model without weights, for what only its modules tell; None where a stage has yet to make it.
+
+        Costs seconds of imports, so it is built for the options that need it and no others.
+        """
+        from tuner.checkpoint import skeleton
+
+        return skeleton(self.source) if self.source else None
 
     def serving(self) -> str:
         """One line on how the result can be served."""
@@ -62,14 +84,14 @@ class Plan:
         """About what all stages write, training checkpoints included."""
         size = {"model": 4, "quantized": 2, "adapter": 0.2, "tokenizer": 0}
         base = 2 * self.facts.parameters if self.source and self.source.is_gguf else 0
-        checkpoints = max((4 * size[step.gives] for step in self.steps if step.name == "tune"), default=0)
+        checkpoints = max((4 * size[step.gives] for step in self.steps if step.trains), default=0)
         return int(base + self.facts.parameters * (sum(size[step.gives] for step in self.steps) + checkpoints)) + 50_000_000
 
     def memory_bytes(self) -> int:
         """About what the largest stage keeps in memory: weights, gradients, optimizer, activations."""
         need = 4 * self.facts.parameters * 2  # a float32 copy, and one more while it is written
         for step in self.steps:
-            if step.name == "tune":
+            if step.trains:
                 weights = 2 if step.gives == "adapter" and step.options.dtype == "bfloat16" else 4
                 trained = 0.05 if step.gives == "adapter" else 1.0
                 need = max(need, int(self.facts.parameters * (weights + 16 * trained)))
@@ -80,30 +102,38 @@ def make_plan(recipe: Recipe, out_dir: Path) -> Plan:
     """The chain of stages for a recipe. Raises RecipeError, SourceError or DataError for whatever cannot work."""
     source, known = _start(recipe)
     steps = list(_chain(recipe, known.bundle_kind if known else "nothing"))
-    known = known or _facts_of_init(recipe)
+    known = known or _facts_of_made(recipe)
     try:
         family, architecture = family_of(known.model_type)
     except SourceError as error:
         raise recipe.error(str(error), *_model_place(recipe)) from None
-    plan = Plan(recipe, source, known, family, architecture, steps, check_rows(recipe))
-    _check_combinations(plan)
+    plan = Plan(recipe, source, known, family, architecture, steps, *check_rows(recipe, known))
+    for step in steps:
+        if check := getattr(step.stage, "check", None):
+            check(plan, step)
+    _check_lengths(plan)
     _check_disk(plan, out_dir)
     return plan
 
 
-def check_rows(recipe: Recipe) -> dict[str, int]:
-    """Rows that a task can read, per file, without a tokenizer. Raises DataError with the place of the first it cannot."""
+def check_rows(recipe: Recipe, known: Facts) -> tuple[dict[str, int], int]:
+    """Rows that the tasks can read, per file, without a tokenizer, and how many held-out rows are training rows.
+
+    Raises DataError with the place of the first row that they cannot read, and where nothing is held out in truth.
+    """
+    readers = _readers(recipe)
+    seen: dict[str, set[int]] = {"train": set(), "heldout": set()}
     counts = {}
-    learns = recipe.model is not None or any(name == "tune" for name, _ in recipe.stages)
-    check = kinds.load("tasks", task_of(recipe).kind).check if learns else kinds.load("stages", "tokenizer").text_of
-
-    def checked(row: Row) -> None:
-        check(row.record)
-
-    for key in ("train", "heldout"):
+    for key in seen:
         name = getattr(recipe.data, key)
         if name is None:
             continue
+
+        def checked(row: Row, key: str = key) -> None:
+            for reader in readers:
+                reader.check_row(row.record, chat_template=known.chat_template)
+            seen[key].add(hash(json.dumps(row.record, sort_keys=True)))
+
         skipped = Skipped()
         try:
             rows = _first(read_rows(Path(name), recipe.data.made_by, recipe.data.on_bad_row, skipped))
@@ -114,9 +144,18 @@ def check_rows(recipe: Recipe) -> dict[str, int]:
             raise recipe.error(str(error), "data", key) from None
         if not counts[key]:
             raise DataError(f"{name}: none of its rows can be used; the first: {skipped.listed[0]}")
-    if recipe.data.heldout and Path(recipe.data.heldout).resolve() == Path(recipe.data.train).resolve():
-        raise recipe.error("the held-out rows are the training rows, so nothing would be measured", "data", "heldout")
-    return counts
+    copied = len(seen["heldout"] & seen["train"])
+    if copied and copied == len(seen["heldout"]):
+        raise recipe.error("the held-out rows are all training rows, so nothing would be measured", "data", "heldout")
+    return counts, copied
+
+
+def _readers(recipe: Recipe) -> list[Any]:
+    """The modules that read the rows: the tasks that are trained, else the one that measures, else stages that read text."""
+    if tasks_of(recipe) or recipe.model is not None:
+        return [kinds.load("tasks", task.kind) for task in tasks_of(recipe) or [task_of(recipe)]]
+    stages = [kinds.load("stages", name) for name, _ in recipe.stages]
+    return [stage for stage in stages if hasattr(stage, "check_row")]
 
 
 def _first(rows: Iterator[Row]) -> Iterator[Row]:
@@ -168,62 +207,33 @@ def _advice(have: str, wanted: frozenset[str]) -> str:
 
 def _model_place(recipe: Recipe) -> tuple[str | int, ...]:
     """Where the recipe says which model it is about."""
-    made = [index for index, (name, _) in enumerate(recipe.stages) if name == "init"]
-    return ("stages", made[0], "init", "config", "model_type") if recipe.model is None and made else ("model",)
+    made = [(index, name) for index, (name, _) in enumerate(recipe.stages) if hasattr(kinds.load("stages", name), "facts")]
+    return ("stages", *made[0], "config", "model_type") if recipe.model is None and made else ("model",)
 
 
-def _facts_of_init(recipe: Recipe) -> Facts:
+def _facts_of_made(recipe: Recipe) -> Facts:
+    """What can be known of the model that a stage will make."""
     for name, options in recipe.stages:
-        if name == "init":
-            config = options.config
-            numbers = {key: value for key, value in config.items() if isinstance(value, int)}
-            hidden = numbers.get("hidden_size") or numbers.get("n_embd") or 768
-            blocks = numbers.get("num_hidden_layers") or numbers.get("n_layer") or 12
-            vocabulary = max([each.vocab_size for stage, each in recipe.stages if stage == "tokenizer"], default=50_000)
-            length = numbers.get("max_position_embeddings") or numbers.get("n_positions") or 0
-            # A block is about 12 x hidden^2: four projections in attention, eight in the two layers behind it.
-            return Facts(str(config["model_type"]), 12 * blocks * hidden * hidden + vocabulary * hidden, length)
-    return Facts("gpt2", 0, 0)
+        stage = kinds.load("stages", name)
+        if hasattr(stage, "facts"):
+            vocabulary = max((getattr(each, "vocab_size", 0) for _, each in recipe.stages), default=0)
+            made: Facts = stage.facts(options, vocabulary or 50_000)
+            return made
+    return Facts("gpt2", 0, 0, chat_template=False)  # a recipe that only trains a tokenizer
 
 
-def _check_combinations(plan: Plan) -> None:
-    recipe, model_type = plan.recipe, plan.facts.model_type
-    for step in plan.steps:
-        if step.name == "tune":
-            task = kinds.load("tasks", step.options.task.kind)
-            if task.HEAD not in plan.family.heads:
-                heads = ", ".join(sorted(plan.family.heads))
-                raise recipe.error(
-                    f"{step.options.task.kind} needs a {task.HEAD} head; {model_type} has {heads}",
-                    "stages",
-                    step.index,
-                    "tune",
-                    "task",
-                )
-            if plan.facts.max_tokens and step.options.task.max_tokens > plan.facts.max_tokens:
-                raise recipe.error(
-                    f"max_tokens {step.options.task.max_tokens} is more than the {plan.facts.max_tokens} that {model_type} reads",
-                    "stages",
-                    step.index,
-                    "tune",
-                    "task",
-                    "max_tokens",
-                )
-        if step.name == "quantize" and not plan.architecture.quantizable:
-            raise recipe.error(step.stage.not_quantizable(model_type), "stages", step.index, "quantize")
-    served = recipe.serve.max_tokens
-    learns = any(step.name == "tune" for step in plan.steps)
-    if served and learns and served <= task_of(recipe).max_tokens:
-        raise recipe.error(
-            f"max_tokens {served} leaves no room for an answer to rows of up to {task_of(recipe).max_tokens} tokens",
+def _check_lengths(plan: Plan) -> None:
+    """Raises RecipeError where what is served is longer than the model reads, or leaves no room for an answer."""
+    served, most = plan.recipe.serve.max_tokens, plan.facts.max_tokens
+    if served and any(served <= task.max_tokens for task in tasks_of(plan.recipe)[-1:]):
+        raise plan.recipe.error(
+            f"max_tokens {served} leaves no room for an answer to rows of up to {task_of(plan.recipe).max_tokens} tokens",
             "serve",
             "max_tokens",
         )
-    if served and plan.facts.max_tokens and served > plan.facts.max_tokens:
-        raise recipe.error(
-            f"max_tokens {served} is more than the {plan.facts.max_tokens} that {model_type} reads",
-            "serve",
-            "max_tokens",
+    if served and most and served > most:
+        raise plan.recipe.error(
+            f"max_tokens {served} is more than the {most} that {plan.facts.model_type} reads", "serve", "max_tokens"
         )
 
 

@@ -3,10 +3,12 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+T = TypeVar("T")
 
 console = Console(stderr=True, highlight=False)
 
@@ -36,6 +38,14 @@ def track(title: str, total: int, done: int = 0) -> Iterator[Advance]:
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
         task = progress.add_task(title, total=total, completed=done, note="")
         yield lambda count=1, note="": progress.update(task, advance=count, note=note)
+
+
+def counted(title: str, items: list[T]) -> Iterator[T]:
+    """The items, with a bar that moves as they are taken."""
+    with track(title, len(items)) as advance:
+        for item in items:
+            yield item
+            advance()
 
 
 @contextmanager

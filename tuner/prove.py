@@ -52,7 +52,9 @@ def prove(recipe: Recipe, bundles: list[Bundle], url: str, out_dir: Path) -> dic
         return read_back(client, model, example)
 
     # As in run.py: the last tuned bundle, or where nothing was tuned the one before.
-    tuned = next((each for each in reversed(bundles) if each.manifest.stage == "tune"), bundles[-2] if len(bundles) > 1 else bundle)
+    tuned = next(
+        (each for each in reversed(bundles) if "training" in each.manifest.metrics), bundles[-2] if len(bundles) > 1 else bundle
+    )
     items = tuned.manifest.probe
     examples = [example for _, example in rows] + [probe.example(item) for item in items]
     answers, read = [], []

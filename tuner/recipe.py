@@ -221,8 +221,11 @@ def _read(path: Path, children: tuple[Path, ...]) -> tuple[Any, dict[Location, s
     _anchor(tree, path.parent)
     parent = tree.get("extends")
     if isinstance(parent, str):
+        if not (path.parent / parent).is_file():
+            known = [each.name for each in path.parent.glob("*.yaml") if each != path]
+            raise RecipeError(f'{places[("extends",)]}: extends: there is no recipe "{parent}" beside it{nearest(parent, known)}')
         base_tree, base_places = _read(path.parent / parent, (*children, path.resolve()))
-        tree, places = _merge(base_tree, tree), {**base_places, **places}
+        tree, places = _merge(base_tree, tree), {**_kept(base_places, tree), **places}
     return tree, places
 
 
@@ -277,6 +280,22 @@ def _merge(parent: Any, child: Any) -> Any:
             for key in {**parent, **child}
         }
     return child
+
+
+def _kept(places: dict[Location, str], child: Any) -> dict[Location, str]:
+    """The parent's places without those inside a list or value that the child replaces whole."""
+
+    def replaced(location: Location) -> bool:
+        tree = child
+        for part in location:
+            if not isinstance(tree, dict):
+                return True
+            if part not in tree:
+                return False
+            tree = tree[part]
+        return False
+
+    return {location: place for location, place in places.items() if not replaced(location)}
 
 
 def _override(root: Any, places: dict[Location, str], override: str) -> None:

@@ -22,7 +22,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tuner.bundle import Bundle, Manifest, add_results, fingerprint, open_bundle, sha256, write_bundle
+from tuner.bundle import Bundle, Manifest, add_results, fingerprint, open_bundle, sha256, verify, write_bundle
+from tuner.data.dataset import task_of
 from tuner.errors import BundleError, GateError, RecipeError
 from tuner.plan import Plan, Step
 from tuner.progress import say, timed
@@ -37,8 +38,6 @@ def run(plan: Plan, out_dir: Path) -> list[Bundle]:
     """
     from tuner.measure import base_on_probe, measured
 
-    # Without a model that was given or trained there is nothing to ask the rows of.
-    learns = plan.source is not None or any(step.name == "tune" for step in plan.steps)
     bundles: list[Bundle] = []
     reference: Bundle | None = None  # the tuned model, whose probe the later ones should answer alike
     base: Bundle | None = None  # the model before tuning
@@ -46,26 +45,30 @@ def run(plan: Plan, out_dir: Path) -> list[Bundle]:
         out_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RecipeError(f"--out {out_dir}: no directory can be made there: {error.strerror}") from None
+    if plan.copied:
+        say(f"{plan.copied} held-out rows are training rows, too: what is measured on them is too good")
     if plan.recipe.data.heldout is None:
         say("no data.heldout: the probe asks training rows, and no held-out loss is measured or gated")
     with _alone(out_dir):
         if plan.source is not None:
             with timed(f"base: {plan.source.reference}"):
-                bundles.append(_named(out_dir, "base", measured(base_bundle(plan.source, out_dir), plan.recipe, None, None)))
+                given = measured(base_bundle(plan.source, out_dir), plan.recipe, task=task_of(plan.recipe, 0))
+                bundles.append(_named(out_dir, "base", given))
         for step in plan.steps:
             before = bundles[-1] if bundles else None
             bundle = _finished(plan, step, before, out_dir) or _made(plan, step, before, out_dir)
-            if step.gives != "tokenizer" and learns:
-                base = before if step.name == "tune" else base
+            if step.gives != "tokenizer" and plan.learns:
+                base = before if step.trains else base
                 # A recipe that tunes nothing compares with the model that it was given.
-                like = None if step.name in ("tune", "init") else reference or before
+                untrained = before if before and before.manifest.probe else None
+                like = None if step.trains else reference or untrained
                 with timed(f"{step.name}: measuring what was saved"):
-                    bundle = measured(bundle, plan.recipe, like, base)
-                    if step.name == "tune" and base is not None:
+                    bundle = measured(bundle, plan.recipe, task=task_of(plan.recipe, step.index), reference=like, base=base)
+                    if step.trains and base is not None:
                         bundle = base_on_probe(bundle, base)
                 bundle = add_results(bundle, serving={"serve_max_tokens": plan.recipe.serve.max_tokens})
             _gate(step, bundle, before)
-            reference = bundle if step.name == "tune" else reference
+            reference = bundle if step.trains else reference
             bundles.append(_named(out_dir, _link_name(plan, step), bundle))
     return bundles
 
@@ -113,6 +116,8 @@ def _made(plan: Plan, step: Step, parent: Bundle | None, out_dir: Path) -> Bundl
         manifest: Manifest = step.stage.run(job)
         return _with_lineage(manifest, parent, path)
 
+    if parent is not None:
+        verify(parent)
     with timed(step.name):
         bundle = write_bundle(path, out_dir / f".{path.name}.part", fill)
     shutil.rmtree(work, ignore_errors=True)

@@ -46,6 +46,13 @@ class Source:
         """Made by an earlier run."""
         return (self.path / MANIFEST).is_file()
 
+    @property
+    def checkpoint(self) -> Path:
+        """The directory that has config.json: of an adapter, its base's."""
+        if self.is_bundle and (bundle := open_bundle(self.path)).manifest.kind == "adapter":
+            return bundle.base().path
+        return self.path
+
 
 @dataclass(frozen=True)
 class Facts:
@@ -55,6 +62,8 @@ class Facts:
     parameters: int
     max_tokens: int
     bundle_kind: str = "model"
+    chat_template: bool = True
+    """It says how a conversation is written down."""
 
 
 def find(reference: str, revision: str | None = None) -> Source:
@@ -77,13 +86,10 @@ def facts(source: Source) -> Facts:
     if source.is_gguf:
         values, parameters = gguf.read_header(source.path)
         kind = values.get("general.architecture")
-        return Facts(str(kind), parameters, int(values.get(f"{kind}.context_length", 0)))
-    folder = source.path
-    kind = "model"
-    if source.is_bundle:
-        bundle = open_bundle(folder)
-        kind = bundle.manifest.kind
-        folder = bundle.base().path if kind == "adapter" else folder
+        length = int(values.get(f"{kind}.context_length", 0))
+        return Facts(str(kind), parameters, length, chat_template="tokenizer.chat_template" in values)
+    folder = source.checkpoint
+    kind = open_bundle(source.path).manifest.kind if source.is_bundle else "model"
     config = read_config(folder)
     parameters = (
         _hub_parameters(source) if "hub" in source.identity else sum(_parameters(file) for file in folder.glob("*.safetensors"))
@@ -93,6 +99,7 @@ def facts(source: Source) -> Facts:
         parameters,
         _context(config),
         kind,
+        _has_chat_template(folder),
     )
 
 
@@ -178,6 +185,16 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or "model_type" not in config:
         raise SourceError(f"{folder / 'config.json'}: has no model_type")
     return config
+
+
+def _has_chat_template(folder: Path) -> bool:
+    """A file of its own, as transformers writes it now, or a key of the tokenizer's configuration, as it did before."""
+    if any((folder / name).is_file() for name in ("chat_template.jinja", "chat_template.json")):
+        return True
+    try:
+        return "chat_template" in json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
 
 
 def _context(config: dict[str, Any]) -> int:
@@ -310,8 +327,12 @@ def _hub_parameters(source: Source) -> int:
 
 
 def _link(source: Path, folder: Path) -> None:
+    """Put the checkpoint's files into `folder`: the same bytes on the disk where that is one file system, else links to them."""
     for pattern in WANTED:
         for file in sorted(source.glob(pattern)):
             if file.name == MANIFEST:
                 continue
-            (folder / file.name).symlink_to(file.resolve())
+            try:
+                (folder / file.name).hardlink_to(file.resolve())
+            except OSError:  # another file system, or a file of someone else's
+                (folder / file.name).symlink_to(file.resolve())

@@ -1,5 +1,7 @@
 """What is refused before any weight is loaded, and with which sentence."""
 
+import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -7,7 +9,9 @@ from typing import Any
 
 import pytest
 
-from tuner.errors import TunerError
+from tests.conftest import write_rows
+from tuner.data.dataset import task_of
+from tuner.errors import RecipeError, TunerError
 from tuner.plan import make_plan
 from tuner.recipe import read_recipe
 
@@ -30,22 +34,86 @@ def refused(recipe_file: Callable[..., Path], tmp_path: Path, change: Change) ->
         (lambda tree: tree.pop("model"), 'tune takes a model, but model gives nothing; name one with "model:"'),
         (lambda tree: tree["stages"][0]["tune"]["task"].update(max_tokens=999), "max_tokens 999 is more than the 256 that llama reads"),
         (lambda tree: tree["serve"].update(max_tokens=999), "serve.max_tokens: max_tokens 999 is more than the 256 that llama reads"),
-        (lambda tree: tree["data"].update(heldout="train.jsonl"), "the held-out rows are the training rows"),
+        (lambda tree: tree["data"].update(heldout="train.jsonl"), "the held-out rows are all training rows"),
         (lambda tree: tree["data"].update(heldout="heldou.jsonl"), "recipe.yaml:4: data.heldout: heldou.jsonl: there is no such file"),
         (lambda tree: tree["serve"].update(max_tokens=128), "serve.max_tokens: max_tokens 128 leaves no room for an answer to rows of up to 128"),
         (lambda tree: tree.update(revision="main"), "revision main: only a model on the hub has revisions"),
         (lambda tree: tree.update(model="./tiny"), "recipe.yaml:1: model: "),
+        (
+            lambda tree: tree["stages"][0]["tune"].update(method={"kind": "lora", "targets": "q_prj"}),
+            'stages.0.tune.method: targets: "q_prj" matches the whole name of none of the model\'s 14 linears',
+        ),
     ],
-    ids=range(11),
+    ids=range(12),
 )  # fmt: skip
 def test_what_does_not_go_together_is_refused(recipe_file: Callable[..., Path], tmp_path: Path, change: Change, said: str) -> None:
     assert said in refused(recipe_file, tmp_path, change)
 
 
+def plain_rows(folder: Path) -> None:
+    """Rows for a model without a chat template, in place of the conversations."""
+    for name, start in (("train", 0), ("heldout", 100)):
+        rows = [{"prompt": f"list {number}", "completion": f" az list {number}"} for number in range(start, start + 8)]
+        write_rows(folder / f"{name}.jsonl", rows)
+
+
+def test_a_quantization_group_that_divides_nothing_is_refused(
+    recipe_file: Callable[..., Path], tiny_model: Path, tmp_path: Path
+) -> None:
+    config = json.loads((tiny_model / "config.json").read_text())
+    odd = tmp_path / "odd"
+    shutil.copytree(tiny_model, odd)
+    (odd / "config.json").write_text(json.dumps({**config, "intermediate_size": 136}))
+
+    def change(tree: dict[str, Any]) -> None:
+        tree["model"] = str(odd)
+        tree["stages"] += [MERGE, {"quantize": {"scheme": "w4a16"}}]
+
+    assert (
+        "quantize: w4a16 needs a group of 128 or 64 or 32 that divides the inputs of all linears, which are 64, 136 wide"
+        in refused(recipe_file, tmp_path, change)
+    )
+
+
+def test_conversations_are_refused_for_a_model_without_a_chat_template(
+    recipe_file: Callable[..., Path], tiny_model: Path, tmp_path: Path
+) -> None:
+    plain = tmp_path / "plain"
+    shutil.copytree(tiny_model, plain)
+    (plain / "chat_template.jinja").unlink()
+    said = refused(recipe_file, tmp_path, lambda tree: tree.update(model=str(plain)))
+    assert 'train.jsonl:1: the model has no chat template, so "messages" cannot be rendered' in said
+
+
+def test_held_out_rows_that_were_trained_on_are_counted_and_refused_where_all_are(
+    recipe_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    recipe = recipe_file()
+    train, heldout = tmp_path / "train.jsonl", tmp_path / "heldout.jsonl"
+    first = train.read_text().splitlines(keepends=True)[:3]
+    heldout.write_text(heldout.read_text() + first[0])
+    assert make_plan(read_recipe(recipe), tmp_path / "out").copied == 1
+    heldout.write_text("".join(first))
+    with pytest.raises(RecipeError, match="the held-out rows are all training rows"):
+        make_plan(read_recipe(recipe), tmp_path / "out")
+
+
+def test_the_vocabulary_of_a_new_model_is_the_tokenizers(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
+    stages = [{"tokenizer": {}}, {"init": {"config": {"model_type": "gpt2", "vocab_size": 7}}}]
+    said = refused(recipe_file, tmp_path, lambda tree: (tree.pop("model"), tree.update(stages=stages)))
+    assert "stages.1.init.config: vocab_size: the tokenizer says that" in said
+
+
+def test_each_result_is_measured_by_the_last_task_trained_by_then(recipe_file: Callable[..., Path]) -> None:
+    stages = [{"tune": {"task": kind, "method": "full"}} for kind in ("pretrain", "sft")] + [QUANTIZE]
+    recipe = read_recipe(recipe_file(lambda tree: tree.update(stages=stages)))
+    assert [task_of(recipe, index).kind for index in range(3)] == ["pretrain", "sft", "sft"]
+
+
 def test_gpt2_is_not_quantized_and_not_served_with_a_live_adapter(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
     def gpt2(stages: list[dict[str, Any]]) -> Change:
         first: list[dict[str, Any]] = [{"tokenizer": {}}, {"init": {"config": {"model_type": "gpt2"}}}]
-        return lambda tree: (tree.pop("model"), tree.pop("serve"), tree.update(stages=first + stages))
+        return lambda tree: (tree.pop("model"), tree.pop("serve"), tree.update(stages=first + stages), plain_rows(tmp_path))
 
     assert "gpt2 is not built of torch.nn.Linear" in refused(recipe_file, tmp_path, gpt2([QUANTIZE]))
     plan = make_plan(read_recipe(recipe_file(gpt2([{"tune": {"task": "sft"}}]))), tmp_path / "out")
@@ -53,8 +121,6 @@ def test_gpt2_is_not_quantized_and_not_served_with_a_live_adapter(recipe_file: C
 
 
 def test_a_tokenizer_alone_is_trained_on_text(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
-    from tests.conftest import write_rows
-
     def change(tree: dict[str, Any]) -> None:
         del tree["model"]
         tree["stages"] = [{"tokenizer": None}]

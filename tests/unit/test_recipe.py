@@ -92,6 +92,20 @@ def test_a_child_recipe_changes_its_parent_and_keeps_the_places(tmp_path: Path) 
     assert "extends itself" in complaint(tmp_path, "extends: r.yaml\n")
 
 
+def test_a_parent_that_is_not_there_is_named_with_the_line_and_the_nearest(tmp_path: Path) -> None:
+    (tmp_path / "good.yaml").write_text(GOOD)
+    said = complaint(tmp_path, "seed: 1\nextends: god.yaml\n")
+    assert 'r.yaml:2: extends: there is no recipe "god.yaml" beside it; did you mean "good.yaml"?' in said
+
+
+def test_what_the_child_replaces_is_never_blamed_on_the_parent(tmp_path: Path) -> None:
+    (tmp_path / "good.yaml").write_text(GOOD)
+    said = complaint(tmp_path, "extends: good.yaml\nstages:\n  - tune:\n      stepz: 1\n")
+    assert "r.yaml:4:" in said
+    assert "r.yaml:3: stages.0.tune" in said, "the missing task is the child's own"
+    assert "good.yaml" not in said
+
+
 def test_a_missing_recipe_names_the_nearest(tmp_path: Path) -> None:
     (tmp_path / "demo.yaml").write_text(GOOD)
     with pytest.raises(RecipeError, match=r"did you mean .*demo\.yaml"):

@@ -1,5 +1,6 @@
 """Where a model can come from, and what is said of one that cannot be found."""
 
+import shutil
 import struct
 from pathlib import Path
 
@@ -105,11 +106,16 @@ def test_a_model_in_the_hubs_cache_is_used_with_its_commit(tiny_model: Path, tmp
     assert done.stdout.split() == [str(facts(find(str(tiny_model))).parameters), commit]
 
 
-def test_a_directory_becomes_a_bundle_of_links_that_opens_as_a_model(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_directory_becomes_a_bundle_without_a_second_copy_that_outlives_the_original(tiny_model: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    bundle = base_bundle(find(str(tiny_model)), tmp_path)
-    assert (bundle.path / "model.safetensors").is_symlink()
+    original = tmp_path / "original"
+    shutil.copytree(tiny_model, original)
+    bundle = base_bundle(find(str(original)), tmp_path)
+    weights = bundle.path / "model.safetensors"
+    assert weights.samefile(original / "model.safetensors")
     assert bundle.manifest.family == "gpt"
-    assert AutoModelForCausalLM.from_pretrained(bundle.path).num_parameters() == facts(find(str(tiny_model))).parameters
-    assert base_bundle(find(str(tiny_model)), tmp_path).path == bundle.path
+    assert base_bundle(find(str(original)), tmp_path).path == bundle.path
+    parameters = facts(find(str(original))).parameters
+    shutil.rmtree(original)
+    assert AutoModelForCausalLM.from_pretrained(bundle.path).num_parameters() == parameters

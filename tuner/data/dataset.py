@@ -9,15 +9,23 @@ from tuner.bundle import sha256
 from tuner.data.example import Example
 from tuner.data.rows import Row, Skipped, read_rows
 from tuner.errors import DataError
+from tuner.progress import counted
 from tuner.recipe import Recipe
 
 
-def task_of(recipe: Recipe) -> Any:
-    """The options of the task that the recipe trains, or of `sft` where it trains nothing."""
-    for name, options in recipe.stages:
-        if name == "tune":
-            return options.task
-    return kinds.load("tasks", "sft").Options()
+def tasks_of(recipe: Recipe, until: int | None = None) -> list[Any]:
+    """The options of each task that the recipe trains, in order; of the stages up to and with number `until` only."""
+    stages = recipe.stages if until is None else recipe.stages[: until + 1]
+    return [options.task for _, options in stages if hasattr(options, "task")]
+
+
+def task_of(recipe: Recipe, index: int | None = None) -> Any:
+    """The options of the task by which the result of stage `index` is measured: the last one trained by then.
+
+    Before anything is trained it is the first one that will be; `sft` where nothing is. Without `index`: of the recipe's end.
+    """
+    trained = tasks_of(recipe, index)
+    return trained[-1] if trained else next(iter(tasks_of(recipe)), None) or kinds.load("tasks", "sft").Options()
 
 
 def training_examples(recipe: Recipe, task: Any, tokenizer: Any, rows: int | None = None) -> tuple[list[Example], dict[str, Any]]:
@@ -28,7 +36,8 @@ def training_examples(recipe: Recipe, task: Any, tokenizer: Any, rows: int | Non
     """
     path, skipped = Path(recipe.data.train), Skipped()
     records = list(read_rows(path, recipe.data.made_by, recipe.data.on_bad_row, skipped))
-    found = list(kinds.load("tasks", task.kind).examples(iter(records), tokenizer, task, recipe.data.on_bad_row, skipped))
+    examples_of = kinds.load("tasks", task.kind).examples
+    found = list(examples_of(counted("encoding rows", records), tokenizer, task, recipe.data.on_bad_row, skipped))
     random.Random(recipe.seed).shuffle(found)
     limits = [limit for limit in (rows, recipe.data.train_rows) if limit is not None]
     examples = [example for _, example in found[: min(limits, default=None)]]

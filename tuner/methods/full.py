@@ -9,6 +9,8 @@ from tuner.kinds import Options as BaseOptions
 if TYPE_CHECKING:
     from torch import nn
 
+    from tuner.plan import Plan
+
 GIVES = "model"
 # Steps of 1e-4 vanish in the 8 bits of bfloat16.
 DTYPES = ("float32",)
@@ -18,6 +20,10 @@ class Options(BaseOptions):
     """Keys of `method: {kind: full}`."""
 
     kind: Literal["full"] = "full"
+
+
+def check(options: Options, plan: "Plan") -> None:
+    """Any model can be trained in full."""
 
 
 def prepare(model: Any, options: Options, family: Family, architecture: Architecture) -> Any:  # noqa: ARG001 - common signature

@@ -1,6 +1,7 @@
 """LoRA: each chosen linear W gets a trained product of two thin matrices, W x + (alpha / rank) B A x (Hu et al. 2021,
 arXiv:2106.09685, equation 3). The adapter itself is peft's."""
 
+import difflib
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,6 +14,8 @@ from tuner.kinds import Options as BaseOptions
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from tuner.plan import Plan
 
 GIVES = "adapter"
 # Of the frozen weights; the first is the default.
@@ -31,6 +34,12 @@ class Options(BaseOptions):
     """Fraction of the adapter's inputs dropped while training."""
     targets: str = "all-linear"
     """`all-linear`, `attention`, or a regular expression that matches whole module names."""
+
+
+def check(options: Options, plan: "Plan") -> None:
+    """Raises RecipeError where a pattern in `targets` matches nothing; the words always match what their family lists."""
+    if options.targets not in ("all-linear", "attention") and (skeleton := plan.skeleton()) is not None:
+        targets(skeleton, options.targets, plan.family, plan.architecture)
 
 
 def prepare(model: Any, options: Options, family: Family, architecture: Architecture) -> Any:
@@ -69,7 +78,8 @@ def targets(model: Any, wanted: str, family: Family, architecture: Architecture)
         except re.error as error:
             raise RecipeError(f'targets: "{wanted}" is not a regular expression: {error}') from None
     if not names:
-        raise RecipeError(f'targets: "{wanted}" matches none of the model\'s {len(known)} linears{nearest(wanted, known)}')
+        advice = nearest(wanted, known) if difflib.get_close_matches(wanted, known) else f"; the first is {known[0]}"
+        raise RecipeError(f'targets: "{wanted}" matches the whole name of none of the model\'s {len(known)} linears{advice}')
     return names
 
 

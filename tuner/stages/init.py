@@ -7,11 +7,13 @@ from pydantic import field_validator
 from tuner.bundle import Manifest
 from tuner.errors import RecipeError, nearest
 from tuner.kinds import Options as BaseOptions
+from tuner.source import Facts, describe_model
 from tuner.stages import Job
 
 TAKES = frozenset({"tokenizer"})
 RESULT = "untrained"
 VERSION = 1
+FROM_TOKENIZER = frozenset({"vocab_size", "bos_token_id", "eos_token_id", "pad_token_id"})
 
 
 class Options(BaseOptions):
@@ -25,7 +27,20 @@ class Options(BaseOptions):
     def _typed(cls, config: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(config.get("model_type"), str):
             raise ValueError("config needs model_type, such as gpt2 or llama")
+        if taken := sorted(FROM_TOKENIZER & set(config)):
+            raise ValueError(f"{', '.join(taken)}: the tokenizer says that; leave it out")
         return config
+
+
+def facts(options: Options, vocabulary: int) -> Facts:
+    """About what the model will be, before there is one. A vocabulary of so many entries."""
+    numbers = {key: value for key, value in options.config.items() if isinstance(value, int)}
+    hidden = numbers.get("hidden_size") or numbers.get("n_embd") or 768
+    blocks = numbers.get("num_hidden_layers") or numbers.get("n_layer") or 12
+    length = numbers.get("max_position_embeddings") or numbers.get("n_positions") or 0
+    # A block is about 12 x hidden^2: four projections in attention, eight in the two layers behind it.
+    parameters = 12 * blocks * hidden * hidden + vocabulary * hidden
+    return Facts(str(options.config["model_type"]), parameters, length, chat_template=False)
 
 
 def gives(options: Options) -> str:  # noqa: ARG001 - a stage's common signature
@@ -40,7 +55,6 @@ def run(job: Job) -> Manifest:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from tuner.checkpoint import load_tokenizer
-    from tuner.source import describe_model
 
     assert job.parent is not None
     tokenizer = load_tokenizer(job.parent.path)
@@ -52,12 +66,7 @@ def run(job: Job) -> Manifest:
             raise job.recipe.error(
                 f'{values["model_type"]} has no setting "{key}"{nearest(key, names)}', "stages", job.index, "init", "config", key
             )
-    ids = {
-        "vocab_size": len(tokenizer),
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
+    ids = {name: len(tokenizer) if name == "vocab_size" else getattr(tokenizer, name) for name in FROM_TOKENIZER}
     torch.manual_seed(job.recipe.seed)
     try:
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**{**values, **ids}), dtype=torch.float32)

@@ -1,13 +1,17 @@
 """Store a model's linears in fewer bits, in the compressed-tensors format that vLLM reads, through llm-compressor."""
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
 from tuner.bundle import Manifest
 from tuner.errors import DataError, GateError, RecipeError
+from tuner.families import Family
 from tuner.kinds import Options as BaseOptions
 from tuner.stages import Job
+
+if TYPE_CHECKING:
+    from tuner.plan import Plan, Step
 
 TAKES = frozenset({"model"})
 VERSION = 1
@@ -41,6 +45,17 @@ def gives(options: Options) -> str:  # noqa: ARG001 - a stage's common signature
     return "quantized"
 
 
+def check(plan: "Plan", step: "Step") -> None:
+    """Raises RecipeError for an architecture that cannot be quantized, or whose linears no group divides."""
+    try:
+        if not plan.architecture.quantizable:
+            raise RecipeError(not_quantizable(plan.facts.model_type))
+        if step.options.scheme == "w4a16" and (skeleton := plan.skeleton()) is not None:
+            group_size({module.in_features for _, module in quantized_linears(skeleton, plan.family)})
+    except RecipeError as error:
+        raise plan.recipe.error(str(error), "stages", step.index, "quantize") from None
+
+
 def run(job: Job) -> Manifest:
     """Calibrate, quantize, store compressed."""
     import torch
@@ -60,15 +75,14 @@ def run(job: Job) -> Manifest:
         raise RecipeError(not_quantizable(str(job.parent.manifest.model_type)))
     tokenizer = load_tokenizer(job.parent.path)
     model = load_model(job.parent, "float32")
-    linears = {name: module for name, module in model.named_modules() if type(module) is torch.nn.Linear}
-    kept = [name for name in linears if name.rsplit(".", 1)[-1] in family.keep]
-    widths = {module.in_features for name, module in linears.items() if name not in kept}
-    scheme = _scheme(options.scheme, widths)
-    common: dict[str, Any] = {"config_groups": {"group_0": scheme}, "ignore": kept}
+    linears = quantized_linears(model, family)
+    rest = {name for name, module in model.named_modules() if type(module) is torch.nn.Linear} - {name for name, _ in linears}
+    scheme = _scheme(options.scheme, {module.in_features for _, module in linears})
+    common: dict[str, Any] = {"config_groups": {"group_0": scheme}, "ignore": sorted(rest)}
     if options.algorithm == "round":
         oneshot(model=model, recipe=QuantizationModifier(**common))
     else:
-        examples, data = training_examples(job.recipe, task_of(job.recipe), tokenizer, rows=options.calibration_rows)
+        examples, data = training_examples(job.recipe, task_of(job.recipe, job.index), tokenizer, rows=options.calibration_rows)
         if not examples:
             raise DataError(f"{job.recipe.data.train}: no row is left to calibrate on ({data['skipped_rows']} were left out)")
         rows = Dataset.from_list([{"input_ids": each.ids, "attention_mask": [1] * len(each.ids)} for each in examples])
@@ -86,6 +100,14 @@ def run(job: Job) -> Manifest:
     return describe_model(
         job.folder, kind="quantized", stage="quantize", fingerprint=job.fingerprint, recipe=job.told(), serving=serving
     )
+
+
+def quantized_linears(model: Any, family: Family) -> list[tuple[str, Any]]:
+    """Name and module of every linear whose weights are rounded: all but those that the family keeps."""
+    import torch
+
+    named = [(name, module) for name, module in model.named_modules() if type(module) is torch.nn.Linear]
+    return [(name, module) for name, module in named if name.rsplit(".", 1)[-1] not in family.keep]
 
 
 def not_quantizable(model_type: str) -> str:

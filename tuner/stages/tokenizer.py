@@ -72,10 +72,19 @@ def texts(job: Job) -> Iterator[str]:
         yield text
 
 
+def check_row(record: dict[str, Any], *, chat_template: bool) -> None:  # noqa: ARG001 - a row's common signature
+    """Raises DataError for a record without text."""
+    text_of(record)
+
+
 def text_of(record: dict[str, Any]) -> str:
     """The record's text; raises DataError where it has none."""
     if isinstance(record.get("text"), str):
         return str(record["text"])
     if isinstance(record.get("messages"), list):
         return "\n".join(str(message.get("content", "")) for message in record["messages"] if isinstance(message, dict))
-    raise DataError(f'found the keys {", ".join(record) or "of an empty object"}, expected "text" or "messages"')
+    if isinstance(record.get("prompt"), str) and isinstance(record.get("completion"), str):
+        return str(record["prompt"] + record["completion"])
+    raise DataError(
+        f'found the keys {", ".join(record) or "of an empty object"}, expected "text", "messages", or "prompt" and "completion"'
+    )

@@ -1,6 +1,6 @@
 """Fine-tune (or pretrain) a model: a task says what is learned, a method says which weights learn it."""
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -9,6 +9,9 @@ from tuner.bundle import Manifest
 from tuner.errors import DataError, GateError, RecipeError
 from tuner.kinds import Options as BaseOptions
 from tuner.stages import Job
+
+if TYPE_CHECKING:
+    from tuner.plan import Plan, Step
 
 TAKES = frozenset({"model"})
 # Also of the task, the method and the loop.
@@ -69,6 +72,23 @@ class Options(BaseOptions):
 def gives(options: Options) -> str:
     """An adapter or a model, as the method says."""
     return str(kinds.load("methods", options.method.kind).GIVES)
+
+
+def check(plan: "Plan", step: "Step") -> None:
+    """Raises RecipeError where the model lacks the task's head, is too short for its rows, or the method would train nothing."""
+    options, place = step.options, ("stages", step.index, "tune")
+    head, heads = kinds.load("tasks", options.task.kind).HEAD, plan.family.heads
+    if head not in heads:
+        message = f"{options.task.kind} needs a {head} head; {plan.facts.model_type} has {', '.join(sorted(heads))}"
+        raise plan.recipe.error(message, *place, "task")
+    most = plan.facts.max_tokens
+    if most and options.task.max_tokens > most:
+        message = f"max_tokens {options.task.max_tokens} is more than the {most} that {plan.facts.model_type} reads"
+        raise plan.recipe.error(message, *place, "task", "max_tokens")
+    try:
+        kinds.load("methods", options.method.kind).check(options.method, plan)
+    except RecipeError as error:
+        raise plan.recipe.error(str(error), *place, "method") from None
 
 
 def run(job: Job) -> Manifest:

@@ -25,9 +25,17 @@ class Options(BaseOptions):
     """Longest conversation in tokens. A longer row is a bad row: nothing is cut off silently."""
 
 
-def check(record: dict[str, Any]) -> None:
-    """Raises DataError unless the record is {"messages": [...]} in a sensible order, or {"prompt", "completion"}."""
+def check_row(record: dict[str, Any], *, chat_template: bool = True) -> None:
+    """Raises DataError unless the record is {"messages": [...]} in a sensible order, or {"prompt", "completion"}.
+
+    Only a model with a chat template reads messages.
+    """
     if "messages" in record:
+        if not chat_template:
+            raise DataError(
+                'the model has no chat template, so "messages" cannot be rendered; use rows with "prompt" and "completion", '
+                "or an instruction-tuned model"
+            )
         _check_messages(record["messages"])
     elif "prompt" in record or "completion" in record:
         for key in ("prompt", "completion"):
@@ -45,7 +53,7 @@ def examples(
     """Each usable row with its tokens; bad rows stop the run with a DataError, or are counted in `skipped`."""
 
     def tokens(row: Row) -> Example:
-        check(row.record)
+        check_row(row.record, chat_template=bool(tokenizer.chat_template))
         example = _encode(row.record, tokenizer)
         if len(example.ids) > options.max_tokens:
             raise DataError(f"{len(example.ids)} tokens, expected at most max_tokens: {options.max_tokens}")
@@ -126,11 +134,6 @@ def _end_turns(ids: list[int], labels: list[int], eos_id: int) -> Example:
 def _render(messages: list[dict[str, Any]], tokenizer: Any, *, add_generation_prompt: bool) -> str:
     from jinja2.exceptions import TemplateError
 
-    if not tokenizer.chat_template:
-        raise DataError(
-            'the model has no chat template, so "messages" cannot be rendered; use rows with "prompt" and "completion", '
-            "or an instruction-tuned model"
-        )
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt))
     except TemplateError as error:

@@ -129,6 +129,7 @@ class Engine:
                 await self.stop()
                 if failures >= self.settings.max_failed_starts:
                     self.failure = f"{self.name}: gave up after {failures} starts: {error}"
+                    self.say(self.failure)
                     return
                 self.say(str(error))
 
@@ -182,7 +183,16 @@ def arrange(folders: list[Path], settings: Settings, say: Callable[[str], None])
     """One engine for each model, and for each base that adapters share. Raises ServeError for what cannot be served."""
     models: dict[Path, tuple[str, Bundle]] = {}
     adapters: dict[Path, dict[str, Bundle]] = {}
-    names: set[str] = set()
+    claimed: dict[str, Path] = {}
+
+    def claim(name: str, bundle: Bundle) -> None:
+        if claimed.setdefault(name, bundle.path.resolve()) != bundle.path.resolve():
+            raise ServeError(
+                f"{bundle.path}: another bundle is called {name!r} already; serve them under different directories' names"
+            )
+
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise ServeError(f"{', '.join(map(str, folders))}: the same bundle is named twice")
     if settings.name and len(folders) > 1:
         raise ServeError(f"--name {settings.name}: {len(folders)} bundles cannot share one name; without it each has its own")
     for folder in folders:
@@ -192,15 +202,14 @@ def arrange(folders: list[Path], settings: Settings, say: Callable[[str], None])
         if not bundle.manifest.probe:
             raise ServeError(f"{folder}: has no probe to be proven with; run its recipe to the end")
         name = settings.name if settings.name and len(folders) == 1 else default_name(bundle)
-        if name in names:
-            raise ServeError(f"{folder}: another bundle is called {name!r} already; serve them under different directories' names")
-        names.add(name)
+        model, model_name = bundle, name
         if bundle.manifest.kind == "adapter":
-            base = bundle.base()
-            adapters.setdefault(base.path.resolve(), {})[name] = bundle
-            models.setdefault(base.path.resolve(), (f"{default_name(base)}", base))
-        else:
-            models[bundle.path.resolve()] = (name, bundle)
+            model = bundle.base()
+            model_name = default_name(model)
+            claim(name, bundle)
+            adapters.setdefault(model.path.resolve(), {})[name] = bundle
+        claim(model_name, model)
+        models.setdefault(model.path.resolve(), (model_name, model))
     return [Engine(name, model, adapters.get(path, {}), settings, say) for path, (name, model) in models.items()]
 
 

@@ -77,7 +77,8 @@ def open_bundle(path: Path) -> Bundle:
         values = json.loads(manifest_path.read_text(encoding="utf-8"))
         unknown = set(values) - {each.name for each in fields(Manifest)}
         manifest = Manifest(**{key: value for key, value in values.items() if key not in unknown})
-    except (ValueError, TypeError, AttributeError) as error:
+        _check_types(manifest)
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise BundleError(f"{manifest_path}: not a manifest that this version reads ({error})") from None
     if manifest.format != FORMAT or manifest.kind not in KINDS:
         raise BundleError(f"{manifest_path}: format {manifest.format}, kind {manifest.kind!r}; this version reads format {FORMAT}")
@@ -90,6 +91,26 @@ def open_bundle(path: Path) -> Bundle:
                 f"remove {path} and run the recipe again"
             )
     return Bundle(path, manifest)
+
+
+def _check_types(manifest: Manifest) -> None:
+    """Raises TypeError where a field is not of the form that `Manifest` says."""
+    texts = (manifest.kind, manifest.stage, manifest.fingerprint)
+    optional = (manifest.family, manifest.head, manifest.model_type, manifest.base)
+    if not all(isinstance(each, str) for each in texts) or not all(each is None or isinstance(each, str) for each in optional):
+        raise TypeError("a name is no text")
+    mappings = {name: getattr(manifest, name) for name in ("recipe", "data", "serving", "metrics", "versions", "files")}
+    for name, value in mappings.items():
+        if not isinstance(value, dict):
+            raise TypeError(f"{name} is no object")
+    for name in ("parents", "probe"):
+        value = getattr(manifest, name)
+        if not isinstance(value, list) or not all(isinstance(each, dict) for each in value):
+            raise TypeError(f"{name} is no list of objects")
+    if not all(isinstance(each.get(key), str) for each in manifest.parents for key in ("path", "stage", "fingerprint")):
+        raise TypeError("a parent lacks its path, stage or fingerprint")
+    if not all(isinstance(each, dict) and {"size_bytes", "sha256"} <= set(each) for each in manifest.files.values()):
+        raise TypeError("a file lacks its size_bytes or sha256")
 
 
 def verify(bundle: Bundle) -> None:

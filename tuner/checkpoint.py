@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 from tuner.bundle import Bundle
-from tuner.source import Source
 
 
 def device() -> str:
@@ -46,20 +45,6 @@ def load_model(bundle: Bundle, dtype: str = "float32") -> Any:
     if bundle.manifest.serving.get("scheme") == "w8a8-int8":
         _compute_in_int8(model)
     return model.to(device()).eval()
-
-
-def skeleton(source: Source) -> Any:
-    """The model that the configuration describes, on torch's "meta" device: every module and shape, and no weight."""
-    quiet()
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    where = {"gguf_file": source.path.name} if source.is_gguf else {}
-    folder = source.path.parent if source.is_gguf else source.checkpoint
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **where)
-    config.__dict__.pop("quantization_config", None)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
 
 
 def _compute_in_int8(model: Any) -> None:

@@ -39,8 +39,8 @@ def check(recipe: RecipePath, overrides: Overrides = None, out: Out = None) -> N
     print(f"model:   {source} ({plan.facts.model_type}, about {plan.facts.parameters / 1e6:.0f}M parameters)")
     for name, count in plan.rows.items():
         print(f"data:    {count} {name} rows can be read{' (the first; the run reads all)' if count == CHECKED_ROWS else ''}")
-    if plan.copied:
-        print(f"data:    {plan.copied} held-out rows are training rows, too: what is measured on them is too good")
+    for remark in plan.remarks():
+        print(f"data:    {remark}")
     print(f"stages:  {' -> '.join([plan.steps[0].takes, *(f'{step.name} -> {step.gives}' for step in plan.steps)])}")
     print(f"serving: {plan.serving()}")
     print(f"needs:   about {plan.disk_bytes() / 1e9:.1f} GB of disk and {plan.memory_bytes() / 1e9:.1f} GB of memory")
@@ -68,11 +68,13 @@ def prove(recipe: RecipePath, overrides: Overrides = None, out: Out = None) -> N
     from tuner.run import run as run_plan
 
     plan, out_dir = _plan(recipe, overrides, out)
+    if why := plan.not_served():
+        raise plan.recipe.error(f"nothing to serve and prove at its end: {why}", "stages")
     bundles = run_plan(plan, out_dir)
 
     from serve.endpoint import Settings, serving
 
-    settings = Settings(port=0, max_tokens=plan.recipe.serve.max_tokens)
+    settings = Settings(port=0, max_tokens=plan.served_tokens())
     try:
         with ExitStack() as endpoint:
             with timed("starting the endpoint"):
@@ -84,11 +86,16 @@ def prove(recipe: RecipePath, overrides: Overrides = None, out: Out = None) -> N
 
 
 @app.command()
-def data(recipe: RecipePath, overrides: Overrides = None, rows: Annotated[int, typer.Option(help="Examples to show.")] = 3) -> None:
+def data(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    out: Out = None,
+    rows: Annotated[int, typer.Option(min=0, help="Examples to show.")] = 3,
+) -> None:
     """Show training examples as the model reads them, what is learned in colour, and how long they are."""
     from tuner.data.show import show
 
-    show(_plan(recipe, overrides, None)[0], rows)
+    show(*_plan(recipe, overrides, out), rows)
 
 
 @app.command()

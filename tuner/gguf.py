@@ -1,5 +1,6 @@
 """GGUF files: their header without reading weights, and the ordinary checkpoint inside them."""
 
+import math
 import os
 import struct
 from pathlib import Path
@@ -7,9 +8,20 @@ from typing import Any, BinaryIO
 
 from tuner.errors import SourceError
 
+# What llama.cpp calls the linears of a block, and what transformers does for Llama, Mistral and Qwen.
+LINEARS = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
 
-def read_header(path: Path) -> tuple[dict[str, Any], int]:
-    """The scalar metadata of a GGUF file and its number of parameters, read in milliseconds.
+
+def read_header(path: Path) -> tuple[dict[str, Any], int, dict[str, list[int]]]:
+    """The scalar metadata of a GGUF file, its number of parameters, and the shape of each linear, read in milliseconds.
 
     The library gguf builds every tokenizer string and tensor first, which takes seconds; the layout is the one in its
     specification (GGUF version 2 and 3, little-endian). Raises SourceError for a file that is something else.
@@ -20,18 +32,18 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
             if magic != b"GGUF" or version not in (2, 3):
                 raise SourceError(f"{path}: not a GGUF file of version 2 or 3")
             values = {_gguf_string(file): _gguf_value(file, _gguf_number(file, "I")) for _ in range(pairs)}
-            parameters = 0
+            parameters, shapes = 0, {}
             for _ in range(tensors):
-                _gguf_string(file)
-                size = 1
-                for _ in range(_gguf_number(file, "I")):
-                    size *= _gguf_number(file, "Q")
+                name = _gguf_string(file).split(".")
+                sizes = [_gguf_number(file, "Q") for _ in range(_gguf_number(file, "I"))]
                 _gguf_number(file, "I")  # the storage type
                 _gguf_number(file, "Q")  # the offset
-                parameters += size
-    except (struct.error, UnicodeDecodeError, KeyError, MemoryError, OverflowError):
+                parameters += math.prod(sizes)
+                if len(name) == 4 and name[2] in LINEARS and name[3] == "weight":
+                    shapes[f"model.layers.{name[1]}.{LINEARS[name[2]]}"] = sizes[::-1]  # GGUF counts from the fastest index
+    except (struct.error, UnicodeDecodeError, KeyError, MemoryError, OverflowError, OSError, RecursionError):
         raise SourceError(f"{path}: the GGUF header is damaged or cut off") from None
-    return {key: value for key, value in values.items() if value is not None}, parameters
+    return {key: value for key, value in values.items() if value is not None}, parameters, shapes
 
 
 # GGUF value types 0 to 12, as struct writes them; 8 is a string and 9 an array.
@@ -69,7 +81,7 @@ def unpack(path: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, GgufConfig
 
-    values, _ = read_header(path)
+    values, _, _ = read_header(path)
     family_of(str(values.get("general.architecture")))  # a sentence now rather than a failure after the conversion
     model = AutoModelForCausalLM.from_pretrained(
         path.parent, gguf_file=path.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
@@ -89,7 +101,7 @@ def load_tokenizer(path: Path) -> Any:
 
     # Clean-up on decoding is meant for BERT's word pieces and would eat spaces; transformers would say so at every use.
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, clean_up_tokenization_spaces=False)
-    values, _ = read_header(path)
+    values, _, _ = read_header(path)
     # transformers 5.17 gives a GPT-2-style GGUF tokenizer its bos token as eos, so an answer would never end where the
     # model ends it. The file itself says which is which.
     for name, role in (("bos", "bos"), ("eos", "eos"), ("padding", "pad"), ("unknown", "unk")):

@@ -18,7 +18,7 @@ from tuner.progress import track
 from tuner.recipe import Recipe
 from tuner.score import mean_scores
 
-VERSION = 2
+VERSION = 3
 BATCH_ROWS = 16
 # A step of generation costs hardly more for four times the rows: its time goes into reading the weights.
 GENERATE_ROWS = 64
@@ -89,7 +89,10 @@ def heldout_loss(model: Any, examples: list[Example], pad_id: int) -> dict[str, 
 
 
 def generate(model: Any, tokenizer: Any, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
-    """The greedy answer to each prompt as token ids up to and with the first eos, in the order of the prompts."""
+    """The greedy answer to each prompt as token ids up to and with the first eos, in the order of the prompts.
+
+    All answers are shorter than `max_new_tokens` where the longest prompt leaves fewer of the model's positions.
+    """
     import torch
     from transformers import GenerationConfig
 
@@ -97,8 +100,13 @@ def generate(model: Any, tokenizer: Any, prompts: list[list[int]], max_new_token
     # make the model disagree with its own probabilities, and the engine is told to ignore it, too.
     named = model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(named if isinstance(named, list) else [] if named is None else [named])}
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(map(len, prompts), default=0)
     greedy = GenerationConfig(
-        max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=sorted(ends), pad_token_id=tokenizer.pad_token_id
+        max_new_tokens=min(max_new_tokens, positions - longest) if positions else max_new_tokens,
+        do_sample=False,
+        eos_token_id=sorted(ends),
+        pad_token_id=tokenizer.pad_token_id,
     )
     answers: list[list[int]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))

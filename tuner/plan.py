@@ -18,6 +18,8 @@ from tuner.source import Facts, Source, facts, find
 
 # `check` looks at this many rows, which takes a tenth of a second; the run itself looks at all.
 CHECKED_ROWS = 10_000
+# Long enough to chat; a longer one costs an engine memory for the cache of keys and values.
+CHAT_TOKENS = 1024
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,17 @@ class Plan:
     """Rows that were looked at and can be used, for each file."""
     copied: int
     """Held-out rows among them that are training rows, too."""
+    unread: list[str]
+    """Keys of rows that no task reads."""
+
+    def remarks(self) -> list[str]:
+        """What is allowed and probably not meant."""
+        said = []
+        if self.copied:
+            said.append(f"{self.copied} held-out rows are training rows, too: what is measured on them is too good")
+        if self.unread:
+            said.append(f"rows also have {', '.join(self.unread)}, which nothing reads")
+        return said
 
     @property
     def learns(self) -> bool:
@@ -63,22 +76,33 @@ class Plan:
         """The kind of the last bundle."""
         return self.steps[-1].gives
 
-    def skeleton(self) -> Any | None:
-        """The model without weights, for what only its modules tell; None where a stage has yet to make it.
+    def linears(self) -> dict[str, list[int]]:
+        """Name and shape (outputs, inputs) of each linear in the model's blocks, as far as headers tell."""
+        return {name: shape for name, shape in self.facts.matrices.items() if name.rsplit(".", 1)[-1] in self.architecture.linears}
 
-        Costs seconds of imports, so it is built for the options that need it and no others.
-        """
-        from tuner.checkpoint import skeleton
-
-        return skeleton(self.source) if self.source else None
+    def not_served(self) -> str | None:
+        """Why the last bundle cannot be served, and what to do about it; None where it can."""
+        if self.result == "tokenizer":
+            return "a tokenizer is not served"
+        last = [step for step in self.steps if step.trains][-1:]
+        if self.result == "adapter" and last:
+            method = kinds.load("methods", last[0].options.method.kind)
+            if not method.serving(last[0].options.method, self.architecture)["live_adapter"]:
+                rank = f" of rank {last[0].options.method.rank}" if self.architecture.live_adapter else ""
+                return f'vLLM takes no live adapters{rank} for {self.facts.model_type}: put "- merge: {{}}" last to serve it'
+        return None
 
     def serving(self) -> str:
         """One line on how the result can be served."""
-        if self.result == "adapter":
-            if self.architecture.live_adapter:
-                return "the adapter is served live on its base"
-            return f'vLLM takes no live adapters for {self.facts.model_type}: put "- merge: {{}}" last to serve it'
-        return "a tokenizer is not served" if self.result == "tokenizer" else f"the {self.result} is served by itself"
+        served = "the adapter is served live on its base" if self.result == "adapter" else f"the {self.result} is served by itself"
+        return self.not_served() or served
+
+    def served_tokens(self) -> int:
+        """Longest prompt and answer together: the recipe's, or enough for its rows and to chat, as far as the model reads."""
+        recipe, most = self.recipe, self.facts.max_tokens
+        answer = max(recipe.probe.answer_tokens, recipe.evaluate.max_new_tokens)
+        wanted = max([CHAT_TOKENS, *(task.max_tokens + answer for task in tasks_of(recipe))])
+        return recipe.serve.max_tokens or (min(wanted, most) if most else wanted)
 
     def disk_bytes(self) -> int:
         """About what all stages write, training checkpoints included."""
@@ -116,14 +140,16 @@ def make_plan(recipe: Recipe, out_dir: Path) -> Plan:
     return plan
 
 
-def check_rows(recipe: Recipe, known: Facts) -> tuple[dict[str, int], int]:
-    """Rows that the tasks can read, per file, without a tokenizer, and how many held-out rows are training rows.
+def check_rows(recipe: Recipe, known: Facts) -> tuple[dict[str, int], int, list[str]]:
+    """Rows that the tasks can read, per file, without a tokenizer; how many held-out rows are training rows; keys nobody reads.
 
     Raises DataError with the place of the first row that they cannot read, and where nothing is held out in truth.
     """
     readers = _readers(recipe)
     seen: dict[str, set[int]] = {"train": set(), "heldout": set()}
     counts = {}
+    read = frozenset().union(*(reader.KEYS for reader in readers))
+    unread: set[str] = set()
     for key in seen:
         name = getattr(recipe.data, key)
         if name is None:
@@ -132,6 +158,7 @@ def check_rows(recipe: Recipe, known: Facts) -> tuple[dict[str, int], int]:
         def checked(row: Row, key: str = key) -> None:
             for reader in readers:
                 reader.check_row(row.record, chat_template=known.chat_template)
+            unread.update(set(row.record) - read)
             seen[key].add(hash(json.dumps(row.record, sort_keys=True)))
 
         skipped = Skipped()
@@ -147,7 +174,7 @@ def check_rows(recipe: Recipe, known: Facts) -> tuple[dict[str, int], int]:
     copied = len(seen["heldout"] & seen["train"])
     if copied and copied == len(seen["heldout"]):
         raise recipe.error("the held-out rows are all training rows, so nothing would be measured", "data", "heldout")
-    return counts, copied
+    return counts, copied, sorted(unread)
 
 
 def _readers(recipe: Recipe) -> list[Any]:
@@ -242,5 +269,8 @@ def _check_disk(plan: Plan, out_dir: Path) -> None:
     while not there.exists():
         there = there.parent
     free = shutil.disk_usage(there).free
-    if free < plan.disk_bytes():
-        raise RecipeError(f"{out_dir}: the run writes about {plan.disk_bytes() / 1e9:.1f} GB and {free / 1e9:.1f} GB are free")
+    # What earlier runs left is either used again or the user's to remove.
+    written = sum(file.stat().st_size for file in out_dir.glob("*/*") if file.is_file() and not file.parent.is_symlink())
+    need = plan.disk_bytes() - written
+    if free < need:
+        raise RecipeError(f"{out_dir}: the run writes about {need / 1e9:.1f} GB more and {free / 1e9:.1f} GB are free")

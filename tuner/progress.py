@@ -7,6 +7,7 @@ from typing import Protocol, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
 T = TypeVar("T")
 
@@ -28,7 +29,7 @@ def say(text: str) -> None:
 def track(title: str, total: int, done: int = 0) -> Iterator[Advance]:
     """A bar with count, note, elapsed and remaining time while the block runs; nothing when not a terminal."""
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("{task.fields[note]}"),
@@ -53,6 +54,6 @@ def timed(title: str) -> Iterator[None]:
     """Say what begins, turn a spinner in a terminal, and say how long it took once it has ended well."""
     start = time.monotonic()
     say(f"{title} ...")
-    with console.status(title) if console.is_terminal else nullcontext():
+    with console.status(Text(title)) if console.is_terminal else nullcontext():
         yield
     say(f"{title}: {time.monotonic() - start:.0f} s")

@@ -97,7 +97,7 @@ def _one_stage(entry: Any) -> Any:
 @cache
 def recipe_type() -> type[BaseModel]:
     """The recipe's schema, assembled from the files in tuner/stages; not at import, so that `--help` stays fast."""
-    stage_fields: dict[str, Any] = {name: (kinds.load("stages", name).Options, None) for name in kinds.names("stages")}
+    stage_fields: dict[str, Any] = {name: (kinds.load("stages", name).Options | None, None) for name in kinds.names("stages")}
     validators = {"one": model_validator(mode="after")(_one_stage), "none": model_validator(mode="before")(_no_options)}
     entry = create_model("Stage", __base__=Options, __validators__=cast(Any, validators), **stage_fields)
     entry.model_config["json_schema_extra"] = {"minProperties": 1, "maxProperties": 1}
@@ -190,7 +190,10 @@ def read_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
 
 def json_schema() -> str:
     """The JSON Schema of recipes, for an editor to complete and check them."""
-    return json.dumps(recipe_type().model_json_schema(), indent=1)
+    schema = recipe_type().model_json_schema()
+    # A child takes from its parent what it does not say itself.
+    schema["anyOf"] = [{"required": schema.pop("required")}, {"required": ["extends"]}]
+    return json.dumps(schema, indent=1)
 
 
 def _read(path: Path, children: tuple[Path, ...]) -> tuple[Any, dict[Location, str]]:
@@ -304,11 +307,11 @@ def _override(root: Any, places: dict[Location, str], override: str) -> None:
         raise RecipeError(f'--set {override}: expected KEY=VALUE, such as "stages.0.tune.steps=50"')
     if key.split(".")[0] == "extends":
         raise RecipeError("--set extends: has no effect here; write it into the recipe")
-    location = tuple(int(part) if part.isdigit() else part for part in key.split("."))
+    location = tuple(int(part) if part.isdecimal() else part for part in key.split("."))
     try:
         value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError):
-        raise RecipeError(f"--set {override}: the value is not YAML") from None
+    except (yaml.YAMLError, ValueError, RecursionError):
+        raise RecipeError(f"--set {override[:80]}: the value is not YAML") from None
     tree: Any = root
     part: Any
     for depth, part in enumerate(location):
@@ -325,6 +328,8 @@ def _override(root: Any, places: dict[Location, str], override: str) -> None:
             elif isinstance(tree, dict) and isinstance(tree[part], str):
                 tree[part] = {"kind": tree[part]}  # the short form, `task: sft`
             tree = tree[part]
+    for inside in [place for place in places if place[: len(location)] == location]:
+        del places[inside]
     places[location] = f"--set {key}"
 
 

@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from tuner import kinds
 from tuner.bundle import Bundle, write_json
-from tuner.errors import BundleError
+from tuner.errors import BundleError, disk_errors
 
 SERVED = "served.json"
 
@@ -28,7 +29,7 @@ def rows(bundles: list[Bundle], out_dir: Path) -> list[dict[str, str]]:
         asked = following.manifest.metrics.get("base") if following else None
         found.append(_row(result_name(bundle), {**bundle.manifest.metrics, **({"probe": asked} if asked else {})}))
     served = read_served(out_dir)
-    if served and bundles and served["fingerprint"] == bundles[-1].manifest.fingerprint:
+    if served and bundles and all(served.get(name) == value for name, value in _identity(bundles[-1]).items()):
         found.append(_row("served", served["metrics"]))
     return found
 
@@ -50,24 +51,31 @@ def write_report(bundles: list[Bundle], out_dir: Path) -> Path:
     if heldout["count"]:
         lines += ["", f"{heldout['count']} held-out rows were left out, such as:", "", *(f"- {each}" for each in heldout["listed"])]
     path = out_dir / "report.md"
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    with disk_errors(path):
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
 
 
 def table(found: list[dict[str, str]], title: str) -> Table:
     """The rows for a terminal."""
     columns = _columns(found)
-    result = Table(title=title)
+    result = Table(title=Text(title))
     for column in columns:
-        result.add_column(column, justify="left" if column == columns[0] else "right")
+        result.add_column(Text(column), justify="left" if column == columns[0] else "right")
     for row in found:
-        result.add_row(*(row.get(column, "") for column in columns))
+        result.add_row(*(Text(row.get(column, "")) for column in columns))
     return result
 
 
 def write_served(out_dir: Path, bundle: Bundle, metrics: dict[str, Any]) -> None:
     """Keep what the endpoint answered; it is no part of the bundle, which may be served in many places."""
-    write_json(out_dir / SERVED, {"fingerprint": bundle.manifest.fingerprint, "metrics": metrics})
+    with disk_errors(out_dir):
+        write_json(out_dir / SERVED, {**_identity(bundle), "metrics": metrics})
+
+
+def _identity(bundle: Bundle) -> dict[str, Any]:
+    """What was served, and what it was asked: figures of other questions do not belong into its table."""
+    return {"fingerprint": bundle.manifest.fingerprint, "key": bundle.manifest.metrics.get("key")}
 
 
 def read_served(out_dir: Path) -> dict[str, Any] | None:

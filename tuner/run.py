@@ -43,10 +43,11 @@ def run(plan: Plan, out_dir: Path) -> list[Bundle]:
     base: Bundle | None = None  # the model before tuning
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
+        (out_dir / ".lock").touch()
     except OSError as error:
-        raise RecipeError(f"--out {out_dir}: no directory can be made there: {error.strerror}") from None
-    if plan.copied:
-        say(f"{plan.copied} held-out rows are training rows, too: what is measured on them is too good")
+        raise RecipeError(f"--out {out_dir}: nothing can be written there: {error.strerror}") from None
+    for remark in plan.remarks():
+        say(remark)
     if plan.recipe.data.heldout is None:
         say("no data.heldout: the probe asks training rows, and no held-out loss is measured or gated")
     with _alone(out_dir):
@@ -66,7 +67,7 @@ def run(plan: Plan, out_dir: Path) -> list[Bundle]:
                     bundle = measured(bundle, plan.recipe, task=task_of(plan.recipe, step.index), reference=like, base=base)
                     if step.trains and base is not None:
                         bundle = base_on_probe(bundle, base)
-                bundle = add_results(bundle, serving={"serve_max_tokens": plan.recipe.serve.max_tokens})
+                bundle = add_results(bundle, serving={"serve_max_tokens": plan.served_tokens()})
             _gate(step, bundle, before)
             reference = bundle if step.trains else reference
             bundles.append(_named(out_dir, _link_name(plan, step), bundle))
@@ -153,6 +154,8 @@ def _link_name(plan: Plan, step: Step) -> str:
 def _named(out_dir: Path, name: str, bundle: Bundle) -> Bundle:
     """A name without a fingerprint that always leads to the newest result of a stage."""
     link, partial = out_dir / name, out_dir / f".{name}.link"
+    if link.is_dir() and not link.is_symlink():
+        raise RecipeError(f"{link}: a directory stands where the link to the newest result belongs; move it away")
     partial.unlink(missing_ok=True)
     partial.symlink_to(os.path.relpath(bundle.path.resolve(), out_dir.resolve()))
     partial.replace(link)

@@ -13,13 +13,13 @@ import os
 import re
 import struct
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from tuner import gguf
-from tuner.bundle import MANIFEST, Bundle, Manifest, fingerprint, open_bundle, sha256, write_bundle
+from tuner.bundle import MANIFEST, Bundle, Manifest, checked_name, fingerprint, open_bundle, sha256, verify, write_bundle
 from tuner.errors import BundleError, SourceError, nearest
 
 VERSION = 1
@@ -64,6 +64,10 @@ class Facts:
     bundle_kind: str = "model"
     chat_template: bool = True
     """It says how a conversation is written down."""
+    matrices: dict[str, list[int]] = field(default_factory=dict)
+    """Module name to the shape of its two-dimensional weight: (outputs, inputs) of a linear. Empty where headers do not say."""
+    widths: frozenset[int] = frozenset()
+    """Inputs of the linears of a model that has yet to be made."""
 
 
 def find(reference: str, revision: str | None = None) -> Source:
@@ -84,22 +88,22 @@ def find(reference: str, revision: str | None = None) -> Source:
 def facts(source: Source) -> Facts:
     """Model type, number of parameters and longest context, from headers alone."""
     if source.is_gguf:
-        values, parameters = gguf.read_header(source.path)
+        values, parameters, shapes = gguf.read_header(source.path)
         kind = values.get("general.architecture")
-        length = int(values.get(f"{kind}.context_length", 0))
-        return Facts(str(kind), parameters, length, chat_template="tokenizer.chat_template" in values)
+        length = _whole(values.get(f"{kind}.context_length", 0), f"{source.path}: {kind}.context_length")
+        return Facts(str(kind), parameters, length, chat_template="tokenizer.chat_template" in values, matrices=shapes)
     folder = source.checkpoint
     kind = open_bundle(source.path).manifest.kind if source.is_bundle else "model"
     config = read_config(folder)
-    parameters = (
-        _hub_parameters(source) if "hub" in source.identity else sum(_parameters(file) for file in folder.glob("*.safetensors"))
-    )
+    remote = "hub" in source.identity and not _weights_are_here(folder)
+    shapes = {} if remote else {name: shape for file in _weight_files(folder) for name, shape in _shapes(file).items()}
     return Facts(
         str(config["model_type"]),
-        parameters,
-        _context(config),
+        _hub_parameters(source) if remote else sum(math.prod(shape) for shape in shapes.values()),
+        _context(config, folder),
         kind,
         _has_chat_template(folder),
+        {name.removesuffix(".weight"): shape for name, shape in shapes.items() if name.endswith(".weight") and len(shape) == 2},
     )
 
 
@@ -110,6 +114,9 @@ def base_bundle(source: Source, out_dir: Path) -> Bundle:
     with suppress(BundleError):  # what is not there or not whole is made again
         if (found := open_bundle(path)).manifest.fingerprint == key:
             return found
+
+    if source.is_bundle:
+        verify(open_bundle(source.path))
 
     def fill(folder: Path) -> Manifest:
         if source.is_gguf:
@@ -165,7 +172,7 @@ def describe_model(folder: Path, *, stage: str, fingerprint: str, source: Source
         model_type=str(config["model_type"]),
         serving={
             "dtype": str(config.get("dtype") or config.get("torch_dtype") or "float32"),
-            "max_tokens": _context(config),
+            "max_tokens": _context(config, folder),
             **rest.pop("serving", {}),
         },
         recipe=rest.pop("recipe", {}) if source is None else {"model": source.reference, **source.identity},
@@ -180,7 +187,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise SourceError(f"{folder}: no config.json, so this is no checkpoint that transformers can open") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise SourceError(f"{folder / 'config.json'}: not JSON ({error})") from None
     if not isinstance(config, dict) or "model_type" not in config:
         raise SourceError(f"{folder / 'config.json'}: has no model_type")
@@ -197,10 +204,19 @@ def _has_chat_template(folder: Path) -> bool:
         return False
 
 
-def _context(config: dict[str, Any]) -> int:
+def _context(config: dict[str, Any], folder: Path) -> int:
     """Longest input in tokens, 0 where the configuration does not say."""
-    text = config.get("text_config", config)
-    return int(text.get("max_position_embeddings") or text.get("n_positions") or 0)
+    text = config.get("text_config")
+    text = text if isinstance(text, dict) else config
+    return _whole(
+        text.get("max_position_embeddings") or text.get("n_positions") or 0, f"{folder / 'config.json'}: the longest input"
+    )
+
+
+def _whole(value: Any, what: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise SourceError(f"{what} is {value!r:.40}, expected a number of tokens")
+    return value
 
 
 @cache
@@ -217,14 +233,28 @@ def versions() -> dict[str, str]:
     return {name: found for name in names if (found := _installed(name))}
 
 
-def _parameters(file: Path) -> int:
-    """Elements in a safetensors file, from its header: an 8-byte length, then JSON with the shapes."""
+def _weight_files(folder: Path) -> list[Path]:
+    """The checkpoint's safetensors: those in its index, else model.safetensors, else all (some checkpoints lie there twice)."""
+    index, whole = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            return [folder / checked_name(str(name)) for name in names]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise SourceError(f"{index}: not the index of a checkpoint") from None
+    return [whole] if whole.is_file() else sorted(folder.glob("*.safetensors"))
+
+
+def _shapes(file: Path) -> dict[str, list[int]]:
+    """Tensor name to shape in a safetensors file, from its header: an 8-byte length, then JSON."""
     try:
         with file.open("rb") as stream:
             length = struct.unpack("<Q", stream.read(8))[0]
             header = json.loads(stream.read(min(length, file.stat().st_size)))
-        return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError):
+        return {name: [int(size) for size in entry["shape"]] for name, entry in header.items() if name != "__metadata__"}
+    except FileNotFoundError:
+        raise SourceError(f"{file}: there is no such file, but the checkpoint's index names it") from None
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise SourceError(
             f"{file}: not a safetensors file; a download by git without LFS leaves a few lines of text instead"
         ) from None
@@ -232,16 +262,17 @@ def _parameters(file: Path) -> int:
 
 def _in_package(reference: str) -> Source:
     module, _, inside = reference.removeprefix("pkg://").partition("/")
+    # Of a name with dots the parents would be imported, which runs their code; a top-level one is only looked for.
     try:
-        spec = importlib.util.find_spec(module)  # finds a top-level module without importing it
-    except (ImportError, ValueError):
+        spec = importlib.util.find_spec(module) if module.isidentifier() else None
+    except ValueError:  # a module like __main__
         spec = None
     if spec is None or not spec.submodule_search_locations:
         known = list(importlib.metadata.packages_distributions())
         raise SourceError(f'{reference}: no package "{module}" is installed{nearest(module, known)}')
     folder = Path(next(iter(spec.submodule_search_locations)))
     path = folder / inside
-    if ".." in Path(inside).parts or not path.exists():
+    if not path.resolve().is_relative_to(folder.resolve()) or not path.exists():
         there = [file.relative_to(folder).as_posix() for ending in ("*.gguf", "*.safetensors") for file in folder.rglob(ending)]
         raise SourceError(f'{reference}: the package "{module}" has no "{inside}"{nearest(inside, there)}')
     return _local(reference, path, package=module, version=_package_version(module))
@@ -258,6 +289,8 @@ def _local(reference: str, path: Path, **identity: Any) -> Source:
         raise SourceError(f"{reference}: there is no such file or directory{nearest(str(path), siblings)}")
     if path.is_dir():
         if (path / MANIFEST).is_file():
+            if open_bundle(path).manifest.kind != "tokenizer" and not list(path.glob("*.safetensors")):
+                raise SourceError(f"{path}: a bundle without safetensors; other weights can run code when they are read")
             return Source(reference, path, {"bundle": open_bundle(path).manifest.fingerprint})
         read_config(path)
         if not list(path.glob("*.safetensors")):
@@ -305,15 +338,12 @@ def _snapshot(reference: str, revision: str | None, patterns: list[str]) -> Path
 
 def _weights_are_here(folder: Path) -> bool:
     """Every file of weights that the checkpoint consists of was downloaded before."""
-    index = folder / "model.safetensors.index.json"
-    names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) if index.is_file() else {"model.safetensors"}
-    return all((folder / name).is_file() for name in names)
+    files = _weight_files(folder)
+    return bool(files) and all(file.is_file() for file in files)
 
 
 def _hub_parameters(source: Source) -> int:
-    """Parameters of a model on the hub: from its files where they are here already, else from their headers there."""
-    if _weights_are_here(source.path):
-        return sum(_parameters(file) for file in source.path.glob("*.safetensors"))
+    """Parameters of a model whose weights are still on the hub, from the headers there."""
     from huggingface_hub import get_safetensors_metadata
     from huggingface_hub.errors import HfHubHTTPError, NotASafetensorsRepoError
 

@@ -16,8 +16,9 @@ def download(requirement: str, sha256: str) -> zipfile.ZipFile:
         options = ["--quiet", "--no-deps", "--only-binary=:all:", "--dest", folder]
         done = subprocess.run([sys.executable, "-m", "pip", "download", *options, requirement], capture_output=True, text=True)
         if done.returncode:
-            errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
-            raise ValueError(f"pip could not download {requirement}: {errors[-1] if errors else 'it said nothing'}")
+            lines = done.stderr.splitlines()
+            said = [line for line in lines if line.startswith("ERROR")] or lines or ["it said nothing"]
+            raise ValueError(f"pip could not download {requirement}: {said[-1]}")
         content = next(Path(folder).glob("*.whl")).read_bytes()
     found = hashlib.sha256(content).hexdigest()
     if found != sha256:

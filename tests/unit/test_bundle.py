@@ -53,7 +53,29 @@ def test_a_manifest_cannot_point_outside(bundle, name: str) -> None:
         open_bundle(bundle.path)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"kind": "model"}', '{"kind": "x", "stage": "", "fingerprint": ""}'])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("files", []),
+        ("files", {"weights": {}}),
+        ("metrics", "x"),
+        ("probe", [1]),
+        ("parents", [{}]),
+        ("serving", None),
+        ("fingerprint", 1),
+        ("base", ["/"]),
+    ],
+)
+def test_a_manifest_with_a_field_of_another_form_is_refused(bundle, name: str, value: object) -> None:
+    path = bundle.path / "bundle.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
+    with pytest.raises(BundleError, match=r"bundle\.json: not a manifest that this version reads"):
+        open_bundle(bundle.path)
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, "", "[]", "{}", '{"kind": "model"}', '{"kind": "x", "stage": "", "fingerprint": ""}']
+)
 def test_a_damaged_manifest_is_said_in_one_sentence(bundle, text: str) -> None:
     (bundle.path / "bundle.json").write_text(text)
     with pytest.raises(BundleError, match=r"bundle\.json"):

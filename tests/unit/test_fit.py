@@ -139,7 +139,7 @@ def test_a_loss_that_is_no_number_stops_the_run(tiny_model: Path, tokenizer: Any
 
 @pytest.mark.parametrize("targets", ["model.layers.*.q_prj", "nothing"])
 def test_targets_that_match_nothing_are_refused(tiny_model: Path, targets: str) -> None:
-    with pytest.raises(RecipeError, match="matches the whole name of none of the model's 14 linears"):
+    with pytest.raises(RecipeError, match="matches the whole name of no linear of the model"):
         adapted(tiny_model, targets=targets)
 
 

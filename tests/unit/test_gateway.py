@@ -22,6 +22,7 @@ class StandIn:
 
     def __init__(self) -> None:
         self.ready = True
+        self.failure: str | None = None
         self.suspected = 0
         app = Starlette(routes=[Route("/v1/chat/completions", self.answer, methods=["POST"])])
         self.client = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://engine")

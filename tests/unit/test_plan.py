@@ -41,7 +41,7 @@ def refused(recipe_file: Callable[..., Path], tmp_path: Path, change: Change) ->
         (lambda tree: tree.update(model="./tiny"), "recipe.yaml:1: model: "),
         (
             lambda tree: tree["stages"][0]["tune"].update(method={"kind": "lora", "targets": "q_prj"}),
-            'stages.0.tune.method: targets: "q_prj" matches the whole name of none of the model\'s 14 linears',
+            'stages.0.tune.method: targets: "q_prj" matches the whole name of no linear of the model',
         ),
     ],
     ids=range(12),
@@ -60,10 +60,11 @@ def plain_rows(folder: Path) -> None:
 def test_a_quantization_group_that_divides_nothing_is_refused(
     recipe_file: Callable[..., Path], tiny_model: Path, tmp_path: Path
 ) -> None:
-    config = json.loads((tiny_model / "config.json").read_text())
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     odd = tmp_path / "odd"
     shutil.copytree(tiny_model, odd)
-    (odd / "config.json").write_text(json.dumps({**config, "intermediate_size": 136}))
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(odd, intermediate_size=136)).save_pretrained(odd)
 
     def change(tree: dict[str, Any]) -> None:
         tree["model"] = str(odd)
@@ -102,6 +103,31 @@ def test_the_vocabulary_of_a_new_model_is_the_tokenizers(recipe_file: Callable[.
     stages = [{"tokenizer": {}}, {"init": {"config": {"model_type": "gpt2", "vocab_size": 7}}}]
     said = refused(recipe_file, tmp_path, lambda tree: (tree.pop("model"), tree.update(stages=stages)))
     assert "stages.1.init.config: vocab_size: the tokenizer says that" in said
+
+
+def test_a_rank_that_no_server_takes_is_said(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
+    def rank(value: int) -> str:
+        recipe = recipe_file(lambda tree: tree["stages"][0]["tune"]["method"].update(rank=value))
+        return make_plan(read_recipe(recipe), tmp_path / "out").serving()
+
+    # serve/engines/vllm.py: its largest buffer
+    assert rank(512) == "the adapter is served live on its base"
+    assert rank(513) == 'vLLM takes no live adapters of rank 513 for llama: put "- merge: {}" last to serve it'
+
+
+def test_what_is_served_has_room_for_the_rows_and_their_answers(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
+    def tokens(change: Change) -> int:
+        return make_plan(read_recipe(recipe_file(change)), tmp_path / "out").served_tokens()
+
+    assert tokens(lambda tree: None) == 200, "the recipe's own"
+    assert tokens(lambda tree: tree.pop("serve")) == 256, "no more than the model reads"
+
+
+def test_keys_of_rows_that_nothing_reads_are_named(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
+    recipe = recipe_file()
+    row = json.loads((tmp_path / "train.jsonl").read_text().splitlines()[0])
+    write_rows(tmp_path / "train.jsonl", [{**row, "tools": [], "id": 1}])
+    assert make_plan(read_recipe(recipe), tmp_path / "out").remarks() == ["rows also have id, tools, which nothing reads"]
 
 
 def test_each_result_is_measured_by_the_last_task_trained_by_then(recipe_file: Callable[..., Path]) -> None:
@@ -148,11 +174,10 @@ def test_an_unknown_architecture_is_named_where_it_stands(recipe_file: Callable[
 def test_a_disk_that_is_too_small_is_said_before_the_work(
     recipe_file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import shutil
 
     free = shutil.disk_usage(tmp_path)._replace(free=1_000_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
-    assert "the run writes about 0.1 GB and 0.0 GB are free" in refused(recipe_file, tmp_path, lambda tree: None)
+    assert "the run writes about 0.1 GB more and 0.0 GB are free" in refused(recipe_file, tmp_path, lambda tree: None)
 
 
 def test_planning_loads_nothing_heavy(recipe_file: Callable[..., Path], tmp_path: Path) -> None:

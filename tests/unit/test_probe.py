@@ -56,6 +56,15 @@ def test_generation_in_a_batch_is_generation_alone(model: Any, tokenizer: Any) -
     assert together == [generate(model, tokenizer, [prompt], 6)[0] for prompt in PROMPTS]
 
 
+def test_an_answer_ends_where_the_models_positions_do(tokenizer: Any) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    short = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=1, n_head=2, n_positions=16)).eval()
+    answers = generate(short, tokenizer, [list(range(5, 15)), [5, 6]], 24)
+    assert [len(answer) <= 6 for answer in answers] == [True, True]
+    assert answers[0]
+
+
 def test_a_checkpoints_own_sampling_habits_do_not_change_its_answers(model: Any, tokenizer: Any) -> None:
     before = generate(model, tokenizer, PROMPTS, 8)
     model.generation_config.repetition_penalty = 1.8

@@ -98,6 +98,16 @@ def test_a_parent_that_is_not_there_is_named_with_the_line_and_the_nearest(tmp_p
     assert 'r.yaml:2: extends: there is no recipe "god.yaml" beside it; did you mean "good.yaml"?' in said
 
 
+def test_what_set_replaces_is_never_blamed_on_the_file(tmp_path: Path) -> None:
+    (tmp_path / "good.yaml").write_text(GOOD)
+    with pytest.raises(RecipeError) as error:
+        read_recipe(tmp_path / "good.yaml", ["stages=[{tune: {task: {kind: sft, max_tokenz: 3}}}]"])
+    assert str(error.value).startswith("--set stages: stages.0.tune.task.max_tokenz")
+    for bad in ("stages.²=1", "seed=" + "[" * 5000):
+        with pytest.raises(RecipeError):
+            read_recipe(tmp_path / "good.yaml", [bad])
+
+
 def test_what_the_child_replaces_is_never_blamed_on_the_parent(tmp_path: Path) -> None:
     (tmp_path / "good.yaml").write_text(GOOD)
     said = complaint(tmp_path, "extends: good.yaml\nstages:\n  - tune:\n      stepz: 1\n")

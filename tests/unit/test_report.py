@@ -1,9 +1,10 @@
 """The closing table."""
 
+import io
 from pathlib import Path
 
 from tuner.bundle import Bundle, Manifest
-from tuner.report import rows
+from tuner.report import read_served, rows, table, write_served
 
 
 def bundle(stage: str, **metrics: object) -> Bundle:
@@ -27,3 +28,21 @@ def test_the_base_is_shown_with_its_answers_to_the_tuned_models_questions(tmp_pa
         ("base", "2.000", "25.0%"),
         ("tuned", "1.000", "50.0%"),
     ]
+
+
+def test_figures_of_another_question_are_not_shown_as_served(tmp_path: Path) -> None:
+    asked = bundle("quantize", key="one", heldout_loss=1.0, probe=PROBE)
+    write_served(tmp_path, asked, {"heldout_loss": 1.0, "probe": PROBE})
+    assert [row[""] for row in rows([asked], tmp_path)] == ["quantized", "served"]
+    asked_otherwise = bundle("quantize", key="two", heldout_loss=1.0, probe=PROBE)
+    assert read_served(tmp_path) is not None
+    assert [row[""] for row in rows([asked_otherwise], tmp_path)] == ["quantized"]
+
+
+def test_square_brackets_in_a_name_are_no_markup() -> None:
+    from rich.console import Console
+
+    console = Console(record=True, width=80, file=io.StringIO())
+    console.print(table([{"": "tuned", "f1 [strict]": "1", "a [/b]": "2"}], "my [/x] run"))
+    said = console.export_text()
+    assert "f1 [strict]" in said and "a [/b]" in said and "my [/x] run" in said

@@ -68,8 +68,13 @@ def test_an_empty_and_a_missing_file_are_told_apart(recipe_file: Callable[..., P
     (tmp_path / "train.jsonl").write_text("\n")
     with pytest.raises(DataError, match=r"train\.jsonl:1: the file is empty; expected one JSON object a line"):
         make_plan(read_recipe(recipe), tmp_path / "out")
-    (tmp_path / "train.jsonl").unlink()
-    with pytest.raises(TunerError, match=r"recipe\.yaml:3: data\.train: .*no such file; `python .*make_it\.py` writes it"):
+    (tmp_path / "train.jsonl").rename(tmp_path / "trains.jsonl")
+    with pytest.raises(TunerError, match=r'train\.jsonl: there is no such file; did you mean "trains\.jsonl"\?'):
+        make_plan(read_recipe(recipe), tmp_path / "out")
+    (tmp_path / "trains.jsonl").unlink()
+    with pytest.raises(
+        TunerError, match=r"recipe\.yaml:3: data\.train: .*no such file; `.venv/bin/python .*make_it\.py` writes it"
+    ):
         make_plan(read_recipe(recipe), tmp_path / "out")
 
 

@@ -57,3 +57,16 @@ def test_no_branch_on_a_family_task_or_method(path: Path) -> None:
 def test_a_stage_file_has_what_the_chain_needs(name: str) -> None:
     stage = kinds.load("stages", name)
     assert {"Options", "TAKES", "RESULT", "VERSION", "gives", "run"} <= set(dir(stage))
+
+
+@pytest.mark.parametrize("name", kinds.names("tasks"))
+def test_a_task_file_has_what_stages_and_measuring_need(name: str) -> None:
+    task = kinds.load("tasks", name)
+    assert {"Options", "HEAD", "KEYS", "check_row", "examples", "question", "reference"} <= set(dir(task))
+    assert {"kind", "max_tokens"} <= set(task.Options.model_fields)
+
+
+@pytest.mark.parametrize("name", kinds.names("methods"))
+def test_a_method_file_has_what_the_tune_stage_needs(name: str) -> None:
+    method = kinds.load("methods", name)
+    assert {"Options", "DTYPES", "GIVES", "check", "prepare", "layers", "save", "serving"} <= set(dir(method))

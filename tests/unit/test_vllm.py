@@ -1,5 +1,6 @@
 """What vLLM is told, and the combinations that are never used."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -89,3 +90,15 @@ def test_error_lines_are_the_engines_own_without_its_log(tmp_path: Path) -> None
         "RuntimeError: Engine core failed",
         "pydantic_core.ValidationError: 1 validation error Value error, too short",
     ]
+
+
+def test_every_type_that_an_engine_may_compute_in_has_a_tolerance() -> None:
+    for stored in ("float32", "float16", "bfloat16"):
+        for gpu in (False, True):
+            assert 0 < tolerance(bundle(), vllm.dtype(bundle(dtype=stored), gpu=gpu)) <= 0.1
+
+
+def test_a_runs_name_may_have_any_sign(monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = bundle("adapter", adapter_rank=8)
+    command = vllm.launch("base", bundle(), {"lr=1e-3,a-tune": adapter}, port=1).command
+    assert json.loads(command[command.index("--lora-modules") + 1]) == {"name": "lr=1e-3,a-tune", "path": "/b"}

@@ -40,12 +40,14 @@ def training_examples(recipe: Recipe, task: Any, tokenizer: Any, rows: int | Non
     found = list(examples_of(counted("encoding rows", records), tokenizer, task, recipe.data.on_bad_row, skipped))
     random.Random(recipe.seed).shuffle(found)
     limits = [limit for limit in (rows, recipe.data.train_rows) if limit is not None]
-    examples = [example for _, example in found[: min(limits, default=None)]]
+    chosen = _of_rows(found, min(limits, default=None))
+    examples = [example for _, example in chosen]
     lengths = [len(each.ids) for each in examples]
     return examples, {
         "path": recipe.data.train,
         "sha256": sha256(path),
-        "rows": len(examples),
+        "rows": len({row.place for row, _ in chosen}),
+        "examples": len(examples),
         "tokens": sum(lengths),
         "supervised_tokens": sum(each.supervised for each in examples),
         "longest_tokens": max(lengths, default=0),
@@ -64,4 +66,11 @@ def heldout_rows(recipe: Recipe, task: Any, tokenizer: Any) -> tuple[list[tuple[
     found = list(kinds.load("tasks", task.kind).examples(rows, tokenizer, task, recipe.data.on_bad_row, skipped))
     if not found:
         raise DataError(f"{path}: no row is left to measure on ({skipped.count} were left out)")
-    return found[: recipe.data.heldout_rows], skipped
+    return _of_rows(found, recipe.data.heldout_rows), skipped
+
+
+def _of_rows(found: list[tuple[Row, Example]], rows: int | None) -> list[tuple[Row, Example]]:
+    """Every example of the first so many rows: a long document has several."""
+    places = list(dict.fromkeys(row.place for row, _ in found))[:rows]
+    wanted = set(places)
+    return [(row, example) for row, example in found if row.place in wanted]

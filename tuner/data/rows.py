@@ -1,5 +1,6 @@
 """Reads rows of data, each with the place it came from, so that every complaint can say `file:line`."""
 
+import difflib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -41,8 +42,9 @@ def read_rows(path: Path, made_by: str | None, on_bad_row: str, skipped: Skipped
     Raises DataError for a file that is missing or empty, and for a line that is no JSON object unless bad rows are skipped.
     """
     if not path.is_file():
-        siblings = [str(each) for each in path.parent.glob("*") if each.is_file()] if path.parent.is_dir() else []
-        advice = f"; `python {made_by}` writes it" if made_by else nearest(str(path), siblings)
+        siblings = [each.name for each in path.parent.glob("*") if each.is_file()] if path.parent.is_dir() else []
+        mistyped = difflib.get_close_matches(path.name, siblings, cutoff=0.8) or not made_by
+        advice = nearest(path.name, siblings) if mistyped else f"; `.venv/bin/python {made_by}` writes it"
         raise DataError(f"{path}: there is no such file{advice}")
     found = False
     for line, text in _records(path):

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -16,12 +17,15 @@ BINS = 10
 BAR_WIDTH = 40
 
 
-def show(plan: Plan, rows: int) -> None:
-    """Print `rows` examples with what is learned in colour, the counts, and a histogram of lengths."""
+def show(plan: Plan, out_dir: Path, rows: int) -> None:
+    """Print `rows` examples with what is learned in colour, the counts, and a histogram of lengths.
+
+    A recipe that trains its own tokenizer is shown with the one in `out_dir`. Raises RecipeError where there is none yet.
+    """
     from tuner.data.dataset import task_of, training_examples
 
     console = Console(highlight=False)
-    tokenizer = _tokenizer(plan)
+    tokenizer = _tokenizer(plan, out_dir)
     examples, data = training_examples(plan.recipe, task_of(plan.recipe), tokenizer)
     for number, example in enumerate(examples[:rows], 1):
         console.rule(f"example {number}: {len(example.ids)} tokens, {example.supervised} learned")
@@ -75,34 +79,40 @@ def show_bundle(bundle: Bundle, *, as_json: bool) -> None:
         sys.stdout.write(json.dumps(asdict(manifest), indent=1, sort_keys=True) + "\n")
         return
     table = Table(show_header=False, box=None)
-    table.add_row("kind", f"{manifest.kind}, from stage {manifest.stage}, fingerprint {manifest.fingerprint}")
-    table.add_row("model", f"{manifest.model_type} ({manifest.family})")
-    table.add_row("made from", " -> ".join([*(f"{each['stage']} ({each['path']})" for each in manifest.parents), bundle.path.name]))
-    table.add_row("recipe", json.dumps(manifest.recipe))
+
+    def row(name: str, said: str) -> None:
+        table.add_row(name, Text(said))  # square brackets in it are no markup
+
+    row("kind", f"{manifest.kind}, from stage {manifest.stage}, fingerprint {manifest.fingerprint}")
+    row("model", f"{manifest.model_type} ({manifest.family})")
+    row("made from", " -> ".join([*(f"{each['stage']} ({each['path']})" for each in manifest.parents), bundle.path.name]))
+    row("recipe", json.dumps(manifest.recipe))
     if manifest.data:
-        table.add_row("data", ", ".join(f"{key} {value}" for key, value in manifest.data.items() if key != "skipped"))
-    table.add_row("serving", ", ".join(f"{key} {value}" for key, value in manifest.serving.items() if value is not None))
+        row("data", ", ".join(f"{key} {value}" for key, value in manifest.data.items() if key != "skipped"))
+    row("serving", ", ".join(f"{key} {value}" for key, value in manifest.serving.items() if value is not None))
     for name, values in manifest.metrics.items():
         if name != "key":
             said = ", ".join(f"{key} {value}" for key, value in values.items()) if isinstance(values, dict) else str(values)
-            table.add_row(name, said)
-    table.add_row("versions", ", ".join(f"{name} {version}" for name, version in manifest.versions.items()))
+            row(name, said)
+    row("versions", ", ".join(f"{name} {version}" for name, version in manifest.versions.items()))
     size = sum(each["size_bytes"] for each in manifest.files.values())
-    table.add_row("files", f"{len(manifest.files)}, {size / 1e6:.1f} MB, {len(manifest.probe)} probe questions")
+    row("files", f"{len(manifest.files)}, {size / 1e6:.1f} MB, {len(manifest.probe)} probe questions")
     console.print(table)
 
 
-def _tokenizer(plan: Plan) -> Any:
+def _tokenizer(plan: Plan, out_dir: Path) -> Any:
     """The tokenizer of the recipe's model, without its weights."""
     from tuner import gguf
     from tuner.checkpoint import load_tokenizer
     from tuner.errors import RecipeError
 
     if plan.source is None:
+        if (out_dir / "tokenizer").is_dir():
+            return load_tokenizer(out_dir / "tokenizer")
         raise RecipeError(
-            f"{plan.recipe.path}: trains its own tokenizer, so its examples can be shown once that is done; "
-            "`tuner run` prints the counts"
+            f"{plan.recipe.path}: trains its own tokenizer, and there is none in {out_dir} yet; "
+            f"`tuner run {plan.recipe.path}` makes it"
         )
     if plan.source.is_gguf:
         return gguf.load_tokenizer(plan.source.path)
-    return load_tokenizer(plan.source.path)
+    return load_tokenizer(plan.source.checkpoint)

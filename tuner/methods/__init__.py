@@ -7,4 +7,6 @@ check(options, plan)     raises RecipeError where it would train nothing of the 
 prepare(model, ...)      the model with everything else frozen
 layers(model)            the trained modules by name: each must get a gradient
 save(model, folder)      writes what was trained
+serving(options, architecture)
+                         facts for an engine
 """

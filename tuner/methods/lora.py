@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 GIVES = "adapter"
 # Of the frozen weights; the first is the default.
 DTYPES = ("bfloat16", "float32")
+WORDS = ("all-linear", "attention")
+# vLLM's largest buffer for adapters.
+MAX_LIVE_RANK = 512
 
 
 class Options(BaseOptions):
@@ -38,8 +41,10 @@ class Options(BaseOptions):
 
 def check(options: Options, plan: "Plan") -> None:
     """Raises RecipeError where a pattern in `targets` matches nothing; the words always match what their family lists."""
-    if options.targets not in ("all-linear", "attention") and (skeleton := plan.skeleton()) is not None:
-        targets(skeleton, options.targets, plan.family, plan.architecture)
+    names = list(plan.linears())
+    if options.targets not in WORDS and names:
+        # A checkpoint may be saved from inside the model that will open it.
+        matching([*names, *(f"{prefix}.{name}" for prefix in ("model", "transformer") for name in names)], options.targets)
 
 
 def prepare(model: Any, options: Options, family: Family, architecture: Architecture) -> Any:
@@ -69,18 +74,22 @@ def prepare(model: Any, options: Options, family: Family, architecture: Architec
 def targets(model: Any, wanted: str, family: Family, architecture: Architecture) -> list[str]:
     """Names of the linears that `targets` means. Raises RecipeError, with the nearest name, where that is none."""
     known = [name for name, _ in _linears(model) if name.rsplit(".", 1)[-1] not in family.keep]
-    if wanted in ("all-linear", "attention"):
-        chosen = architecture.linears if wanted == "all-linear" else architecture.attention
-        names = [name for name in known if name.rsplit(".", 1)[-1] in chosen]
-    else:
-        try:
-            names = [name for name in known if re.fullmatch(wanted, name)]
-        except re.error as error:
-            raise RecipeError(f'targets: "{wanted}" is not a regular expression: {error}') from None
-    if not names:
-        advice = nearest(wanted, known) if difflib.get_close_matches(wanted, known) else f"; the first is {known[0]}"
-        raise RecipeError(f'targets: "{wanted}" matches the whole name of none of the model\'s {len(known)} linears{advice}')
-    return names
+    if wanted not in WORDS:
+        return matching(known, wanted)
+    chosen = architecture.linears if wanted == "all-linear" else architecture.attention
+    return [name for name in known if name.rsplit(".", 1)[-1] in chosen]
+
+
+def matching(names: list[str], pattern: str) -> list[str]:
+    """The names that the pattern matches whole. Raises RecipeError, with the nearest name, where that is none."""
+    try:
+        found = [name for name in names if re.fullmatch(pattern, name)]
+    except re.error as error:
+        raise RecipeError(f'targets: "{pattern}" is not a regular expression: {error}') from None
+    if not found:
+        advice = nearest(pattern, names) if difflib.get_close_matches(pattern, names) else f"; the first is {names[0]}"
+        raise RecipeError(f'targets: "{pattern}" matches the whole name of no linear of the model{advice}')
+    return found
 
 
 def layers(model: Any) -> dict[str, list["nn.Parameter"]]:
@@ -101,7 +110,7 @@ def save(model: Any, folder: Path) -> None:
 
 def serving(options: Options, architecture: Architecture) -> dict[str, Any]:
     """Facts for an engine."""
-    return {"adapter_rank": options.rank, "live_adapter": architecture.live_adapter}
+    return {"adapter_rank": options.rank, "live_adapter": architecture.live_adapter and options.rank <= MAX_LIVE_RANK}
 
 
 def _linears(model: Any) -> list[tuple[str, Any]]:

@@ -6,12 +6,13 @@ gives(options)      the kind of bundle that it leaves
 RESULT              what to call the result in the report
 VERSION             raised when the code changes what comes out, so that old results are made again
 run(job)            fills `job.folder` and returns the manifest
+
+and, where there is something to say, what else is asked of it:
+
 gate(...)           raises GateError where the measured result is not good enough to go on with
-
-and, where there is something to say, what tuner/plan.py asks before anything is loaded:
-
 check(plan, step)   raises RecipeError where the stage cannot work in this recipe
-check_row(record)   raises DataError for a row that it cannot read; a stage whose options have a `task` leaves that to the task
+check_row(record, *, chat_template)
+                    raises DataError for a row that it cannot read; a stage whose options have a `task` leaves that to the task
 facts(options, n)   what is known of a model that the stage makes, with a vocabulary of n
 """
 

@@ -40,7 +40,8 @@ def facts(options: Options, vocabulary: int) -> Facts:
     length = numbers.get("max_position_embeddings") or numbers.get("n_positions") or 0
     # A block is about 12 x hidden^2: four projections in attention, eight in the two layers behind it.
     parameters = 12 * blocks * hidden * hidden + vocabulary * hidden
-    return Facts(str(options.config["model_type"]), parameters, length, chat_template=False)
+    widths = frozenset({hidden, numbers.get("intermediate_size") or 4 * hidden})
+    return Facts(str(options.config["model_type"]), parameters, length, chat_template=False, widths=widths)
 
 
 def gives(options: Options) -> str:  # noqa: ARG001 - a stage's common signature

@@ -50,8 +50,9 @@ def check(plan: "Plan", step: "Step") -> None:
     try:
         if not plan.architecture.quantizable:
             raise RecipeError(not_quantizable(plan.facts.model_type))
-        if step.options.scheme == "w4a16" and (skeleton := plan.skeleton()) is not None:
-            group_size({module.in_features for _, module in quantized_linears(skeleton, plan.family)})
+        widths = {shape[1] for shape in plan.linears().values()} or set(plan.facts.widths)
+        if step.options.scheme == "w4a16" and widths:
+            group_size(widths)
     except RecipeError as error:
         raise plan.recipe.error(str(error), "stages", step.index, "quantize") from None
 
@@ -79,6 +80,7 @@ def run(job: Job) -> Manifest:
     rest = {name for name, module in model.named_modules() if type(module) is torch.nn.Linear} - {name for name, _ in linears}
     scheme = _scheme(options.scheme, {module.in_features for _, module in linears})
     common: dict[str, Any] = {"config_groups": {"group_0": scheme}, "ignore": sorted(rest)}
+    data: dict[str, Any] = {}
     if options.algorithm == "round":
         oneshot(model=model, recipe=QuantizationModifier(**common))
     else:
@@ -98,7 +100,7 @@ def run(job: Job) -> Manifest:
     tokenizer.save_pretrained(job.folder)
     serving = {"scheme": options.scheme, "group_size": scheme["weights"].get("group_size")}
     return describe_model(
-        job.folder, kind="quantized", stage="quantize", fingerprint=job.fingerprint, recipe=job.told(), serving=serving
+        job.folder, kind="quantized", stage="quantize", fingerprint=job.fingerprint, recipe=job.told(), data=data, serving=serving
     )
 
 

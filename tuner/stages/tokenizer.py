@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import Field
 
 from tuner.bundle import Manifest, sha256
+from tuner.data.rows import Skipped, read_rows, usable
 from tuner.errors import DataError
 from tuner.kinds import Options as BaseOptions
 from tuner.stages import Job
@@ -14,6 +15,7 @@ from tuner.stages import Job
 TAKES = frozenset({"nothing"})
 RESULT = "tokenizer"
 VERSION = 1
+KEYS = frozenset({"text", "messages", "prompt", "completion"})
 
 
 class Options(BaseOptions):
@@ -48,7 +50,8 @@ def run(job: Job) -> Manifest:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts(job), trainer)
+    skipped = Skipped()
+    tokenizer.train_from_iterator(texts(job, skipped), trainer)
     eos = options.eos_token
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=eos, eos_token=eos, pad_token=eos).save_pretrained(job.folder)
     return Manifest(
@@ -56,17 +59,20 @@ def run(job: Job) -> Manifest:
         stage="tokenizer",
         fingerprint=job.fingerprint,
         recipe=job.told(),
-        data={"path": job.recipe.data.train, "sha256": sha256(Path(job.recipe.data.train))},
+        data={
+            "path": job.recipe.data.train,
+            "sha256": sha256(Path(job.recipe.data.train)),
+            "skipped_rows": skipped.count,
+            "skipped": skipped.listed,
+        },
         metrics={"tokenizer": {"vocab_size": tokenizer.get_vocab_size()}},
         versions=versions(),
     )
 
 
-def texts(job: Job) -> Iterator[str]:
-    """The text in each training row. Raises DataError with the place of a row that has none."""
-    from tuner.data.rows import Skipped, read_rows, usable
-
-    data, skipped = job.recipe.data, Skipped()
+def texts(job: Job, skipped: Skipped) -> Iterator[str]:
+    """The text in each training row. A row that has none raises DataError with its place, or is counted in `skipped`."""
+    data = job.recipe.data
     rows = read_rows(Path(data.train), data.made_by, data.on_bad_row, skipped)
     for _, text in usable(rows, lambda row: text_of(row.record), data.on_bad_row, skipped):
         yield text

@@ -11,6 +11,7 @@ from tuner.errors import DataError
 from tuner.kinds import Options as BaseOptions
 
 HEAD = "causal"
+KEYS = frozenset({"text"})
 
 
 class Options(BaseOptions):
@@ -46,9 +47,9 @@ def examples(
 
     for row, ids in usable(rows, tokens, on_bad_row, skipped):
         for start in range(0, len(ids), options.max_tokens):
-            block = ids[start : start + options.max_tokens]
-            if len(block) > 1:
-                yield row, Example(block, list(block))
+            # A single token that is left over is shown with the one before it, or nothing would predict it.
+            block = ids[min(start, len(ids) - 2) : start + options.max_tokens]
+            yield row, Example(block, list(block))
 
 
 def question(record: dict[str, Any], tokenizer: Any, options: Options) -> list[int]:

@@ -14,6 +14,7 @@ from tuner.errors import DataError
 from tuner.kinds import Options as BaseOptions
 
 HEAD = "causal"
+KEYS = frozenset({"messages", "prompt", "completion"})
 ROLES = ("system", "user", "assistant")
 
 

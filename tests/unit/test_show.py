@@ -1,0 +1,71 @@
+"""What a person sees of the data."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import tuner
+from tuner.data.example import IGNORE, Example
+from tuner.data.show import histogram, render
+
+
+def test_the_pieces_joined_are_what_the_model_reads_and_what_is_learned_is_marked(tokenizer: Any) -> None:
+    ids = tokenizer("list the machine az vm", add_special_tokens=False)["input_ids"]
+    text = render(Example(ids, [IGNORE] * 3 + ids[3:]), tokenizer)
+    assert text.plain == tokenizer.decode(ids)
+    learned = [text.plain[span.start : span.end] for span in text.spans if "green" in str(span.style)]
+    assert learned == [tokenizer.decode(ids[3:])]
+
+
+def test_a_histogram_counts_every_length_once() -> None:
+    lengths = [3, 3, 4, 17, 40, 41]
+    lines = histogram(lengths)
+    assert sum(int(line.split()[-1]) for line in lines) == len(lengths)
+    assert lines[0].split()[0] == "3-6"
+    assert histogram([]) == []
+
+
+def test_tuner_data_shows_the_template_the_counts_and_the_lengths(recipe_file: Callable[..., Path]) -> None:
+    done = tuner("data", recipe_file(), "--rows", "1")
+    assert done.returncode == 0, done.stderr
+    assert "<|im_start|>assistant" in done.stdout
+    assert "48 rows" in done.stdout
+    assert "█" in done.stdout
+
+
+def test_a_recipe_with_its_own_tokenizer_is_shown_once_that_is_there(
+    recipe_file: Callable[..., Path], tmp_path: Path, tokenizer: Any
+) -> None:
+    def change(tree: dict[str, Any]) -> None:
+        from tests.conftest import write_rows
+
+        write_rows(tmp_path / "train.jsonl", [{"text": f"list the machine {number}"} for number in range(9)])
+        del tree["model"], tree["data"]["heldout"], tree["serve"]
+        tree["stages"] = [
+            {"tokenizer": {"vocab_size": 300}},
+            {"init": {"config": {"model_type": "gpt2"}}},
+            {"tune": {"task": "pretrain"}},
+        ]
+
+    recipe, out = recipe_file(change), tmp_path / "out"
+    refused = tuner("data", recipe, "--out", out)
+    assert refused.returncode == 2
+    assert "trains its own tokenizer, and there is none in" in refused.stderr
+    tokenizer.save_pretrained(out / "tokenizer")
+    assert "9 rows" in tuner("data", recipe, "--out", out).stdout
+
+
+@pytest.mark.parametrize("stage", ["tokenizer"])
+def test_prove_is_refused_before_the_work_where_nothing_could_be_served(
+    recipe_file: Callable[..., Path], tmp_path: Path, stage: str
+) -> None:
+    def change(tree: dict[str, Any]) -> None:
+        del tree["model"]
+        tree["stages"] = [{stage: {}}]
+
+    done = tuner("prove", recipe_file(change), "--out", tmp_path / "out")
+    assert done.returncode == 2
+    assert "nothing to serve and prove at its end: a tokenizer is not served" in done.stderr
+    assert not (tmp_path / "out").exists()

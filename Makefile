@@ -31,6 +31,7 @@ test: data
 	$(BIN)/pytest -m "not slow and not gpu"
 
 test-all: data
+	@test -f recipes/data/speeches/heldout.jsonl || $(BIN)/python recipes/data/speeches.py
 	$(BIN)/pytest -m "not gpu"
 
 format: install

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from tuner import kinds
 from tuner.bundle import Bundle
 
 
@@ -28,23 +29,44 @@ def load_tokenizer(folder: Path) -> Any:
 def load_model(bundle: Bundle, dtype: str = "float32") -> Any:
     """The bundle's model in evaluation mode; an adapter is put on its base, a quantized model computes as it is served."""
     quiet()
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    if bundle.manifest.kind == "adapter":
+    manifest = bundle.manifest
+    if manifest.kind == "adapter":
         from peft import PeftModel
 
-        base = load_model(bundle.base(), dtype)
-        return PeftModel.from_pretrained(base, bundle.path.resolve()).eval()
-    options: dict[str, Any] = {"dtype": getattr(torch, dtype), "trust_remote_code": False, "use_safetensors": True}
-    if bundle.manifest.kind == "quantized":
+        base = bundle.base()
+        same = base.manifest.head == manifest.head
+        model = load_model(base, dtype) if same else new_head(base, str(manifest.head), manifest.serving["head_config"], dtype)[0]
+        return PeftModel.from_pretrained(model, bundle.path.resolve()).eval()
+    options: dict[str, Any] = {}
+    if manifest.kind == "quantized":
         from transformers import CompressedTensorsConfig
 
         options["quantization_config"] = CompressedTensorsConfig(dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(bundle.path.resolve(), **options)
-    if bundle.manifest.serving.get("scheme") == "w8a8-int8":
+    model = _open(bundle, str(manifest.head), dtype, options)
+    if manifest.serving.get("scheme") == "w8a8-int8":
         _compute_in_int8(model)
     return model.to(device()).eval()
+
+
+def new_head(bundle: Bundle, head: str, config: dict[str, Any], dtype: str = "float32") -> tuple[Any, list[str]]:
+    """The bundle's model with another head, and the names of the modules that its files have no weights for.
+
+    `config` is what the model's configuration has to say about the head. Its random weights follow from torch's seed.
+    """
+    quiet()
+    model, info = _open(bundle, head, dtype, {**config, "output_loading_info": True})
+    fresh = sorted({name.rsplit(".", 1)[0] for name in info["missing_keys"]})
+    return model.to(device()).eval(), fresh
+
+
+def _open(bundle: Bundle, head: str, dtype: str, options: dict[str, Any]) -> Any:
+    import torch
+    import transformers
+
+    opener = getattr(transformers, kinds.load("heads", head).AUTO)
+    return opener.from_pretrained(
+        bundle.path.resolve(), dtype=getattr(torch, dtype), trust_remote_code=False, use_safetensors=True, **options
+    )
 
 
 def _compute_in_int8(model: Any) -> None:

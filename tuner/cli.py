@@ -40,7 +40,7 @@ def check(recipe: RecipePath, overrides: Overrides = None, out: Out = None) -> N
     for name, count in plan.rows.items():
         print(f"data:    {count} {name} rows can be read{' (the first; the run reads all)' if count == CHECKED_ROWS else ''}")
     for remark in plan.remarks():
-        print(f"data:    {remark}")
+        print(f"note:    {remark}")
     print(f"stages:  {' -> '.join([plan.steps[0].takes, *(f'{step.name} -> {step.gives}' for step in plan.steps)])}")
     print(f"serving: {plan.serving()}")
     print(f"needs:   about {plan.disk_bytes() / 1e9:.1f} GB of disk and {plan.memory_bytes() / 1e9:.1f} GB of memory")

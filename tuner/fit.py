@@ -18,8 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tuner.bundle import write_json
-from tuner.causal import NextTokenLoss, collate, plan
-from tuner.data.example import Example
+from tuner.data.order import plan
 from tuner.errors import GateError, Interrupted, RecipeError, disk_errors
 from tuner.progress import say, track
 
@@ -52,19 +51,21 @@ class Schedule:
 
 
 def fit(
-    model: Any, examples: list[Example], schedule: Schedule, *, layers: dict[str, list[nn.Parameter]], pad_id: int, work: Path
+    objective: Any, examples: list[Any], schedule: Schedule, *, layers: dict[str, list[nn.Parameter]], work: Path
 ) -> dict[str, Any]:
-    """Train `model` in place and return what was measured. Checkpoints in `work` are picked up by the same call again.
+    """Train `objective.model` in place and return what was measured. Checkpoints in `work` are picked up by the same call again.
 
+    `objective` is a task's: `collate` makes a batch of examples, and its forward the sum of their losses.
     Raises GateError where a layer gets no gradient or the loss is no number, Interrupted (after saving) on SIGINT and SIGTERM.
     """
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     if accelerator.num_processes > 1:
         raise RecipeError(f"{accelerator.num_processes} processes were started; this version trains in one")
     torch.manual_seed(schedule.seed)
+    model = objective.model
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), lr=schedule.learning_rate, weight_decay=schedule.weight_decay)
-    loss_sum, optimizer = accelerator.prepare(NextTokenLoss(model), optimizer)
+    loss_sum, optimizer = accelerator.prepare(objective, optimizer)
     state = _resume(work, trained, optimizer) or {"step": 0, "tokens": 0, "supervised": 0, "seconds": 0.0, "losses": []}
     if state["step"]:
         say(f"continuing at step {state['step']} of {schedule.steps}")
@@ -81,10 +82,9 @@ def fit(
             supervised = sum(row.supervised for row in rows)
             total = 0.0
             for at in range(0, len(rows), schedule.micro_batch_size):
-                batch = collate(rows[at : at + schedule.micro_batch_size], pad_id, accelerator.device)
-                negative_log_likelihood, _ = loss_sum(batch)
-                accelerator.backward(negative_log_likelihood / supervised)
-                total += negative_log_likelihood.item()
+                loss = loss_sum(objective.collate(rows[at : at + schedule.micro_batch_size], accelerator.device))
+                accelerator.backward(loss / supervised)
+                total += loss.item()
             if not math.isfinite(total):
                 raise GateError(f"the loss is {total} at step {step + 1}; a lower learning_rate usually helps")
             if step == first:
@@ -119,7 +119,7 @@ def fit(
 class _Order:
     """Which rows an optimizer step learns from: a function of the seed and the step alone, so a resume needs no state."""
 
-    def __init__(self, examples: list[Example], schedule: Schedule) -> None:
+    def __init__(self, examples: list[Any], schedule: Schedule) -> None:
         self._lengths = [len(each.ids) for each in examples]
         self._schedule = schedule
         self._epoch, self._batches = -1, [[0]]

@@ -62,6 +62,8 @@ class Plan:
         said = []
         if self.copied:
             said.append(f"{self.copied} held-out rows are training rows, too: what is measured on them is too good")
+        if any(step.gives == "adapter" for step in self.steps):
+            said += [f"{name} gets no adapter: {why}" for name, why in self.architecture.left_out.items()]
         if self.unread:
             said.append(f"rows also have {', '.join(self.unread)}, which nothing reads")
         return said
@@ -78,12 +80,16 @@ class Plan:
 
     def linears(self) -> dict[str, list[int]]:
         """Name and shape (outputs, inputs) of each linear in the model's blocks, as far as headers tell."""
-        return {name: shape for name, shape in self.facts.matrices.items() if name.rsplit(".", 1)[-1] in self.architecture.linears}
+        known = self.architecture.linears | set(self.architecture.left_out)
+        return {name: shape for name, shape in self.facts.matrices.items() if name.rsplit(".", 1)[-1] in known}
 
     def not_served(self) -> str | None:
         """Why the last bundle cannot be served, and what to do about it; None where it can."""
         if self.result == "tokenizer":
             return "a tokenizer is not served"
+        head = kinds.load("tasks", task_of(self.recipe).kind).HEAD
+        if head != "causal":
+            return f"this version serves no {head} head; transformers opens the result as it is"
         last = [step for step in self.steps if step.trains][-1:]
         if self.result == "adapter" and last:
             method = kinds.load("methods", last[0].options.method.kind)

@@ -9,8 +9,8 @@ from tuner.bundle import Bundle
 from tuner.checkpoint import load_tokenizer
 from tuner.data.dataset import heldout_rows, task_of
 from tuner.data.example import IGNORE, Example
+from tuner.data.rows import first_of_each
 from tuner.errors import GateError
-from tuner.measure import first_of_each
 from tuner.progress import track
 from tuner.recipe import Recipe
 from tuner.report import write_served
@@ -32,6 +32,8 @@ def prove(recipe: Recipe, bundles: list[Bundle], url: str, out_dir: Path) -> dic
     """
     from openai import OpenAI, OpenAIError
 
+    from tuner.heads import causal
+
     bundle = bundles[-1]
     client = OpenAI(base_url=url, api_key="none", max_retries=0)
     model = client.models.list().data[-1].id
@@ -50,9 +52,9 @@ def prove(recipe: Recipe, bundles: list[Bundle], url: str, out_dir: Path) -> dic
         if "messages" in row.record:
             reply = client.chat.completions.create(messages=row.record["messages"][:-1], **common)
             return str(reply.choices[0].message.content or "")
-        return str(client.completions.create(prompt=module.question(row.record, tokenizer, task), **common).choices[0].text)
+        return str(client.completions.create(prompt=module.question(row.record, tokenizer, task)["ids"], **common).choices[0].text)
 
-    def forced(example: Example) -> tuple[list[float], list[float], list[int]]:
+    def forced(example: Example) -> dict[str, Any]:
         return read_back(client, model, example)
 
     # As in run.py: the last tuned bundle, or where nothing was tuned the one before.
@@ -60,7 +62,7 @@ def prove(recipe: Recipe, bundles: list[Bundle], url: str, out_dir: Path) -> dic
         (each for each in reversed(bundles) if "training" in each.manifest.metrics), bundles[-2] if len(bundles) > 1 else bundle
     )
     items = tuned.manifest.probe
-    examples = [example for _, example in rows] + [probe.example(item) for item in items]
+    examples = [example for _, example in rows] + [causal.example(item) for item in items]
     answers, read = [], []
     try:
         with ThreadPoolExecutor(PARALLEL_REQUESTS) as pool, track("asking the endpoint", len(asked) + len(examples)) as advance:
@@ -72,11 +74,11 @@ def prove(recipe: Recipe, bundles: list[Bundle], url: str, out_dir: Path) -> dic
                 advance()
     except OpenAIError as error:
         raise GateError(f"the endpoint at {url} failed while it was asked held-out questions: {error}") from None
-    logprobs = [value for each in read[: len(rows)] for value in each[0]]
+    logprobs = [value for each in read[: len(rows)] for value in each["logprobs"]]
     metrics: dict[str, Any] = {}
     if recipe.data.heldout is not None:
         metrics = {"heldout_loss": round(-sum(logprobs) / len(logprobs), 5), "heldout_tokens": len(logprobs)}
-    metrics["probe"] = probe.compare(items, read[len(rows) :])
+    metrics["probe"] = probe.compare(module.HEAD, items, read[len(rows) :])
     if recipe.evaluate.metrics:
         pairs = [(text, module.reference(row.record)) for text, row in zip(answers, asked, strict=True)]
         metrics["scores"] = {"rows": len(pairs), **mean_scores(recipe.evaluate.metrics, pairs)}
@@ -102,8 +104,8 @@ def _gate(bundle: Bundle, metrics: dict[str, Any]) -> None:
         )
 
 
-def read_back(client: Any, model: str, example: Example) -> tuple[list[float], list[float], list[int]]:
-    """Log-probability of each supervised token, nothing, and the token preferred there, from vLLM's `prompt_logprobs`."""
+def read_back(client: Any, model: str, example: Example) -> dict[str, Any]:
+    """`logprobs` of the supervised tokens and the tokens `preferred` there, from vLLM's `prompt_logprobs`."""
     reply = client.completions.create(
         model=model, prompt=example.ids, max_tokens=1, temperature=0, extra_body={"prompt_logprobs": 1}
     )
@@ -114,4 +116,4 @@ def read_back(client: Any, model: str, example: Example) -> tuple[list[float], l
             entry = found[position]
             logprobs.append(entry[str(label)]["logprob"])
             preferred.append(next(int(token) for token, value in entry.items() if value["rank"] == 1))
-    return logprobs, [], preferred
+    return {"logprobs": logprobs, "preferred": preferred}

@@ -1,8 +1,30 @@
 """Scores of an answer against the reference, as a recipe's `evaluate.metrics` describes them."""
 
 import re
+from typing import Any
 
-from tuner.recipe import Metric
+from tuner import kinds
+from tuner.data.rows import first_of_each
+from tuner.recipe import Evaluate, Metric
+
+
+def of_answers(model: Any, tokenizer: Any, rows: list[Any], options: Any, evaluate: Evaluate) -> dict[str, float]:
+    """The recipe's metrics over answers that the model generates to held-out rows; nothing where it names none.
+
+    `options` are those of the task whose questions and references are meant.
+    """
+    from tuner.heads.causal import generate
+
+    if not evaluate.metrics:
+        return {}
+    task = kinds.load("tasks", options.kind)
+    asked = [row for row, _ in first_of_each(rows)[: evaluate.rows]]
+    given = generate(
+        model, tokenizer, [task.question(row.record, tokenizer, options)["ids"] for row in asked], evaluate.max_new_tokens
+    )
+    answers = tokenizer.batch_decode(given, skip_special_tokens=True)
+    pairs = [(answer, task.reference(row.record)) for answer, row in zip(answers, asked, strict=True)]
+    return {"rows": len(pairs), **mean_scores(evaluate.metrics, pairs)}
 
 
 def score(metric: Metric, answer: str, reference: str) -> float:

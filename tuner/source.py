@@ -159,7 +159,7 @@ def _adopted(made: Bundle, path: Path, reference: str, key: str) -> Manifest:
 
 def describe_model(folder: Path, *, stage: str, fingerprint: str, source: Source | None = None, **rest: Any) -> Manifest:
     """A manifest for an ordinary checkpoint directory, its family looked up from config.json."""
-    from tuner.families import family_of
+    from tuner.families import family_of, head_of
 
     config = read_config(folder)
     family, _ = family_of(str(config["model_type"]))
@@ -168,7 +168,7 @@ def describe_model(folder: Path, *, stage: str, fingerprint: str, source: Source
         stage=stage,
         fingerprint=fingerprint,
         family=family.name,
-        head="causal",
+        head=head_of(config),
         model_type=str(config["model_type"]),
         serving={
             "dtype": str(config.get("dtype") or config.get("torch_dtype") or "float32"),

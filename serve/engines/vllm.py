@@ -101,6 +101,8 @@ def refusal(bundle: Bundle) -> str | None:
     manifest = bundle.manifest
     if manifest.kind == "tokenizer":
         return "a tokenizer alone answers nothing; serve a model"
+    if manifest.head != "causal":
+        return f"its head is {manifest.head!r}, and this version serves causal ones; transformers opens the directory as it is"
     if manifest.kind == "adapter" and not manifest.serving.get("live_adapter"):
         return f"vLLM takes no live adapters for {manifest.model_type}; add `- merge: {{}}` to the recipe and serve that"
     if manifest.kind == "adapter":

@@ -12,6 +12,7 @@ from tuner.data.rows import Row, Skipped
 from tuner.errors import GateError, RecipeError
 from tuner.families import family_of
 from tuner.fit import Schedule, fit
+from tuner.heads.causal import NextTokenLoss
 from tuner.methods import full, lora
 from tuner.tasks import sft
 
@@ -33,7 +34,7 @@ def adapted(folder: Path, **options: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
-    return lora.prepare(AutoModelForCausalLM.from_pretrained(folder), lora.Options(rank=4, **options), *family_of("llama"))
+    return lora.prepare(AutoModelForCausalLM.from_pretrained(folder), lora.Options(rank=4, **options), *family_of("llama"), [])
 
 
 def examples(tokenizer: Any) -> list[Any]:
@@ -54,7 +55,7 @@ def test_every_linear_of_every_block_is_adapted_and_nothing_else(tiny_model: Pat
 def test_training_lowers_the_loss_and_moves_every_layer(tiny_model: Path, tokenizer: Any, tmp_path: Path) -> None:
     model = adapted(tiny_model)
     before = trained(model)
-    measured = fit(model, examples(tokenizer), SCHEDULE, layers=lora.layers(model), pad_id=0, work=tmp_path)
+    measured = fit(NextTokenLoss(model, 0), examples(tokenizer), SCHEDULE, layers=lora.layers(model), work=tmp_path)
     assert measured["train_loss_last"] < measured["train_loss_first"] - 0.1
     assert all(not torch.equal(tensor, before[name]) for name, tensor in trained(model).items() if "lora_B" in name)
 
@@ -66,7 +67,7 @@ def test_a_run_that_was_cut_and_resumed_ends_with_the_same_bits(tiny_model: Path
     schedule = replace(SCHEDULE, steps=8, checkpoint_every_steps=5)
     rows = examples(tokenizer)
     whole = adapted(tiny_model, dropout=0.3)
-    fit(whole, rows, schedule, layers=lora.layers(whole), pad_id=0, work=tmp_path / "a")
+    fit(NextTokenLoss(whole, 0), rows, schedule, layers=lora.layers(whole), work=tmp_path / "a")
 
     class Cut(Exception):
         pass
@@ -82,9 +83,9 @@ def test_a_run_that_was_cut_and_resumed_ends_with_the_same_bits(tiny_model: Path
 
     cut.register_forward_pre_hook(dies)
     with pytest.raises(Cut):
-        fit(cut, rows, schedule, layers=lora.layers(cut), pad_id=0, work=tmp_path / "b")
+        fit(NextTokenLoss(cut, 0), rows, schedule, layers=lora.layers(cut), work=tmp_path / "b")
     resumed = adapted(tiny_model, dropout=0.3)
-    fit(resumed, rows, schedule, layers=lora.layers(resumed), pad_id=0, work=tmp_path / "b")
+    fit(NextTokenLoss(resumed, 0), rows, schedule, layers=lora.layers(resumed), work=tmp_path / "b")
     expected = trained(whole)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in trained(resumed).items())
 
@@ -107,12 +108,12 @@ def test_a_disk_that_fills_up_at_a_checkpoint_leaves_the_one_before(tiny_model: 
 
     model.register_forward_pre_hook(fill_up)
     with pytest.raises(DiskFull, match="the disk is full while writing .*what was finished before is intact"):
-        fit(model, examples(tokenizer), schedule, layers=lora.layers(model), pad_id=0, work=work)
+        fit(NextTokenLoss(model, 0), examples(tokenizer), schedule, layers=lora.layers(model), work=work)
     ballast.unlink()
     resumed = adapted(tiny_model)
-    fit(resumed, examples(tokenizer), schedule, layers=lora.layers(resumed), pad_id=0, work=work)
+    fit(NextTokenLoss(resumed, 0), examples(tokenizer), schedule, layers=lora.layers(resumed), work=work)
     whole = adapted(tiny_model)
-    fit(whole, examples(tokenizer), SCHEDULE, layers=lora.layers(whole), pad_id=0, work=small_disk.parent / "other")
+    fit(NextTokenLoss(whole, 0), examples(tokenizer), SCHEDULE, layers=lora.layers(whole), work=small_disk.parent / "other")
     expected = trained(whole)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in trained(resumed).items())
 
@@ -127,14 +128,14 @@ def test_layers_that_get_no_gradient_are_named(tiny_model: Path, tokenizer: Any,
     with pytest.raises(
         GateError, match=r"2 of 13 .* no gradient.*: model\.layers\.1\.mlp\.gate_proj, model\.layers\.1\.mlp\.down_proj$"
     ):
-        fit(model, examples(tokenizer), SCHEDULE, layers=lora.layers(model), pad_id=0, work=tmp_path)
+        fit(NextTokenLoss(model, 0), examples(tokenizer), SCHEDULE, layers=lora.layers(model), work=tmp_path)
 
 
 def test_a_loss_that_is_no_number_stops_the_run(tiny_model: Path, tokenizer: Any, tmp_path: Path) -> None:
     model = adapted(tiny_model)
     next(iter(model.parameters())).data.fill_(float("nan"))
     with pytest.raises(GateError, match="the loss is nan at step 1"):
-        fit(model, examples(tokenizer), SCHEDULE, layers=lora.layers(model), pad_id=0, work=tmp_path)
+        fit(NextTokenLoss(model, 0), examples(tokenizer), SCHEDULE, layers=lora.layers(model), work=tmp_path)
 
 
 @pytest.mark.parametrize("targets", ["model.layers.*.q_prj", "nothing"])
@@ -151,7 +152,7 @@ def test_a_pattern_adapts_what_it_matches(tiny_model: Path) -> None:
 def test_full_training_reaches_every_parameter(tiny_model: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    model = full.prepare(AutoModelForCausalLM.from_pretrained(tiny_model), full.Options(), *family_of("llama"))
+    model = full.prepare(AutoModelForCausalLM.from_pretrained(tiny_model), full.Options(), *family_of("llama"), [])
     reached = {id(parameter) for parameters in full.layers(model).values() for parameter in parameters}
     assert reached == {id(parameter) for parameter in model.parameters()}
 

@@ -141,7 +141,7 @@ def test_gpt2_is_not_quantized_and_not_served_with_a_live_adapter(recipe_file: C
         first: list[dict[str, Any]] = [{"tokenizer": {}}, {"init": {"config": {"model_type": "gpt2"}}}]
         return lambda tree: (tree.pop("model"), tree.pop("serve"), tree.update(stages=first + stages), plain_rows(tmp_path))
 
-    assert "gpt2 is not built of torch.nn.Linear" in refused(recipe_file, tmp_path, gpt2([QUANTIZE]))
+    assert "gpt2 is not quantized: it is not built of torch.nn.Linear" in refused(recipe_file, tmp_path, gpt2([QUANTIZE]))
     plan = make_plan(read_recipe(recipe_file(gpt2([{"tune": {"task": "sft"}}]))), tmp_path / "out")
     assert plan.serving() == 'vLLM takes no live adapters for gpt2: put "- merge: {}" last to serve it'
 

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from tuner import probe
-from tuner.measure import generate, heldout_loss
+from tuner.heads import causal
+from tuner.heads.causal import NextTokenLoss, generate
+from tuner.measure import heldout_loss
 from tuner.tasks import sft
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12], [13, 14]]
@@ -22,7 +24,7 @@ def model(tiny_model: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def items(model: Any, tokenizer: Any) -> list[dict[str, Any]]:
-    return probe.record(model, [{"ids": ids, "messages": None} for ids in PROMPTS], generate(model, tokenizer, PROMPTS, 8), "cpu")
+    return causal.record(model, tokenizer, [{"ids": ids, "messages": None} for ids in PROMPTS], 8)
 
 
 def test_an_answer_is_the_models_own_greedy_one(model: Any, tokenizer: Any, items: list[dict[str, Any]]) -> None:
@@ -40,13 +42,13 @@ def test_an_answer_is_the_models_own_greedy_one(model: Any, tokenizer: Any, item
 
 
 def test_a_model_agrees_with_itself_and_not_with_another(model: Any, items: list[dict[str, Any]]) -> None:
-    same = probe.compare(items, probe.replay(model, items, "cpu"))
+    same = probe.asked("causal", model, items)
     assert same["agreement"] == 1.0
     assert same["max_difference"] <= 2e-5  # the manifest keeps five digits
     with torch.no_grad():
         weight = model.model.layers[0].mlp.down_proj.weight
         weight.mul_(2.0)
-        other = probe.compare(items, probe.replay(model, items, "cpu"))
+        other = probe.asked("causal", model, items)
         weight.div_(2.0)
     assert other["max_difference"] > 1e-3
 
@@ -87,6 +89,6 @@ def test_held_out_loss_is_transformers_own(model: Any, tokenizer: Any) -> None:
         supervised = example.supervised
         total += float(model(input_ids=torch.tensor([example.ids]), labels=torch.tensor([example.labels])).loss) * supervised
         count += supervised
-    measured = heldout_loss(model, examples, 0)
+    measured = heldout_loss(NextTokenLoss(model, 0), examples)
     assert measured["heldout_tokens"] == count
     assert measured["heldout_loss"] == pytest.approx(total / count, abs=1e-4)

@@ -62,7 +62,8 @@ def test_a_stage_file_has_what_the_chain_needs(name: str) -> None:
 @pytest.mark.parametrize("name", kinds.names("tasks"))
 def test_a_task_file_has_what_stages_and_measuring_need(name: str) -> None:
     task = kinds.load("tasks", name)
-    assert {"Options", "HEAD", "KEYS", "check_row", "examples", "question", "reference"} <= set(dir(task))
+    assert {"Options", "HEAD", "KEYS", "check_row", "examples", "question", "objective", "scores"} <= set(dir(task))
+    assert task.HEAD in kinds.names("heads")
     assert {"kind", "max_tokens"} <= set(task.Options.model_fields)
 
 

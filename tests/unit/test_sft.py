@@ -45,7 +45,7 @@ def test_the_tokens_are_those_that_the_template_renders(tokenizer: Any) -> None:
 
 def test_what_a_server_sends_is_the_beginning_of_what_was_trained_on(tokenizer: Any) -> None:
     example = encode({"messages": TURNS}, tokenizer)
-    question = sft.question({"messages": TURNS}, tokenizer, sft.Options())
+    question = sft.question({"messages": TURNS}, tokenizer, sft.Options())["ids"]
     served = tokenizer.apply_chat_template(TURNS[:-1], add_generation_prompt=True, return_dict=False)
     assert question == served == example.ids[: len(question)]
     assert set(example.labels[: len(question)][-4:]) == {IGNORE}

@@ -14,7 +14,8 @@ from tuner.bundle import Bundle, Manifest
 
 def bundle(kind: str = "model", metrics: dict[str, Any] | None = None, **serving: Any) -> Bundle:
     return Bundle(
-        Path("/b"), Manifest(kind=kind, stage="s", fingerprint="f", model_type="llama", serving=serving, metrics=metrics or {})
+        Path("/b"),
+        Manifest(kind=kind, stage="s", fingerprint="f", head="causal", model_type="llama", serving=serving, metrics=metrics or {}),
     )
 
 

@@ -1,4 +1,4 @@
-"""What a task makes of a record: tokens, and which of them are learned."""
+"""What a task makes of a record: tokens, and what is to be learned from them."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ IGNORE = -100
 
 @dataclass(frozen=True)
 class Example:
-    """Token ids, and for each the same id where the model is to learn it or IGNORE where it is only read."""
+    """Token ids, and for each the same id where the model is to learn it from those before, or IGNORE where it is only read."""
 
     ids: list[int]
     labels: list[int]
@@ -17,3 +17,35 @@ class Example:
     def supervised(self) -> int:
         """How many tokens are learned. The first has nothing before it to predict it from."""
         return sum(label != IGNORE for label in self.labels[1:])
+
+
+@dataclass(frozen=True)
+class Tagged:
+    """Token ids, and for each the number of the label that belongs there, or IGNORE."""
+
+    ids: list[int]
+    labels: list[int]
+    cut: bool = False
+    """It was longer than the task allows."""
+
+    @property
+    def supervised(self) -> int:
+        """How many tokens have a label."""
+        return sum(label != IGNORE for label in self.labels)
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Token ids, and what the whole of them is: the number of a class, a 0 or 1 for each class, or one number."""
+
+    ids: list[int]
+    target: list[float]
+    weight: float = 1.0
+    """How much it counts, by its class."""
+    cut: bool = False
+    """It was longer than the task allows."""
+
+    @property
+    def supervised(self) -> float:
+        """Its weight, so that a weighted sum is divided by the sum of the weights, as torch does."""
+        return self.weight

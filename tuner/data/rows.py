@@ -74,6 +74,14 @@ def usable(rows: Iterator[Row], use: Callable[[Row], T], on_bad_row: str, skippe
             yield row, result
 
 
+def first_of_each(rows: list[Any]) -> list[Any]:
+    """The first example of each row: a long document has several."""
+    first: dict[str, Any] = {}
+    for row, example in rows:
+        first.setdefault(row.place, (row, example))
+    return list(first.values())
+
+
 def _records(path: Path) -> Iterator[tuple[int, Any]]:
     try:
         with path.open(encoding="utf-8-sig") as file:  # Windows editors begin a file with a mark

@@ -6,6 +6,17 @@ from typing import Any
 from tuner import kinds
 from tuner.errors import SourceError, nearest
 
+# What the name of a class of transformers ends in, and the head that it means. `ForPreTraining` is BERT with its masked head.
+HEADS = {
+    "ForCausalLM": "causal",
+    "LMHeadModel": "causal",
+    "ForMaskedLM": "masked",
+    "ForPreTraining": "masked",
+    "ForSequenceClassification": "sequence",
+    "ForTokenClassification": "token",
+    "Model": "embedding",
+}
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -14,11 +25,15 @@ class Architecture:
     linears: frozenset[str]
     """Last part of the module names of the linears in one block: what "all-linear" adapts."""
     attention: frozenset[str]
-    """Those of them that belong to attention."""
-    live_adapter: bool
+    """Those of them that belong to attention; empty where there is none."""
+    live_adapter: bool = False
     """vLLM takes LoRA adapters for it while it runs; otherwise adapters are merged first."""
-    quantizable: bool = True
-    """Its blocks are made of torch.nn.Linear, which post-training quantization looks for."""
+    not_quantized: str = "no quantized model of its kind has been shown to be served rightly yet"
+    """Why it is not quantized; empty where it can be."""
+    lacks: frozenset[str] = frozenset()
+    """Heads of the family that transformers does not have for it."""
+    left_out: dict[str, str] = field(default_factory=dict)
+    """Linears in a block that are not adapted, each with the reason."""
 
 
 @dataclass(frozen=True)
@@ -27,10 +42,10 @@ class Family:
 
     name: str
     heads: frozenset[str]
-    """What a task may ask for: "causal" predicts the next token."""
+    """What a task may ask for: a file in tuner/heads."""
     architectures: dict[str, Architecture]
     keep: dict[str, str] = field(default_factory=dict)
-    """Modules that are neither adapted nor quantized, each with the reason."""
+    """Modules outside the blocks that are neither adapted nor quantized, each with the reason."""
 
 
 def family_of(model_type: str) -> tuple[Family, Architecture]:
@@ -42,3 +57,12 @@ def family_of(model_type: str) -> tuple[Family, Architecture]:
             return family, family.architectures[model_type]
         known.update(family.architectures)
     raise SourceError(f'no family in tuner/families knows the model type "{model_type}"{nearest(model_type, known)}')
+
+
+def head_of(config: dict[str, Any]) -> str:
+    """The head that a checkpoint was saved with, as its config.json names the class; "embedding" where it names none."""
+    for name in config.get("architectures") or []:
+        for ending, head in HEADS.items():
+            if str(name).endswith(ending):
+                return head
+    return "embedding"

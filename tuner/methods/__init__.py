@@ -4,7 +4,7 @@ Options                  the method's keys in a recipe, with `kind`
 DTYPES                   what the model may be loaded in, the default first
 GIVES                    the kind of bundle that training leaves
 check(options, plan)     raises RecipeError where it would train nothing of the plan's model
-prepare(model, ...)      the model with everything else frozen
+prepare(model, ..., fresh)      the model with everything else frozen
 layers(model)            the trained modules by name: each must get a gradient
 save(model, folder)      writes what was trained
 serving(options, architecture)

@@ -26,7 +26,7 @@ def check(options: Options, plan: "Plan") -> None:
     """Any model can be trained in full."""
 
 
-def prepare(model: Any, options: Options, family: Family, architecture: Architecture) -> Any:  # noqa: ARG001 - common signature
+def prepare(model: Any, options: Options, family: Family, architecture: Architecture, fresh: list[str]) -> Any:  # noqa: ARG001 - common signature
     """The model itself, every parameter trained."""
     return model.requires_grad_(True)
 

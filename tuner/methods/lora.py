@@ -44,11 +44,16 @@ def check(options: Options, plan: "Plan") -> None:
     names = list(plan.linears())
     if options.targets not in WORDS and names:
         # A checkpoint may be saved from inside the model that will open it.
-        matching([*names, *(f"{prefix}.{name}" for prefix in ("model", "transformer") for name in names)], options.targets)
+        names += [f"{prefix}.{name}" for prefix in ("model", "transformer") for name in names]
+        adaptable(matching(names, options.targets), options.targets, plan.architecture)
 
 
-def prepare(model: Any, options: Options, family: Family, architecture: Architecture) -> Any:
-    """The model with a fresh adapter; raises RecipeError where `targets` matches nothing."""
+def prepare(model: Any, options: Options, family: Family, architecture: Architecture, fresh: list[str]) -> Any:
+    """The model with a fresh adapter, and the `fresh` modules of its head trained in full beside it.
+
+    Raises RecipeError where `targets` matches nothing.
+    """
+    import torch
     from peft import LoraConfig, get_peft_model
 
     names = targets(model, options.targets, family, architecture)
@@ -63,21 +68,38 @@ def prepare(model: Any, options: Options, family: Family, architecture: Architec
         # GPT-2's Conv1D stores its weight transposed.
         fan_in_fan_out=any(type(module).__name__ == "Conv1D" for _, module in _linears(model)),
         bias="none",
-        task_type="CAUSAL_LM",
+        modules_to_save=fresh or None,
+        task_type="CAUSAL_LM" if model.can_generate() else None,
     )
+    for name in fresh:
+        # What is trained is float32, and the frozen model before it may compute in bfloat16.
+        module = model.get_submodule(name).to(dtype=torch.float32)
+        module.register_forward_pre_hook(lambda module, inputs: tuple(each.float() for each in inputs))  # noqa: ARG005 - torch's signature
     adapted = get_peft_model(model, config)
-    if len(layers(adapted)) != len(names):
-        raise RecipeError(f"the adapter was meant for {len(names)} linears and reached {len(layers(adapted))}")
+    reached = len(layers(adapted)) - len(fresh)
+    if reached != len(names):
+        raise RecipeError(f"the adapter was meant for {len(names)} linears and reached {reached}")
     return adapted
 
 
 def targets(model: Any, wanted: str, family: Family, architecture: Architecture) -> list[str]:
     """Names of the linears that `targets` means. Raises RecipeError, with the nearest name, where that is none."""
-    known = [name for name, _ in _linears(model) if name.rsplit(".", 1)[-1] not in family.keep]
+    known = [name for name, _ in _linears(model) if not set(name.split(".")) & set(family.keep)]
     if wanted not in WORDS:
-        return matching(known, wanted)
+        return adaptable(matching(known, wanted), wanted, architecture)
     chosen = architecture.linears if wanted == "all-linear" else architecture.attention
-    return [name for name in known if name.rsplit(".", 1)[-1] in chosen]
+    if not chosen:
+        raise RecipeError(f'targets: {wanted} means nothing here, since the model has none; use "all-linear"')
+    # Within a block, which has a number: heads and poolers have linears of the same names.
+    return [name for name in known if name.rsplit(".", 1)[-1] in chosen and any(part.isdecimal() for part in name.split("."))]
+
+
+def adaptable(names: list[str], wanted: str, architecture: Architecture) -> list[str]:
+    """The names; raises RecipeError where one is of a linear that the architecture's family says to leave out."""
+    for name in names:
+        if why := architecture.left_out.get(name.rsplit(".", 1)[-1]):
+            raise RecipeError(f'targets: "{wanted}" matches {name}, which cannot be adapted: {why}')
+    return names
 
 
 def matching(names: list[str], pattern: str) -> list[str]:
@@ -97,7 +119,7 @@ def layers(model: Any) -> dict[str, list["nn.Parameter"]]:
     found: dict[str, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            module = name.split(".lora_")[0].removeprefix("base_model.model.")
+            module = name.split(".lora_")[0].split(".modules_to_save.")[0].removeprefix("base_model.model.")
             found.setdefault(module, []).append(parameter)
     return found
 

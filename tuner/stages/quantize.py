@@ -6,7 +6,7 @@ from pydantic import Field
 
 from tuner.bundle import Manifest
 from tuner.errors import DataError, GateError, RecipeError
-from tuner.families import Family
+from tuner.families import Architecture, Family
 from tuner.kinds import Options as BaseOptions
 from tuner.stages import Job
 
@@ -48,8 +48,7 @@ def gives(options: Options) -> str:  # noqa: ARG001 - a stage's common signature
 def check(plan: "Plan", step: "Step") -> None:
     """Raises RecipeError for an architecture that cannot be quantized, or whose linears no group divides."""
     try:
-        if not plan.architecture.quantizable:
-            raise RecipeError(not_quantizable(plan.facts.model_type))
+        refuse(plan.facts.model_type, plan.architecture)
         widths = {shape[1] for shape in plan.linears().values()} or set(plan.facts.widths)
         if step.options.scheme == "w4a16" and widths:
             group_size(widths)
@@ -72,8 +71,7 @@ def run(job: Job) -> Manifest:
     options: Any = job.options
     assert job.parent is not None
     family, architecture = family_of(str(job.parent.manifest.model_type))
-    if not architecture.quantizable:
-        raise RecipeError(not_quantizable(str(job.parent.manifest.model_type)))
+    refuse(str(job.parent.manifest.model_type), architecture)
     tokenizer = load_tokenizer(job.parent.path)
     model = load_model(job.parent, "float32")
     linears = quantized_linears(model, family)
@@ -112,9 +110,10 @@ def quantized_linears(model: Any, family: Family) -> list[tuple[str, Any]]:
     return [(name, module) for name, module in named if name.rsplit(".", 1)[-1] not in family.keep]
 
 
-def not_quantizable(model_type: str) -> str:
-    """The sentence for an architecture whose blocks llm-compressor cannot see."""
-    return f"{model_type} is not built of torch.nn.Linear, which quantization looks for; serve the model as it is"
+def refuse(model_type: str, architecture: Architecture) -> None:
+    """Raises RecipeError for an architecture that is not quantized, with its family's reason."""
+    if architecture.not_quantized:
+        raise RecipeError(f"{model_type} is not quantized: {architecture.not_quantized}; serve the model as it is")
 
 
 def group_size(widths: set[int]) -> int:

@@ -77,9 +77,12 @@ def gives(options: Options) -> str:
 def check(plan: "Plan", step: "Step") -> None:
     """Raises RecipeError where the model lacks the task's head, is too short for its rows, or the method would train nothing."""
     options, place = step.options, ("stages", step.index, "tune")
-    head, heads = kinds.load("tasks", options.task.kind).HEAD, plan.family.heads
+    head, heads = kinds.load("tasks", options.task.kind).HEAD, plan.family.heads - plan.architecture.lacks
     if head not in heads:
-        message = f"{options.task.kind} needs a {head} head; {plan.facts.model_type} has {', '.join(sorted(heads))}"
+        fitting = [name for name in kinds.names("tasks") if kinds.load("tasks", name).HEAD in heads]
+        message = (
+            f"{options.task.kind} needs a {head} head, which {plan.facts.model_type} has not; tasks for it are {', '.join(fitting)}"
+        )
         raise plan.recipe.error(message, *place, "task")
     most = plan.facts.max_tokens
     if most and options.task.max_tokens > most:
@@ -97,7 +100,7 @@ def run(job: Job) -> Manifest:
 
     import torch
 
-    from tuner.checkpoint import device, load_model, load_tokenizer
+    from tuner.checkpoint import device, load_model, load_tokenizer, new_head
     from tuner.data.dataset import training_examples
     from tuner.families import family_of
     from tuner.fit import Schedule, fit
@@ -116,9 +119,19 @@ def run(job: Job) -> Manifest:
     method = kinds.load("methods", options.method.kind)
     family, architecture = family_of(str(base.manifest.model_type))
     torch.manual_seed(job.recipe.seed)
-    model = load_model(base, options.dtype or method.DTYPES[0])
+    task = kinds.load("tasks", options.task.kind)
+    dtype = options.dtype or method.DTYPES[0]
+    head_config: dict[str, Any] = {}
+    fresh: list[str] = []
+    if hasattr(task, "head_config"):
+        head_config = {**task.head_config(options.task), "pad_token_id": tokenizer.pad_token_id}
+    if base.manifest.head == task.HEAD:
+        model = load_model(base, dtype)
+    else:
+        model, fresh = new_head(base, task.HEAD, head_config, dtype)
+        say(f"a new {task.HEAD} head is trained in full: {', '.join(fresh)}")
     try:
-        model = method.prepare(model, options.method, family, architecture)
+        model = method.prepare(model, options.method, family, architecture, fresh)
     except RecipeError as error:
         raise job.recipe.error(str(error), "stages", job.index, "tune", "method") from None
     layers = method.layers(model)
@@ -137,14 +150,15 @@ def run(job: Job) -> Manifest:
         checkpoint_every_steps=options.checkpoint_every_steps,
         seed=job.recipe.seed,
     )
-    measured = fit(model, examples, schedule, layers=layers, pad_id=tokenizer.pad_token_id, work=job.work)
+    objective = task.objective(model, tokenizer, options.task)
+    measured = fit(objective, examples, schedule, layers=layers, work=job.work)
     method.save(model, job.folder)
     tokenizer.save_pretrained(job.folder)
     rest: dict[str, Any] = {
         "data": data,
         "recipe": job.told(),
         "metrics": {"training": {**measured, "layers": len(layers), "trained_parameters": trained}},
-        "serving": method.serving(options.method, architecture),
+        "serving": {**method.serving(options.method, architecture), **({"head_config": head_config} if head_config else {})},
     }
     if method.GIVES == "model":
         return describe_model(job.folder, stage="tune", fingerprint=job.fingerprint, **rest)
@@ -153,7 +167,7 @@ def run(job: Job) -> Manifest:
         stage="tune",
         fingerprint=job.fingerprint,
         family=base.manifest.family,
-        head=kinds.load("tasks", options.task.kind).HEAD,
+        head=task.HEAD,
         model_type=base.manifest.model_type,
         base="base",  # run.py writes the way there
         versions=versions(),
@@ -163,7 +177,7 @@ def run(job: Job) -> Manifest:
 
 def gate(options: Options, metrics: dict[str, Any], before: dict[str, Any]) -> None:
     """Raises GateError where training changed nothing, or held-out loss did not fall as far as the recipe asks."""
-    if metrics["probe"]["difference_from_base"] == 0.0:
+    if metrics["probe"].get("difference_from_base") == 0.0:
         raise GateError("the tuned model answers every probe exactly as the base does: training had no effect")
     if "heldout_loss" in metrics and "heldout_loss" in before:
         drop = before["heldout_loss"] - metrics["heldout_loss"]

@@ -9,6 +9,9 @@ from tuner.data.example import Example
 from tuner.data.rows import Row, Skipped, usable
 from tuner.errors import DataError
 from tuner.kinds import Options as BaseOptions
+from tuner.score import of_answers as scores
+
+__all__ = ["HEAD", "KEYS", "Options", "check_row", "examples", "objective", "question", "reference", "scores"]
 
 HEAD = "causal"
 KEYS = frozenset({"text"})
@@ -52,9 +55,16 @@ def examples(
             yield row, Example(block, list(block))
 
 
-def question(record: dict[str, Any], tokenizer: Any, options: Options) -> list[int]:
-    """Ids of the document's beginning."""
-    return list(tokenizer(record["text"])["input_ids"])[: options.prompt_tokens]
+def question(record: dict[str, Any], tokenizer: Any, options: Options) -> dict[str, Any]:
+    """`ids` of the document's beginning."""
+    return {"ids": list(tokenizer(record["text"])["input_ids"])[: options.prompt_tokens], "messages": None}
+
+
+def objective(model: Any, tokenizer: Any, options: Options) -> Any:  # noqa: ARG001 - a task's common signature
+    """The next token's negative log-likelihood."""
+    from tuner.heads.causal import NextTokenLoss
+
+    return NextTokenLoss(model, tokenizer.pad_token_id)
 
 
 def reference(record: dict[str, Any]) -> str:

@@ -12,6 +12,9 @@ from tuner.data.example import IGNORE, Example
 from tuner.data.rows import Row, Skipped, usable
 from tuner.errors import DataError
 from tuner.kinds import Options as BaseOptions
+from tuner.score import of_answers as scores
+
+__all__ = ["HEAD", "KEYS", "Options", "check_row", "examples", "objective", "question", "reference", "scores"]
 
 HEAD = "causal"
 KEYS = frozenset({"messages", "prompt", "completion"})
@@ -65,9 +68,16 @@ def examples(
     return usable(rows, tokens, on_bad_row, skipped)
 
 
-def question(record: dict[str, Any], tokenizer: Any, options: Options) -> list[int]:  # noqa: ARG001 - a task's common signature
-    """Ids of everything before the last answer."""
-    return question_ids(record, tokenizer)
+def question(record: dict[str, Any], tokenizer: Any, options: Options) -> dict[str, Any]:  # noqa: ARG001 - a task's common signature
+    """`ids` of everything before the last answer, and the `messages` that they were rendered from."""
+    return {"ids": question_ids(record, tokenizer), "messages": (record.get("messages") or [])[:-1] or None}
+
+
+def objective(model: Any, tokenizer: Any, options: Options) -> Any:  # noqa: ARG001 - a task's common signature
+    """The next token's negative log-likelihood."""
+    from tuner.heads.causal import NextTokenLoss
+
+    return NextTokenLoss(model, tokenizer.pad_token_id)
 
 
 def reference(record: dict[str, Any]) -> str:

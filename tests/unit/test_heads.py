@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from tuner.causal import NextTokenLoss, collate, plan, supervised_log_likelihood
 from tuner.data.example import IGNORE, Example
+from tuner.data.order import plan
+from tuner.heads.causal import NextTokenLoss, collate, supervised_log_likelihood
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +30,7 @@ def examples(count: int) -> list[Example]:
 def test_the_loss_is_transformers_own_over_the_same_tokens(model: Any) -> None:
     rows = examples(4)
     batch = collate(rows, 0)
-    total, count = NextTokenLoss(model)(batch)
-    assert count.item() == sum(row.supervised for row in rows)
+    total, count = NextTokenLoss(model, 0)(batch), sum(row.supervised for row in rows)
     expected = model(**batch).loss  # transformers' mean over supervised tokens, from all logits
     # Float32 sums over some 50 tokens in another order.
     torch.testing.assert_close(total / count, expected, rtol=1e-6, atol=1e-6)
@@ -51,7 +51,7 @@ def test_micro_batches_add_up_to_the_gradient_of_one_batch(model: Any) -> None:
     def gradient(size: int) -> torch.Tensor:
         model.zero_grad()
         for at in range(0, len(rows), size):
-            (NextTokenLoss(model)(collate(rows[at : at + size], 0))[0] / supervised).backward()
+            (NextTokenLoss(model, 0)(collate(rows[at : at + size], 0)) / supervised).backward()
         return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
 
     whole = gradient(4)

@@ -1,0 +1,99 @@
+"""Whole runs on small models: what was tuned is opened again, merged, and answers the probe as it did."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.conftest import write_rows
+from tests.grid.test_grid import ARCHITECTURES, TASKS
+from tuner import kinds
+from tuner.errors import RecipeError
+from tuner.families import family_of
+from tuner.plan import make_plan
+from tuner.recipe import read_recipe
+from tuner.run import run
+
+
+def recipe(folder: Path, model: Path, task: str, stages: list[dict[str, Any]], **tune: Any) -> Path:
+    options, rows = TASKS[task]
+    write_rows(folder / "train.jsonl", rows)
+    write_rows(folder / "heldout.jsonl", [HELDOUT[task]])
+    first = {"tune": {"task": {"kind": task, **options}, "steps": 4, "batch_size": 4, "learning_rate": 0.003, **tune}}
+    tree = {
+        "model": str(model),
+        "data": {"train": "train.jsonl", "heldout": "heldout.jsonl"},
+        "stages": [first, *stages],
+        "probe": {"rows": 2, "answer_tokens": 4},
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(tree, sort_keys=False))
+    return path
+
+
+# A row that is not among the training rows.
+HELDOUT: dict[str, dict[str, Any]] = {
+    "pretrain": {"text": "show the virtual machine my9 az vm"},
+    "sft": {"messages": [{"role": "user", "content": "show the vm"}, {"role": "assistant", "content": "az vm show"}]},
+    "masked": {"text": "show the virtual machine az vnet"},
+    "classify": {"text": "show the machine 9", "label": "machine"},
+    "tokens": {"words": ["show", "machine"], "tags": ["VERB", "NOUN"]},
+}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "task"),
+    [
+        ("llama", "classify"),
+        ("gpt2", "tokens"),
+        ("bert", "classify"),
+        ("bert", "tokens"),
+        ("distilbert", "masked"),
+        ("modernbert", "classify"),
+        ("deberta-v2", "tokens"),
+        ("mamba", "sft"),
+        ("mamba2", "sft"),
+        ("jamba", "classify"),
+        ("falcon_h1", "sft"),
+    ],
+)
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_what_was_tuned_is_what_is_opened_again_and_merged(
+    checkpoints: Any, tmp_path: Path, model_type: str, task: str, method: str
+) -> None:
+    model = checkpoints(model_type).path
+    merge = [{"merge": {}}] if method == "lora" else []
+    plan = make_plan(read_recipe(recipe(tmp_path, model, task, merge, method=method)), tmp_path / "out")
+    bundles = run(plan, tmp_path / "out")
+    tuned = next(bundle for bundle in bundles if bundle.manifest.stage == "tune")
+    assert tuned.manifest.head == kinds.load("tasks", task).HEAD
+    assert tuned.manifest.metrics["probe"]["max_difference"] <= 1e-5, "it answers its own probe as it did"
+    if method == "lora":
+        # Float32 sums in another order; the manifest keeps five digits.
+        assert bundles[-1].manifest.metrics["probe"]["max_difference"] <= 1e-4
+        assert bundles[-1].manifest.head == tuned.manifest.head
+        assert bundles[-1].manifest.metrics["heldout_loss"] == pytest.approx(tuned.manifest.metrics["heldout_loss"], abs=1e-4)
+
+
+REFUSED = [
+    (model_type, task)
+    for model_type in ARCHITECTURES
+    for task in TASKS
+    if kinds.load("tasks", task).HEAD not in family_of(model_type)[0].heads - family_of(model_type)[1].lacks
+]
+
+
+@pytest.mark.parametrize(("model_type", "task"), REFUSED, ids=["-".join(cell) for cell in REFUSED])
+def test_a_cell_without_a_head_is_refused_with_what_there_is(checkpoints: Any, tmp_path: Path, model_type: str, task: str) -> None:
+    path = recipe(tmp_path, checkpoints(model_type).path, task, [])
+    with pytest.raises(
+        RecipeError, match=rf"stages\.0\.tune\.task: {task} needs a \w+ head, which {model_type} has not; tasks for it are \w+"
+    ):
+        make_plan(read_recipe(path), tmp_path / "out")
+
+
+def test_a_linear_that_a_fused_kernel_reads_is_not_adapted(checkpoints: Any, tmp_path: Path) -> None:
+    path = recipe(tmp_path, checkpoints("mamba2").path, "sft", [], method={"kind": "lora", "targets": r".*\.out_proj"})
+    with pytest.raises(RecipeError, match=r"mixer\.out_proj, which cannot be adapted: the fused kernel reads its weight directly"):
+        make_plan(read_recipe(path), tmp_path / "out")

@@ -1,0 +1,182 @@
+"""The losses of heads against transformers' own, and rows that are refused."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from tuner.data.example import IGNORE, Labelled, Tagged
+from tuner.data.rows import Row, Skipped
+from tuner.errors import DataError
+from tuner.heads.sequence import MULTI, REGRESSION, SINGLE, LabelLoss
+from tuner.heads.token import TagLoss
+from tuner.tasks import classify, masked, tokens
+
+
+def bert(head: str, **config: Any) -> Any:
+    import transformers
+
+    torch.manual_seed(0)
+    made = transformers.BertConfig(
+        vocab_size=330, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, pad_token_id=0, **config
+    )
+    return getattr(transformers, f"BertFor{head}")(made).eval()
+
+
+def texts(count: int) -> list[list[int]]:
+    draw = torch.Generator().manual_seed(0)
+    return [torch.randint(3, 300, (4 + 2 * index,), generator=draw).tolist() for index in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("problem", "labels", "targets"),
+    [
+        (SINGLE, 3, [[0.0], [2.0], [1.0], [2.0]]),
+        (MULTI, 3, [[0.0, 1.0, 1.0], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0], [1.0, 1.0, 1.0]]),
+        (REGRESSION, 1, [[0.3], [-1.0], [2.5], [0.0]]),
+    ],
+)
+def test_the_loss_of_labels_is_transformers_own(problem: str, labels: int, targets: list[list[float]]) -> None:
+    model = bert("SequenceClassification", num_labels=labels, problem_type=problem)
+    objective = LabelLoss(model, 0)
+    batch = objective.collate([Labelled(ids, target) for ids, target in zip(texts(4), targets, strict=True)])
+    wanted = batch["target"][:, 0].long() if problem == SINGLE else batch["target"]
+    theirs = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=wanted).loss
+    torch.testing.assert_close(objective(batch) / 4, theirs)
+    assert theirs > 0.1
+
+
+def test_class_weights_are_torchs() -> None:
+    model = bert("SequenceClassification", num_labels=2, problem_type=SINGLE)
+    weights = [0.25, 3.0]
+    examples = [Labelled(ids, [float(index % 2)], weights[index % 2]) for index, ids in enumerate(texts(5))]
+    objective = LabelLoss(model, 0)
+    batch = objective.collate(examples)
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    theirs = torch.nn.functional.cross_entropy(logits, batch["target"][:, 0].long(), weight=torch.tensor(weights))
+    torch.testing.assert_close(objective(batch) / sum(each.supervised for each in examples), theirs)
+    assert abs(float(theirs) - float(torch.nn.functional.cross_entropy(logits, batch["target"][:, 0].long()))) > 1e-3
+
+
+def test_the_loss_of_tags_is_transformers_own() -> None:
+    model = bert("TokenClassification", num_labels=4)
+    examples = [Tagged(ids, [IGNORE, *(token % 4 for token in ids[1:])]) for ids in texts(4)]
+    objective = TagLoss(model, 0)
+    batch = objective.collate(examples)
+    torch.testing.assert_close(objective(batch) / sum(each.supervised for each in examples), model(**batch).loss)
+
+
+def test_the_loss_of_hidden_words_is_transformers_own_and_15_percent_are_hidden(tokenizer: Any) -> None:
+    import copy
+
+    own = copy.deepcopy(tokenizer)
+    own.add_special_tokens({"mask_token": "<|mask|>"})
+    model = bert("MaskedLM")
+    objective = masked.objective(model, own, masked.Options())
+    examples = [masked.Maskable(ids, [[place] for place in range(len(ids))], 0.15) for ids in texts(30)]
+    torch.manual_seed(0)
+    batch = objective.collate(examples)
+    hidden = batch["labels"] != IGNORE
+    count = sum(each.supervised for each in examples)
+    assert int(hidden.sum()) == count
+    torch.testing.assert_close(objective(batch) / count, model(**batch).loss)
+    shown = batch["input_ids"][hidden]
+    # 80% of 165 are expected to show the mask; five standard deviations of that binomial are 26 tokens.
+    assert abs(int((shown == own.mask_token_id).sum()) - 0.8 * count) < 5 * (count * 0.8 * 0.2) ** 0.5
+    whole = torch.cat([torch.tensor(each.ids) for each in examples])
+    read = batch["attention_mask"] == 1
+    assert torch.equal(batch["input_ids"][read & ~hidden], whole[~hidden[read]]), "what is not guessed is shown as it is"
+    assert not torch.equal(objective.collate(examples)["labels"], batch["labels"]), "drawn anew"
+
+
+def test_whole_words_are_hidden_together(tokenizer: Any) -> None:
+    import copy
+
+    own = copy.deepcopy(tokenizer)
+    own.add_special_tokens({"mask_token": "<|mask|>"})
+    rows = iter([Row("f:1", {"text": "zebra list quagga machine okapi network"})])
+    ((_, block),) = masked.examples(rows, own, masked.Options(whole_words=True, fraction=0.5), "stop", Skipped())
+    assert max(map(len, block.words)) > 1
+    assert sorted(place for word in block.words for place in word) == list(range(len(block.ids)))
+
+
+def test_a_tag_stands_at_the_first_token_of_its_word(tokenizer: Any) -> None:
+    options = tokens.Options(labels=["VERB", "NOUN"])
+    rows = iter([Row("f:1", {"words": ["list", "quagga", "vm"], "tags": ["VERB", "NOUN", "NOUN"]})])
+    ((_, example),) = tokens.examples(rows, tokenizer, options, "stop", Skipped())
+    assert len(example.ids) > 3
+    words = tokenizer(["list", "quagga", "vm"], is_split_into_words=True).word_ids()
+    assert [label for label in example.labels if label != IGNORE] == [0, 1, 1]
+    assert [words[place] for place, label in enumerate(example.labels) if label != IGNORE] == [0, 1, 2]
+
+
+# The examples of CoNLL-2003's evaluation: an entity counts only whole and with its type.
+@pytest.mark.parametrize(
+    ("tags", "found"),
+    [
+        (["O", "B-PER", "I-PER", "O", "B-LOC"], [("PER", 1, 2), ("LOC", 4, 4)]),
+        (["B-PER", "B-PER"], [("PER", 0, 0), ("PER", 1, 1)]),
+        (["I-LOC", "I-LOC", "I-PER"], [("LOC", 0, 1), ("PER", 2, 2)]),
+        (["B-LOC", "I-PER"], [("LOC", 0, 0), ("PER", 1, 1)]),
+        (["O"], []),
+    ],
+)
+def test_entities_are_read_as_conlls_script_does(tags: list[str], found: list[tuple[str, int, int]]) -> None:
+    assert tokens.entities(tags) == found
+
+
+def test_entity_f1_is_the_harmonic_mean_over_whole_entities() -> None:
+    truth = [["B-PER", "I-PER", "O", "B-LOC"], ["O", "O"]]
+    guess = [["B-PER", "O", "O", "B-LOC"], ["B-LOC", "O"]]
+    # 1 of 3 found is right, 1 of 2 wanted is found: 2 / (3 + 2).
+    assert tokens.entity_f1(truth, guess) == 0.4
+    assert tokens.entity_f1(truth, truth) == 1.0
+
+
+LABELS = {"labels": ["good", "bad"]}
+
+
+@pytest.mark.parametrize(
+    ("options", "record", "said"),
+    [
+        (LABELS, {"text": "x", "label": "god"}, 'f:1: "label": \'god\' is none of the recipe\'s labels; did you mean "good"?'),
+        (LABELS, {"text": "x"}, 'f:1: the key "label" is missing beside "text"'),
+        (LABELS, {"label": "good"}, 'f:1: found "label", expected "text" with some text in it'),
+        ({**LABELS, "form": "multi"}, {"text": "x", "labels": "good"}, "f:1: \"labels\" is 'good', expected a list"),
+        ({"form": "number"}, {"text": "x", "score": "3"}, "f:1: \"score\" is '3', expected a number"),
+        (
+            {**LABELS, "max_tokens": 2},
+            {"text": "list the vm", "label": "good"},
+            "expected at most max_tokens: 2; `cut: true` cuts longer texts off",
+        ),
+    ],
+)
+def test_a_row_that_cannot_be_classified_is_said(
+    tokenizer: Any, options: dict[str, Any], record: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(DataError) as error:
+        list(classify.examples(iter([Row("f:1", record)]), tokenizer, classify.Options(**options), "stop", Skipped()))
+    assert said in str(error.value)
+
+
+def test_a_cut_text_is_counted(tokenizer: Any) -> None:
+    rows = iter([Row("f:1", {"text": "list the vm", "label": "bad"}), Row("f:2", {"text": "vm", "label": "bad"})])
+    found = list(classify.examples(rows, tokenizer, classify.Options(**LABELS, max_tokens=2, cut=True), "stop", Skipped()))
+    assert [example.cut for _, example in found] == [True, False]
+    assert len(found[0][1].ids) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({}, "the classes are missing"),
+        ({"labels": ["one"]}, "the classes are missing"),
+        ({"form": "number", "labels": ["a", "b"]}, "a number has none"),
+        ({**LABELS, "class_weights": [1.0]}, "one for each of 2 classes"),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        classify.Options(**options)
+    with pytest.raises(ValueError, match="I-LOC continues an entity that no B-LOC begins"):
+        tokens.Options(labels=["O", "I-LOC"])

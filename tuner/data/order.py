@@ -1,0 +1,21 @@
+"""The order in which rows are learned from."""
+
+import random
+
+
+def plan(lengths: list[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+    """Indices for each batch of one epoch: shuffled, then grouped so that rows of like length share a batch.
+
+    Sorting within windows of 16 batches saves most of the padding (a third of the work on short chat rows) and leaves the
+    order random. A last batch that is not full is kept.
+    """
+    draw = random.Random(f"{seed}:{epoch}")
+    order = list(range(len(lengths)))
+    draw.shuffle(order)
+    window = 16 * batch_size
+    batches = []
+    for start in range(0, len(order), window):
+        block = sorted(order[start : start + window], key=lambda index: (lengths[index], index))
+        batches += [block[at : at + batch_size] for at in range(0, len(block), batch_size)]
+    draw.shuffle(batches)
+    return batches

@@ -1,0 +1,43 @@
+"""State-space models, and hybrids of them with attention: they predict the next token from a state of fixed size."""
+
+from tuner.families import Architecture, Family
+from tuner.families.gpt import LLAMA
+
+# The fused kernels of a GPU multiply by these weights themselves. An adapter beside such a module is passed by there without a
+# word, although the sequential path of a CPU uses it; peft refuses out_proj for most of these architectures.
+FUSED = "the fused kernel reads its weight directly and would pass the adapter by"
+IN_PROJ, NONE = frozenset({"in_proj"}), frozenset[str]()
+NO_CLASSES = frozenset({"sequence", "token"})
+MAMBA1 = Architecture(IN_PROJ, NONE, lacks=NO_CLASSES, left_out=dict.fromkeys(("x_proj", "dt_proj", "out_proj"), FUSED))
+RENAMED = "peft 0.21 takes these names for the routed experts, and adapts those instead of the shared one"
+EXPERTS = "experts are stored as one tensor, not as linears"
+
+
+def hybrid(*extra: str, lacks: frozenset[str] = NO_CLASSES, **left_out: str) -> Architecture:
+    """Mamba-2 blocks beside a Llama's attention and feed-forward."""
+    return Architecture(LLAMA.linears | {"in_proj", *extra}, LLAMA.attention, lacks=lacks, left_out=left_out or {"out_proj": FUSED})
+
+
+FAMILY = Family(
+    name="mamba",
+    heads=frozenset({"causal", "sequence", "token"}),
+    architectures={
+        "mamba": MAMBA1,
+        "falcon_mamba": MAMBA1,
+        "mamba2": Architecture(IN_PROJ, NONE, lacks=NO_CLASSES, left_out={"out_proj": FUSED}),
+        "jamba": hybrid("x_proj", "out_proj", lacks=frozenset({"token"}), dt_proj=FUSED, router=EXPERTS),
+        "bamba": hybrid(),
+        "falcon_h1": hybrid(),
+        "nemotron_h": hybrid(),
+        "zamba2": hybrid("gate_up_proj", lacks=frozenset({"token"})),
+        "qwen3_next": Architecture(
+            linears=LLAMA.attention | {"in_proj_qkvz", "in_proj_ba", "out_proj"},
+            attention=LLAMA.attention,
+            left_out=dict.fromkeys(("gate_proj", "up_proj", "down_proj", "shared_expert_gate"), RENAMED),
+        ),
+    },
+    keep={
+        "lm_head": "it is tied to the embedding in small models, and an error in it reaches every token",
+        "conv1d": "it is no linear, and the fused kernel reads its weight directly",
+    },
+)

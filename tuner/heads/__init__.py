@@ -1,0 +1,8 @@
+"""What a model answers with. One file each, named as a task's HEAD names it; a file defines
+
+AUTO                           the class of transformers that opens a checkpoint with this head
+collate(examples, ...)         examples to one padded batch
+record(model, ...)             probe questions with the model's own answers
+ask(model, items, device)      the answers to recorded questions now, in the order of the items
+difference(item, answer)       (differences, whether each part is the same) between a recorded answer and one now
+"""

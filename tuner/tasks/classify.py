@@ -1,0 +1,155 @@
+"""Classification of whole texts: one class, several at once, or a number (regression)."""
+
+import math
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from tuner.data.example import Labelled
+from tuner.data.rows import Row, Skipped, usable
+from tuner.errors import DataError, nearest
+from tuner.kinds import Options as BaseOptions
+from tuner.recipe import Evaluate
+
+HEAD = "sequence"
+KEYS = frozenset({"text", "label", "labels", "score"})
+
+
+class Options(BaseOptions):
+    """Keys of `task: {kind: classify}`."""
+
+    kind: Literal["classify"] = "classify"
+    labels: list[str] = Field(default_factory=list)
+    """The classes, in the order of the model's scores."""
+    form: Literal["single", "multi", "number"] = "single"
+    """`single`: {"text", "label"}; `multi`: {"text", "labels": [...]}, any number of them; `number`: {"text", "score"}."""
+    class_weights: list[float] | None = None
+    """How much a row of each class counts in the loss; all alike by default. For `single`."""
+    max_tokens: int = Field(256, gt=1)
+    """Longest text in tokens. A longer row is a bad row unless `cut` says otherwise."""
+    cut: bool = False
+    """Cut longer texts off at max_tokens; how many is in the report."""
+
+    @model_validator(mode="after")
+    def _labels_fit(self) -> "Options":
+        if self.form == "number" and self.labels:
+            raise ValueError("labels: a number has none; leave them out")
+        if self.form != "number" and len(set(self.labels)) < (2 if self.form == "single" else 1):
+            raise ValueError('the classes are missing; write them down, such as "labels: [negative, positive]"')
+        if self.class_weights and (self.form != "single" or len(self.class_weights) != len(self.labels)):
+            raise ValueError(f"class_weights: one for each of {len(self.labels)} classes is meant, for form single")
+        return self
+
+
+def check_row(record: dict[str, Any], *, chat_template: bool = True) -> None:  # noqa: ARG001 - a task's common signature
+    """Raises DataError unless the record has a text; what else it needs is checked with the options, by `examples`."""
+    if not isinstance(record.get("text"), str) or not record["text"].strip():
+        keys = ", ".join(f'"{key}"' for key in record) or "nothing"
+        raise DataError(f'found {keys}, expected "text" with some text in it, and "label", "labels" or "score"')
+
+
+def target(record: dict[str, Any], options: Options) -> list[float]:
+    """What is to be learned: [number of the class], [0 or 1 for each class], or [the number]. Raises DataError."""
+    key = {"single": "label", "multi": "labels", "number": "score"}[options.form]
+    if key not in record:
+        found = ", ".join(f'"{name}"' for name in record)
+        raise DataError(f'the key "{key}" is missing beside {found}')
+    value = record[key]
+    if options.form == "number":
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise DataError(f'"score" is {value!r:.60}, expected a number')
+        return [float(value)]
+    given = value if options.form == "multi" else [value]
+    if not isinstance(given, list):
+        raise DataError(f'"labels" is {value!r:.60}, expected a list')
+    for each in given:
+        if each not in options.labels:
+            raise DataError(f'"{key}": {each!r:.60} is none of the recipe\'s labels{nearest(str(each), options.labels)}')
+    return [float(options.labels.index(value))] if options.form == "single" else [float(each in given) for each in options.labels]
+
+
+def examples(
+    rows: Iterator[Row], tokenizer: Any, options: Options, on_bad_row: str, skipped: Skipped
+) -> Iterator[tuple[Row, Labelled]]:
+    """Each text with what it is; bad rows stop the run with a DataError, or are counted in `skipped`."""
+
+    def labelled(row: Row) -> Labelled:
+        check_row(row.record)
+        wanted = target(row.record, options)
+        ids, cut = encode(row.record["text"], tokenizer, options)
+        weight = options.class_weights[int(wanted[0])] if options.class_weights else 1.0
+        return Labelled(ids, wanted, weight, cut)
+
+    return usable(rows, labelled, on_bad_row, skipped)
+
+
+def encode(text: str, tokenizer: Any, options: Options) -> tuple[list[int], bool]:
+    """(ids with the tokenizer's own special tokens, whether they were cut). Raises DataError where that is not allowed."""
+    ids = list(tokenizer(text)["input_ids"])
+    if len(ids) <= options.max_tokens:
+        return ids, False
+    if not options.cut:
+        raise DataError(f"{len(ids)} tokens, expected at most max_tokens: {options.max_tokens}; `cut: true` cuts longer texts off")
+    return list(tokenizer(text, truncation=True, max_length=options.max_tokens)["input_ids"]), True
+
+
+def head_config(options: Options) -> dict[str, Any]:
+    """What the model's configuration has to say about its head."""
+    problem = {"single": "single_label_classification", "multi": "multi_label_classification", "number": "regression"}
+    names = options.labels or ["score"]
+    return {
+        "problem_type": problem[options.form],
+        "num_labels": len(names),
+        "id2label": dict(enumerate(names)),
+        "label2id": {name: index for index, name in enumerate(names)},
+    }
+
+
+def question(record: dict[str, Any], tokenizer: Any, options: Options) -> dict[str, Any]:
+    """`ids` of the text."""
+    return {"ids": encode(record["text"], tokenizer, options)[0]}
+
+
+def objective(model: Any, tokenizer: Any, options: Options) -> Any:  # noqa: ARG001 - a task's common signature
+    """Cross entropy, binary cross entropies or squared error, by form."""
+    from tuner.heads.sequence import LabelLoss
+
+    return LabelLoss(model, tokenizer.pad_token_id)
+
+
+def scores(
+    model: Any,
+    tokenizer: Any,  # noqa: ARG001 - common signature
+    rows: list[tuple[Row, Labelled]],
+    options: Options,
+    evaluate: Evaluate,  # noqa: ARG001 - common signature
+) -> dict[str, float]:
+    """Of all held-out rows: accuracy, macro F1 and Matthews correlation; for several classes micro F1; for a number Spearman's."""
+    from scipy.stats import spearmanr
+    from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
+    from tuner.heads import sequence
+
+    found = sequence.scores(model, [example.ids for _, example in rows], str(model.device))
+    wanted = [example.target for _, example in rows]
+    if options.form == "number":
+        # Of one number repeated there is no rank.
+        correlation = spearmanr([row[0] for row in found], [row[0] for row in wanted]).statistic
+        return _rounded(rows, {"Spearman": 0.0 if math.isnan(correlation) else correlation})
+    if options.form == "multi":
+        chosen = [[value > sequence.LOG_HALF for value in row] for row in found]
+        return _rounded(rows, {"micro F1": f1_score(wanted, chosen, average="micro", zero_division=1.0)})
+    guesses, truth = [row.index(max(row)) for row in found], [int(row[0]) for row in wanted]
+    return _rounded(
+        rows,
+        {
+            "accuracy": accuracy_score(truth, guesses),
+            "macro F1": f1_score(truth, guesses, average="macro", zero_division=1.0),
+            "MCC": matthews_corrcoef(truth, guesses),
+        },
+    )
+
+
+def _rounded(rows: list[Any], values: dict[str, float]) -> dict[str, float]:
+    return {"rows": len(rows), **{name: round(float(value), 4) for name, value in values.items()}}

@@ -44,6 +44,8 @@ def write_report(bundles: list[Bundle], out_dir: Path) -> Path:
         lines += ["| " + " | ".join(row.get(column, "") for column in columns) + " |" for row in found]
     for bundle in bundles:
         data = bundle.manifest.data
+        if data.get("cut_rows"):
+            lines += ["", f"{bundle.manifest.stage}: {data['cut_rows']} of {data['rows']} rows were cut to the longest allowed."]
         if data.get("skipped_rows"):
             lines += ["", f"{bundle.manifest.stage}: {data['skipped_rows']} rows of {data['path']} were left out, such as:", ""]
             lines += [f"- {reason}" for reason in data["skipped"]]

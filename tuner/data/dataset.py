@@ -51,6 +51,7 @@ def training_examples(recipe: Recipe, task: Any, tokenizer: Any, rows: int | Non
         "tokens": sum(lengths),
         "supervised_tokens": sum(each.supervised for each in examples),
         "longest_tokens": max(lengths, default=0),
+        "cut_rows": sum(getattr(each, "cut", False) for each in examples),
         "skipped_rows": skipped.count,
         "skipped": skipped.listed,
     }

@@ -114,8 +114,8 @@ def run(job: Job) -> Manifest:
     examples, data = training_examples(job.recipe, options.task, tokenizer)
     if not examples:
         raise DataError(f"{job.recipe.data.train}: no row is left to train on ({data['skipped_rows']} were left out)")
-    counts = f"{data['rows']} rows, {data['tokens']} tokens, {data['supervised_tokens']} of them learned"
-    say(f"{counts}; {data['skipped_rows']} rows left out")
+    counts = f"{data['rows']} rows, {data['tokens']} tokens, {data['supervised_tokens']:g} supervised"
+    say(f"{counts}; {data['skipped_rows']} rows left out, {data['cut_rows']} cut")
     method = kinds.load("methods", options.method.kind)
     family, architecture = family_of(str(base.manifest.model_type))
     torch.manual_seed(job.recipe.seed)

@@ -1,6 +1,7 @@
 """`tuner serve` and `tuner chat`."""
 
 import asyncio
+import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -97,6 +98,9 @@ def _answer(client: Any, model: str, messages: list[dict[str, str]]) -> Iterator
 def _address(target: str) -> Iterator[str]:
     if target.startswith(("http://", "https://")):
         yield target.rstrip("/") if target.rstrip("/").endswith("/v1") else target.rstrip("/") + "/v1"
+    elif re.fullmatch(r"[\w.-]+:\d+(/.*)?", target) and not Path(target).exists():
+        with _address(f"http://{target}") as url:
+            yield url
     else:
         with serving([Path(target)], Settings(port=0), say) as url:
             yield url

@@ -45,6 +45,8 @@ class Settings:
     max_failed_starts: int = 3
 
 
+# An engine whose endpoint was killed may end by itself in this time.
+GUARD_GRACE_S = 10
 # How often a child is looked at. A client must see 503 within 2 s of its death.
 WATCH_INTERVAL_S = 0.25
 
@@ -62,6 +64,7 @@ class Engine:
         self._ready = False
         self._process: subprocess.Popen[bytes] | None = None
         self._children: list[psutil.Process] = []
+        self._guard: subprocess.Popen[bytes] | None = None
         self._log: Path | None = None
 
     @property
@@ -92,6 +95,7 @@ class Engine:
             preexec_fn=_end_with_parent,
         )
         os.close(descriptor)
+        self._guard = _guard(self._process.pid)
         started = time.monotonic()
         self.say(f"{self.name}: the engine starts (log: {log})")
         await self._wait_until_healthy(started)
@@ -150,6 +154,10 @@ class Engine:
         for child in self._children:
             with suppress(psutil.NoSuchProcess):
                 child.kill()
+        if self._guard is not None:
+            self._guard.kill()
+            self._guard.communicate()
+            self._guard = None
         self._children, self._process = [], None
         if well and self._log:
             self._log.unlink(missing_ok=True)
@@ -176,7 +184,9 @@ class Engine:
             return False
 
     def _last_words(self) -> str:
-        return f": {vllm.error_lines(self._log)} (log: {self._log})" if self._log else ""
+        code = self._process.poll() if self._process else None
+        signalled = f" (ended by signal {-code})" if code is not None and code < 0 else ""
+        return f"{signalled}: {vllm.error_lines(self._log)} (log: {self._log})" if self._log else signalled
 
 
 def arrange(folders: list[Path], settings: Settings, say: Callable[[str], None]) -> list[Engine]:
@@ -348,6 +358,17 @@ def _end_with_parent() -> None:
     """Linux: an engine whose endpoint is killed outright is asked to stop, instead of holding its memory for ever."""
     if hasattr(_libc, "prctl"):
         _libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _guard(group: int) -> subprocess.Popen[bytes]:
+    """A shell that ends the process group once our end of its pipe is closed, which the kernel does when we are killed outright.
+
+    vLLM's processes are not all our children, and some do not heed a polite signal while they start.
+    """
+    script = f"read line; kill -TERM -{group}; sleep {GUARD_GRACE_S}; kill -KILL -{group}"  # dash knows no `kill --`
+    return subprocess.Popen(
+        ["sh", "-c", script], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
 
 
 def _group_exists(group: int) -> bool:

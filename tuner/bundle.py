@@ -62,7 +62,13 @@ class Bundle:
         """The bundle that this adapter was trained on; raises BundleError where there is none."""
         if self.manifest.base is None:
             raise BundleError(f"{self.path}: a bundle of kind {self.manifest.kind} has no base")
-        return open_bundle(self.path.resolve() / self.manifest.base)
+        try:
+            return open_bundle(self.path.resolve() / self.manifest.base)
+        except BundleError as error:
+            raise BundleError(
+                f"{self.path}: is an adapter and useless without its base, "
+                f"which should lie at {self.manifest.base} seen from it ({error})"
+            ) from None
 
 
 def open_bundle(path: Path) -> Bundle:
@@ -71,7 +77,8 @@ def open_bundle(path: Path) -> Bundle:
     if not manifest_path.is_file():
         found = "is not there" if not path.exists() else "is no directory" if not path.is_dir() else f"has no {MANIFEST}"
         siblings = [str(each.parent) for each in path.parent.glob(f"*/{MANIFEST}")] if not path.exists() else []
-        advice = nearest(str(path), siblings) or "; a bundle is what `tuner run` leaves in runs/, such as runs/demo/merge"
+        inside = sorted(str(each.parent) for each in path.glob(f"[!.0-9]*/{MANIFEST}"))
+        advice = nearest(str(path), inside or siblings) or "; a bundle is what `tuner run` leaves in runs/, such as runs/demo/merge"
         raise BundleError(f"{path} {found}{advice}")
     try:
         values = json.loads(manifest_path.read_text(encoding="utf-8"))

@@ -17,7 +17,7 @@ from tuner.errors import RecipeError, nearest
 class Options(BaseModel):
     """Keys of a recipe: unknown ones are refused, text is not taken for a number, and nothing changes after reading."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 @cache

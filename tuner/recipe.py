@@ -1,6 +1,7 @@
 """Reads a recipe: YAML with a position for every value, checked strictly, every complaint with `file:line:`."""
 
 import json
+import re
 import types
 import typing
 from collections.abc import Iterator
@@ -46,8 +47,6 @@ class Metric(Options):
 
     @model_validator(mode="after")
     def _compiles(self) -> "Metric":
-        import re
-
         try:
             re.compile(self.pattern)
         except re.error as error:
@@ -172,7 +171,8 @@ class Recipe:
             case "missing":
                 return str(self.error(f'the key "{found["loc"][-1]}" is missing', *location))
             case "float_type" | "int_type" if isinstance(found["input"], str):
-                advice = " (YAML reads 2e-4 as text: write 2.0e-4)" if "e" in found["input"].lower() else ""
+                short = re.fullmatch(r"[+-]?\d+[eE][+-]?\d+", found["input"])
+                advice = " (YAML reads 2e-4 as text: write 2.0e-4)" if short else ""
                 return str(self.error(f'expected a number, found the text "{found["input"]}"{advice}', *location))
             case "value_error":
                 return str(self.error(str(found["ctx"]["error"]), *location))

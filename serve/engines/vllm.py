@@ -127,7 +127,8 @@ def error_lines(log: Path, count: int = 3) -> str:
     lines = [line.rstrip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     prefix = re.compile(r"^(\(\w+ pid=\d+\) )?((ERROR|INFO|WARNING) [\d-]+ [\d:]+ \[[^\]]*\] ?)?")
     # An engine that served for hours has logged errors that it survived.
-    lines = [prefix.sub("", line) for line in lines[-200:]]
+    told = [line for line in lines[-200:] if not re.match(r"(\(\w+ pid=\d+\) )?INFO\b", line)]
+    lines = [prefix.sub("", line) for line in told or lines[-count:]]
     named = []
     for line, following in zip(lines, [*lines[1:], ""], strict=True):
         if re.match(r"[\w.]*(Error|Exception|Interrupt)\b.*: ", line):

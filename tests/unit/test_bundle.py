@@ -118,3 +118,16 @@ def test_a_disk_that_fills_up_is_a_clear_error_whichever_library_writes(small_di
             write_bundle(small_disk / f"2-b-{number}", small_disk / ".part", each)
         assert not (small_disk / f"2-b-{number}").exists()
     verify(open_bundle(first.path))
+
+
+def test_an_adapter_without_its_base_says_where_that_should_be(bundle) -> None:
+    path = bundle.path / "bundle.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "kind": "adapter", "base": "../0-base-x"}))
+    with pytest.raises(BundleError, match=r"is an adapter and useless without its base, which should lie at \.\./0-base-x"):
+        open_bundle(bundle.path).base()
+
+
+def test_a_runs_directory_in_place_of_a_bundle_names_the_bundles_in_it(bundle) -> None:
+    (bundle.path.parent / "merge").symlink_to(bundle.path)
+    with pytest.raises(BundleError, match=r"has no bundle\.json; did you mean .*merge"):
+        open_bundle(bundle.path.parent)

@@ -172,3 +172,10 @@ def test_the_word_after_kind_is_the_name_of_the_file(folder: str) -> None:
 @pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml")), ids=lambda path: path.name)
 def test_every_recipe_that_is_shipped_can_be_read(path: Path) -> None:
     assert read_recipe(path).stages
+
+
+@pytest.mark.parametrize("value", [".inf", ".nan", "-.inf"])
+def test_a_number_is_finite(tmp_path: Path, value: str) -> None:
+    (tmp_path / "good.yaml").write_text(GOOD)
+    with pytest.raises(RecipeError, match=r"stages\.0\.tune\.epochs: .*finite number"):
+        read_recipe(tmp_path / "good.yaml", [f"stages.0.tune.epochs={value}"])

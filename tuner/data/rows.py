@@ -41,6 +41,8 @@ def read_rows(path: Path, made_by: str | None, on_bad_row: str, skipped: Skipped
 
     Raises DataError for a file that is missing or empty, and for a line that is no JSON object unless bad rows are skipped.
     """
+    if path.exists() and not path.is_file():
+        raise DataError(f"{path}: is {'a directory' if path.is_dir() else 'no ordinary file'}, expected a file of rows")
     if not path.is_file():
         siblings = [each.name for each in path.parent.glob("*") if each.is_file()] if path.parent.is_dir() else []
         mistyped = difflib.get_close_matches(path.name, siblings, cutoff=0.8) or not made_by

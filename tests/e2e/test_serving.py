@@ -275,8 +275,11 @@ def test_an_engine_that_does_not_stay_up_is_given_up_and_said(out: Path, tmp_pat
     assert "ValueError: no such luck" in said[-1]
 
 
-def test_nothing_of_vllm_runs_after_all_this(out: Path) -> None:
+def test_nothing_of_vllm_runs_after_all_this(out: Path, server: Server) -> None:
     """Of all processes, not of our children: an engine whose endpoint is dead belongs to init."""
+    if server.process.poll() is None:
+        server.wait_for("serving .* at")
+        server.end()
     left = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):

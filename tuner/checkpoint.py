@@ -1,5 +1,9 @@
 """Opens what a bundle holds: model, adapter and tokenizer, on the device that there is."""
 
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +46,8 @@ def load_model(bundle: Bundle, dtype: str = "float32") -> Any:
         from transformers import CompressedTensorsConfig
 
         options["quantization_config"] = CompressedTensorsConfig(dequantize=True)
-    model = _open(bundle, str(manifest.head), dtype, options)
+    with no_bars():
+        model = _open(bundle, str(manifest.head), dtype, options)
     if manifest.serving.get("scheme") == "w8a8-int8":
         _compute_in_int8(model)
     return model.to(device()).eval()
@@ -89,10 +94,18 @@ def _compute_in_int8(model: Any) -> None:
             module.forward = rounding(module)
 
 
+@contextmanager
+def no_bars() -> Iterator[None]:
+    """Without a terminal, keep back the bars of compressed-tensors, which do not heed TQDM_DISABLE. Its errors are exceptions."""
+    with ExitStack() as stack:
+        if not sys.stderr.isatty():
+            stack.enter_context(redirect_stderr(stack.enter_context(open(os.devnull, "w"))))
+        yield
+
+
 def quiet() -> None:
     """Keep the libraries' own remarks off the terminal; errors still come through. Call it before they are imported."""
     import logging
-    import os
     import warnings
 
     # bitsandbytes suggests a package for faster 4-bit products at every import.

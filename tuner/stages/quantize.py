@@ -63,7 +63,7 @@ def run(job: Job) -> Manifest:
     from llmcompressor import oneshot
     from llmcompressor.modifiers.quantization import GPTQModifier, QuantizationModifier
 
-    from tuner.checkpoint import load_model, load_tokenizer
+    from tuner.checkpoint import load_model, load_tokenizer, no_bars
     from tuner.data.dataset import task_of, training_examples
     from tuner.families import family_of
     from tuner.source import describe_model
@@ -80,7 +80,8 @@ def run(job: Job) -> Manifest:
     common: dict[str, Any] = {"config_groups": {"group_0": scheme}, "ignore": sorted(rest)}
     data: dict[str, Any] = {}
     if options.algorithm == "round":
-        oneshot(model=model, recipe=QuantizationModifier(**common))
+        with no_bars():
+            oneshot(model=model, recipe=QuantizationModifier(**common))
     else:
         examples, data = training_examples(job.recipe, task_of(job.recipe, job.index), tokenizer, rows=options.calibration_rows)
         if not examples:
@@ -94,7 +95,8 @@ def run(job: Job) -> Manifest:
             max_seq_length=max(len(each.ids) for each in examples),
             shuffle_calibration_samples=False,
         )
-    model.save_pretrained(job.folder, save_compressed=True)
+    with no_bars():
+        model.save_pretrained(job.folder, save_compressed=True)
     tokenizer.save_pretrained(job.folder)
     serving = {"scheme": options.scheme, "group_size": scheme["weights"].get("group_size")}
     return describe_model(

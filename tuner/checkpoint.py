@@ -30,16 +30,25 @@ def load_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-def load_model(bundle: Bundle, dtype: str = "float32") -> Any:
-    """The bundle's model in evaluation mode; an adapter is put on its base, a quantized model computes as it is served."""
+# How frozen weights are kept in memory while an adapter is trained on them, and what the model computes in meanwhile.
+COMPUTE = {"fp32": "float32", "bf16": "bfloat16", "nf4": "bfloat16", "int8": "bfloat16"}
+
+
+def load_model(bundle: Bundle, storage: str = "fp32", *, original: bool = False) -> Any:
+    """The bundle's model in evaluation mode; a quantized one computes as it is served.
+
+    An adapter is put on the base that it was trained on: where that was rounded to 4 or 8 bits, on float32 weights that hold
+    the rounded values, unless the `original` ones are asked for. `storage` says how the weights of a model are kept in memory.
+    """
     quiet()
     manifest = bundle.manifest
     if manifest.kind == "adapter":
         from peft import PeftModel
 
         base = bundle.base()
-        same = base.manifest.head == manifest.head
-        model = load_model(base, dtype) if same else new_head(base, str(manifest.head), manifest.serving["head_config"], dtype)[0]
+        config = {} if base.manifest.head == manifest.head else manifest.serving["head_config"]
+        stored = "fp32" if original else manifest.serving.get("storage", "fp32")
+        model, _ = open_base(base, str(manifest.head), config, stored, rounded=True)
         return PeftModel.from_pretrained(model, bundle.path.resolve()).eval()
     options: dict[str, Any] = {}
     if manifest.kind == "quantized":
@@ -47,30 +56,95 @@ def load_model(bundle: Bundle, dtype: str = "float32") -> Any:
 
         options["quantization_config"] = CompressedTensorsConfig(dequantize=True)
     with no_bars():
-        model = _open(bundle, str(manifest.head), dtype, options)
+        model, _ = _open(bundle, str(manifest.head), options, storage)
     if manifest.serving.get("scheme") == "w8a8-int8":
         _compute_in_int8(model)
     return model.to(device()).eval()
 
 
-def new_head(bundle: Bundle, head: str, config: dict[str, Any], dtype: str = "float32") -> tuple[Any, list[str]]:
-    """The bundle's model with another head, and the names of the modules that its files have no weights for.
+def open_base(
+    bundle: Bundle, head: str, config: dict[str, Any], storage: str = "fp32", *, rounded: bool = False
+) -> tuple[Any, list[str]]:
+    """The bundle's model with this head, and the names of the modules that its files have no weights for.
 
-    `config` is what the model's configuration has to say about the head. Its random weights follow from torch's seed.
+    `config` is what the model's configuration has to say about a new head, whose random weights follow from torch's seed.
+    With `rounded`, storage in 4 or 8 bits is float32 again, with the values that the rounding left.
     """
     quiet()
-    model, info = _open(bundle, head, dtype, {**config, "output_loading_info": True})
-    fresh = sorted({name.rsplit(".", 1)[0] for name in info["missing_keys"]})
+    model, fresh = _open(bundle, head, dict(config), "fp32" if rounded and storage == "bf16" else storage, exact=rounded)
+    if rounded and storage in ("nf4", "int8"):
+        import torch
+
+        model = model.dequantize(dtype=torch.float32)
+        # It is an ordinary model now; what remembers the rounding would refuse to move or save it.
+        model.hf_quantizer, model.is_quantized, model.config.quantization_config = None, False, None
+        del model.config.quantization_config
+        for name in ("is_loaded_in_4bit", "is_loaded_in_8bit", "is_4bit_serializable", "is_8bit_serializable"):
+            if hasattr(model, name):
+                setattr(model, name, False)
     return model.to(device()).eval(), fresh
 
 
-def _open(bundle: Bundle, head: str, dtype: str, options: dict[str, Any]) -> Any:
+def block_linears(model: Any, names: frozenset[str]) -> list[str]:
+    """Names of the model's linears that end in one of `names` and stand in a numbered block; heads have linears of these names."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if type(module).__name__ in ("Linear", "Conv1D", "Linear4bit", "Linear8bitLt")
+        and name.rsplit(".", 1)[-1] in names
+        and any(part.isdecimal() for part in name.split("."))
+    ]
+
+
+def _open(bundle: Bundle, head: str, options: dict[str, Any], storage: str, *, exact: bool = False) -> tuple[Any, list[str]]:
     import torch
     import transformers
 
     opener = getattr(transformers, kinds.load("heads", head).AUTO)
-    return opener.from_pretrained(
-        bundle.path.resolve(), dtype=getattr(torch, dtype), trust_remote_code=False, use_safetensors=True, **options
+    path = bundle.path.resolve()
+    if storage in ("nf4", "int8"):
+        options = {**options, "quantization_config": _rounding(opener, path, bundle, storage)}
+    model, info = opener.from_pretrained(
+        path,
+        dtype=torch.float32 if exact else getattr(torch, COMPUTE[storage]),
+        trust_remote_code=False,
+        use_safetensors=True,
+        output_loading_info=True,
+        **options,
+    )
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # One evaluation would repack the weights for a kernel that has no gradient, and the training after it would teach
+            # only what lies behind the last such layer (bitsandbytes 0.50, CPUs with bfloat16 products).
+            module.support_avx512bf16_for_cpu = False
+    return model, sorted({name.rsplit(".", 1)[0] for name in info["missing_keys"]})
+
+
+def _rounding(opener: Any, path: Path, bundle: Bundle, storage: str) -> Any:
+    """bitsandbytes' storage for the linears that its family lists, and for no other: kernels read some weights themselves.
+
+    nf4 is the 4-bit normal float with double quantization of Dettmers et al. 2023 (QLoRA, arXiv:2305.14314).
+    """
+    import re
+
+    import torch
+    from transformers import AutoConfig, BitsAndBytesConfig
+
+    from tuner.families import family_of
+
+    with torch.device("meta"):
+        model = opener.from_config(AutoConfig.from_pretrained(path, trust_remote_code=False))
+    chosen = set(block_linears(model, family_of(str(bundle.manifest.model_type))[1].linears))
+    # transformers reads these as regular expressions that match from the start.
+    kept = [re.escape(name) + "$" for name, module in model.named_modules() if name and name not in chosen]
+    if storage == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=kept)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        llm_int8_skip_modules=kept,
     )
 
 

@@ -1,11 +1,9 @@
 """The training loop, on accelerate: exact normalization, a gradient for every layer, and a resume that changes no bit."""
 
 import math
-import os
-import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +12,26 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file, save_file
 from torch import nn
 
-from tuner.bundle import write_json
+from tuner import optimizers, resume
 from tuner.data.order import plan
-from tuner.errors import GateError, Interrupted, RecipeError, disk_errors
+from tuner.errors import GateError, Interrupted
+from tuner.objective import Objective
 from tuner.progress import say, track
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Held-out rows that are measured while training goes on; the weights that did best are kept."""
+
+    measure: Callable[[], dict[str, float]]
+    """What there is to say of the model now, by name."""
+    by: str
+    """The name that decides. Of a loss less is better, of anything else more."""
+    every_steps: int
+    patience: int | None
+    """Stop after so many measurements without a better one."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +42,7 @@ class Schedule:
     batch_size: int
     """Rows an optimizer step learns from."""
     micro_batch_size: int
-    """Rows in memory at a time; any divisor gives the same result in exact arithmetic."""
+    """Rows in memory at a time; any number gives the same result in exact arithmetic."""
     learning_rate: float
     warmup_fraction: float
     decay: Literal["cosine", "linear", "constant"]
@@ -39,6 +50,7 @@ class Schedule:
     max_grad_norm: float
     checkpoint_every_steps: int
     seed: int
+    optimizer: optimizers.Name = "adamw"
 
     def rate(self, step: int) -> float:
         """Learning rate of optimizer step 0 .. steps-1: linear warm-up, then the decay."""
@@ -51,62 +63,127 @@ class Schedule:
 
 
 def fit(
-    objective: Any, examples: list[Any], schedule: Schedule, *, layers: dict[str, list[nn.Parameter]], work: Path
+    objective: Objective,
+    examples: list[Any],
+    schedule: Schedule,
+    *,
+    layers: dict[str, list[nn.Parameter]],
+    work: Path,
+    watch: Watch | None = None,
 ) -> dict[str, Any]:
     """Train `objective.model` in place and return what was measured. Checkpoints in `work` are picked up by the same call again.
 
-    `objective` is a task's: `collate` makes a batch of examples, and its forward the sum of their losses.
+    Processes that accelerate started share each step: the result is that of one process, up to the order of float sums.
     Raises GateError where a layer gets no gradient or the loss is no number, Interrupted (after saving) on SIGINT and SIGTERM.
     """
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
-    if accelerator.num_processes > 1:
-        raise RecipeError(f"{accelerator.num_processes} processes were started; this version trains in one")
+    micro_batch_size = min(schedule.micro_batch_size, math.ceil(schedule.batch_size / accelerator.num_processes))
     torch.manual_seed(schedule.seed)
-    model = objective.model
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    optimizer = torch.optim.AdamW(trained.values(), lr=schedule.learning_rate, weight_decay=schedule.weight_decay)
-    loss_sum, optimizer = accelerator.prepare(objective, optimizer)
-    state = _resume(work, trained, optimizer) or {"step": 0, "tokens": 0, "supervised": 0, "seconds": 0.0, "losses": []}
+    objective.to(accelerator.device)
+    objective.eval()
+    examples = objective.prepared(examples)
+    trained = {name: parameter for name, parameter in objective.model.named_parameters() if parameter.requires_grad}
+    optimizer = optimizers.optimizer(
+        schedule.optimizer, list(trained.values()), learning_rate=schedule.learning_rate, weight_decay=schedule.weight_decay
+    )
+    torch.manual_seed(schedule.seed)
+    fresh = {"step": 0, "tokens": 0, "supervised": 0, "seconds": 0.0, "losses": [], "watched": []}
+    state: dict[str, Any] = resume.load(work, trained, optimizer) or fresh
     if state["step"]:
         say(f"continuing at step {state['step']} of {schedule.steps}")
-    model.train()
+    objective.train()
     first, order = state["step"], _Order(examples, schedule)
     with _signals() as stop, track("training", schedule.steps, done=first) as advance:
         for step in range(first, schedule.steps):
+            if watch and _worn_out(state["watched"], watch):
+                break
             started = time.monotonic()
-            rows = [examples[index] for index in order.rows(step)]
             for group in optimizer.param_groups:
                 group["lr"] = schedule.rate(step)
-            # The sum over all micro-batches is divided once, by their common count: a mean of means would weigh a token by
-            # how few others it shares its micro-batch with.
+            rows = objective.begin([examples[index] for index in order.rows(step)], micro_batch_size)
             supervised = sum(row.supervised for row in rows)
-            total = 0.0
-            for at in range(0, len(rows), schedule.micro_batch_size):
-                loss = loss_sum(objective.collate(rows[at : at + schedule.micro_batch_size], accelerator.device))
-                accelerator.backward(loss / supervised)
-                total += loss.item()
-            if not math.isfinite(total):
-                raise GateError(f"the loss is {total} at step {step + 1}; a lower learning_rate usually helps")
+            loss = _accumulate(objective, rows, micro_batch_size, supervised, accelerator, list(trained.values()))
+            if not math.isfinite(loss):
+                raise GateError(f"the loss is {loss} at step {step + 1}; a lower learning_rate usually helps")
             if step == first:
                 _require_gradients(layers)
-            accelerator.clip_grad_norm_(trained.values(), schedule.max_grad_norm)
+            nn.utils.clip_grad_norm_(trained.values(), schedule.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
             seconds = time.monotonic() - started
+            tokens = sum(len(row.ids) for row in rows)
             state["step"] = step + 1
-            state["tokens"] += sum(len(row.ids) for row in rows)
+            state["tokens"] += tokens
             state["supervised"] += supervised
             state["seconds"] += seconds
-            state["losses"].append(total / supervised)
-            advance(note=f"loss {total / supervised:.3f}  {sum(len(row.ids) for row in rows) / seconds:.0f} tokens/s")
-            if stop or (step + 1) % schedule.checkpoint_every_steps == 0:
-                _checkpoint(work, trained, optimizer, state)
+            state["losses"].append(loss)
+            advance(note=f"loss {loss:.3f}  {tokens / seconds:.0f} tokens/s")
+            if watch and ((step + 1) % watch.every_steps == 0 or step + 1 == schedule.steps):
+                _look(watch, objective, state, work, trained)
+            if (stop or (step + 1) % schedule.checkpoint_every_steps == 0) and accelerator.is_main_process:
+                resume.save(work, trained, optimizer, state)
             if stop:
                 raise Interrupted(f"stopped at step {step + 1} of {schedule.steps}; the same command continues there")
-    model.eval()
-    tenth = max(1, schedule.steps // 10)
+    measured = _measured(state)
+    if watch and state["watched"]:
+        resume.load_best(work, trained)
+        best = _best(state["watched"], watch)
+        say(f"kept: step {best['step']} of {state['step']}, {watch.by} {best[watch.by]:.4g}")
+        measured |= {"watched": state["watched"], "kept_step": best["step"]}
+    objective.eval()
+    return measured
+
+
+def _accumulate(
+    objective: Objective, rows: list[Any], micro_batch_size: int, supervised: float, accelerator: Accelerator, trained: list[Any]
+) -> float:
+    """Leave the gradient of the mean loss of all rows in the parameters, and return that mean.
+
+    The sum over all micro-batches and processes is divided once, by their common count: a mean of means would weigh a token
+    by how few others it shares its micro-batch with.
+    """
+    total = torch.zeros((), dtype=torch.float64)
+    for number, at in enumerate(range(0, len(rows), micro_batch_size)):
+        if number % accelerator.num_processes == accelerator.process_index:
+            loss = objective(objective.collate(rows[at : at + micro_batch_size], accelerator.device))
+            accelerator.backward(loss / supervised)
+            total += loss.item()
+    if accelerator.num_processes > 1:
+        total = accelerator.reduce(total, "sum")
+        for parameter in trained:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            parameter.grad = accelerator.reduce(parameter.grad, "sum")
+    return float(total) / supervised
+
+
+def _look(watch: Watch, objective: Objective, state: dict[str, Any], work: Path, trained: dict[str, nn.Parameter]) -> None:
+    """Measure held-out rows, say so, and keep the weights where they are the best so far."""
+    objective.eval()
+    figures = watch.measure()
+    objective.train()
+    if watch.by not in figures:
+        raise GateError(f'watch.by is "{watch.by}", and what is measured is {", ".join(figures)}')
+    state["watched"].append({"step": state["step"], **figures})
+    said = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
+    say(f"step {state['step']}: train loss {state['losses'][-1]:.4g}; held out: {said}")
+    if _best(state["watched"], watch)["step"] == state["step"]:
+        resume.save_best(work, trained)
+
+
+def _best(watched: list[dict[str, Any]], watch: Watch) -> dict[str, Any]:
+    """The best measurement, the first where two are as good."""
+    return (min if watch.by.endswith("loss") else max)(watched, key=lambda each: each[watch.by])
+
+
+def _worn_out(watched: list[dict[str, Any]], watch: Watch) -> bool:
+    return bool(watched and watch.patience and len(watched) - 1 - watched.index(_best(watched, watch)) >= watch.patience)
+
+
+def _measured(state: dict[str, Any]) -> dict[str, Any]:
+    tenth = max(1, state["step"] // 10)
     return {
-        "steps": schedule.steps,
+        "steps": state["step"],
         "tokens": state["tokens"],
         "supervised_tokens": state["supervised"],
         "tokens_per_s": round(state["tokens"] / state["seconds"], 1),
@@ -142,55 +219,6 @@ def _require_gradients(layers: dict[str, list[nn.Parameter]]) -> None:
     if dead:
         shown = ", ".join(dead[:8]) + (f" and {len(dead) - 8} more" if len(dead) > 8 else "")
         raise GateError(f"{len(dead)} of {len(layers)} trained layers get no gradient, so they would learn nothing: {shown}")
-
-
-def _checkpoint(work: Path, trained: dict[str, nn.Parameter], optimizer: Any, state: dict[str, Any]) -> None:
-    """Write everything that the next step depends on into `work`, replacing the last checkpoint only once this one is whole."""
-    target = work / f"step-{state['step']:08d}"
-    partial = work / "partial"
-    with disk_errors(work):
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        save_file({name: parameter.detach().contiguous() for name, parameter in trained.items()}, partial / "trained.safetensors")
-        moments = {
-            f"{index}.{key}": value for index, entry in optimizer.state_dict()["state"].items() for key, value in entry.items()
-        }
-        generators = {"random.cpu": torch.get_rng_state()}
-        if torch.cuda.is_available():
-            generators |= {f"random.cuda{index}": value for index, value in enumerate(torch.cuda.get_rng_state_all())}
-        save_file({**moments, **generators}, partial / "optimizer.safetensors")
-        write_json(partial / "state.json", state)
-        for file in partial.iterdir():
-            with file.open("rb") as stream:
-                os.fsync(stream.fileno())
-        partial.rename(target)
-    for old in work.glob("step-*"):
-        if old != target:
-            shutil.rmtree(old)
-
-
-def _resume(work: Path, trained: dict[str, nn.Parameter], optimizer: Any) -> dict[str, Any] | None:
-    """Load the newest checkpoint in `work`, if there is one, and return its counters."""
-    import json
-
-    found = sorted(work.glob("step-*"))
-    if not found:
-        return None
-    saved = load_file(found[-1] / "trained.safetensors")
-    with torch.no_grad():
-        for name, parameter in trained.items():
-            parameter.copy_(saved[name])
-    moments = load_file(found[-1] / "optimizer.safetensors")
-    torch.set_rng_state(moments.pop("random.cpu"))
-    for name in sorted(name for name in moments if name.startswith("random.cuda")):
-        torch.cuda.set_rng_state(moments.pop(name), int(name.removeprefix("random.cuda")))
-    entries: dict[int, dict[str, Any]] = {}
-    for name, value in moments.items():
-        index, _, key = name.partition(".")
-        entries.setdefault(int(index), {})[key] = value
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": entries})
-    state: dict[str, Any] = json.loads((found[-1] / "state.json").read_text())
-    return state
 
 
 @contextmanager

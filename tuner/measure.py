@@ -11,11 +11,10 @@ from tuner.bundle import Bundle, add_results, fingerprint, sha256
 from tuner.checkpoint import load_model, load_tokenizer
 from tuner.data.dataset import heldout_rows
 from tuner.data.rows import first_of_each
-from tuner.progress import track
+from tuner.objective import heldout_loss
 from tuner.recipe import Recipe
 
-VERSION = 4
-BATCH_ROWS = 16
+VERSION = 5
 
 
 def measured(bundle: Bundle, recipe: Recipe, *, task: Any, reference: Bundle | None = None, base: Bundle | None = None) -> Bundle:
@@ -39,7 +38,16 @@ def measured(bundle: Bundle, recipe: Recipe, *, task: Any, reference: Bundle | N
     if base is not None and base.manifest.probe:
         metrics["probe"]["difference_from_base"] = probe.asked(module.HEAD, model, base.manifest.probe)["mean_difference"]
     if recipe.data.heldout is not None:
-        metrics |= heldout_loss(module.objective(model, tokenizer, task), [example for _, example in rows])
+        objective, examples = module.objective(model, tokenizer, task), [example for _, example in rows]
+        if objective.compares and base is not None:
+            # One model in memory at a time.
+            del model, objective
+            examples = module.objective(load_model(base), tokenizer, task).prepared(examples)
+            model = load_model(bundle)
+            objective = module.objective(model, tokenizer, task)
+        else:
+            examples = objective.prepared(examples)
+        metrics |= heldout_loss(objective, examples)
         metrics["heldout_skipped"] = {"count": skipped.count, "listed": skipped.listed}
         metrics["scores"] = module.scores(model, tokenizer, rows, task, recipe.evaluate) or None
     return add_results(bundle, metrics=metrics, probe=items)
@@ -50,23 +58,6 @@ def base_on_probe(bundle: Bundle, base: Bundle) -> Bundle:
     if bundle.manifest.metrics.get("base") or not base.manifest.probe:
         return bundle
     return add_results(bundle, metrics={"base": probe.asked(str(base.manifest.head), load_model(base), bundle.manifest.probe)})
-
-
-def heldout_loss(objective: Any, examples: list[Any]) -> dict[str, Any]:
-    """Mean loss of what is learned in held-out rows (nats a token, a row, ...), and how many tokens, rows, ... there are."""
-    import torch
-
-    total, count = 0.0, 0
-    order = sorted(examples, key=lambda example: len(example.ids))
-    # What is drawn while measuring (which tokens are masked) is drawn alike each time, and training draws as if nothing had been.
-    with torch.random.fork_rng(), torch.inference_mode(), track("held-out loss", len(order)) as advance:
-        torch.manual_seed(0)
-        for at in range(0, len(order), BATCH_ROWS):
-            batch = order[at : at + BATCH_ROWS]
-            total += objective(objective.collate(batch, objective.model.device)).item()
-            count += sum(example.supervised for example in batch)
-            advance(len(batch))
-    return {"heldout_loss": round(total / count, 5), "heldout_tokens": count}
 
 
 def _key(recipe: Recipe, task: Any, reference: Bundle | None, base: Bundle | None) -> str:

@@ -13,6 +13,7 @@ from tuner.data.dataset import task_of, tasks_of
 from tuner.data.rows import Row, Skipped, read_rows, usable
 from tuner.errors import DataError, RecipeError, SourceError, TunerError
 from tuner.families import Architecture, Family, family_of
+from tuner.optimizers import STATE_BYTES
 from tuner.recipe import Recipe
 from tuner.source import Facts, Source, facts, find
 
@@ -20,6 +21,8 @@ from tuner.source import Facts, Source, facts, find
 CHECKED_ROWS = 10_000
 # Long enough to chat; a longer one costs an engine memory for the cache of keys and values.
 CHAT_TOKENS = 1024
+# Of a frozen weight; those outside the blocks stay in bfloat16.
+STORED_BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.2, "nf4": 0.8}
 
 
 @dataclass(frozen=True)
@@ -93,9 +96,8 @@ class Plan:
         last = [step for step in self.steps if step.trains][-1:]
         if self.result == "adapter" and last:
             method = kinds.load("methods", last[0].options.method.kind)
-            if not method.serving(last[0].options.method, self.architecture)["live_adapter"]:
-                rank = f" of rank {last[0].options.method.rank}" if self.architecture.live_adapter else ""
-                return f'vLLM takes no live adapters{rank} for {self.facts.model_type}: put "- merge: {{}}" last to serve it'
+            if why := method.not_live(last[0].options.method, self.architecture):
+                return f'the adapter cannot be served live: {why}; put "- merge: {{}}" last to serve it'
         return None
 
     def serving(self) -> str:
@@ -122,9 +124,10 @@ class Plan:
         need = 4 * self.facts.parameters * 2  # a float32 copy, and one more while it is written
         for step in self.steps:
             if step.trains:
-                weights = 2 if step.gives == "adapter" and step.options.dtype == "bfloat16" else 4
+                weights = STORED_BYTES[kinds.load("methods", step.options.method.kind).storage(step.options.method)]
                 trained = 0.05 if step.gives == "adapter" else 1.0
-                need = max(need, int(self.facts.parameters * (weights + 16 * trained)))
+                state = STATE_BYTES[step.options.optimizer]
+                need = max(need, int(self.facts.parameters * (weights + (8 + state) * trained)))
         return need + 1_500_000_000
 
 

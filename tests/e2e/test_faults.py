@@ -34,7 +34,7 @@ def all_stages(tree: dict[str, Any]) -> None:
     tree["stages"] = [
         {"tokenizer": {"vocab_size": 300}},
         {"init": {"config": config}},
-        {"tune": {**tune, "method": "full", "dtype": "float32"}},
+        {"tune": {**tune, "method": "full"}},
         {"tune": {**tune, "method": {"kind": "lora", "rank": 4}}},
         {"merge": {}},
         {"quantize": {"gate": {"heldout_loss_rise": 0.5}, "calibration_rows": 8}},

@@ -39,7 +39,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "bamba": {**COMMON, "num_key_value_heads": 1, "attn_layer_indices": [1], **MAMBA2},
     "falcon_h1": {**GROUPED, "mamba_d_ssm": 128, **MAMBA2},
     "nemotron_h": {
-        **GROUPED, "layers_block_type": ["linear_attention", "full_attention"], "mamba_num_heads": 8, "mamba_head_dim": 16,
+        **GROUPED, "layers_block_type": ["linear_attention", "full_attention", "mlp"], "mamba_num_heads": 8, "mamba_head_dim": 16,
         "ssm_state_size": 16, "n_groups": 1, "chunk_size": 32,
     },
     "zamba2": {

@@ -11,6 +11,7 @@ from tuner import kinds
 from tuner.bundle import Bundle
 from tuner.data.rows import Row, Skipped
 from tuner.families import family_of
+from tuner.methods import lora
 
 ARCHITECTURES = [name for family in kinds.names("families") for name in kinds.load("families", family).FAMILY.architectures]
 # What each task is given: options, and rows that can be learned in three steps.
@@ -36,6 +37,18 @@ CELLS = [
 ]
 
 
+# Other ways of LoRA, on one task of each architecture.
+WAYS: dict[str, dict[str, Any]] = {
+    "nf4": {"storage": "nf4"}, "int8": {"storage": "int8"}, "dora": {"dora": True}, "rslora": {"rslora": True, "alpha": 4.0},
+}  # fmt: skip
+CELLS += [
+    (model_type, "masked" if family_of(model_type)[0].name == "bert" else "pretrain", way)
+    for model_type in ARCHITECTURES
+    for way in WAYS
+    if way not in lora.ROUNDED or not family_of(model_type)[1].not_rounded
+]
+
+
 def test_every_listed_architecture_has_a_small_configuration() -> None:
     assert sorted(SMALL) == sorted(ARCHITECTURES)
 
@@ -46,27 +59,26 @@ def test_the_loss_falls_and_every_layer_learns(
 ) -> None:
     import torch
 
-    from tuner.checkpoint import load_model, new_head
+    from tuner.checkpoint import open_base
     from tuner.fit import Schedule, fit
-    from tuner.measure import heldout_loss
+    from tuner.objective import heldout_loss
 
     base: Bundle = checkpoints(model_type)
     family, architecture = family_of(model_type)
-    task, method = kinds.load("tasks", task_name), kinds.load("methods", method_name)
+    task, method = kinds.load("tasks", task_name), kinds.load("methods", "full" if method_name == "full" else "lora")
+    way = method.Options() if method_name == "full" else method.Options(**{"storage": "fp32", **WAYS.get(method_name, {})})
     options, records = TASKS[task_name][0], TASKS[task_name][1]
     options = task.Options(**options)
     torch.manual_seed(0)
-    if base.manifest.head == task.HEAD:
-        model, fresh = load_model(base), []
-    else:
-        model, fresh = new_head(base, task.HEAD, {**task.head_config(options), "pad_token_id": 0})
-    model = method.prepare(model, method.Options(), family, architecture, fresh)
+    config = {**task.head_config(options), "pad_token_id": 0} if base.manifest.head != task.HEAD else {}
+    model, fresh = open_base(base, task.HEAD, config, method.storage(way))
+    model = method.prepare(model, way, family, architecture, fresh)
     rows = (Row(f"rows:{number}", record) for number, record in enumerate(records, 1))
     examples = [example for _, example in task.examples(rows, tokenizer, options, "stop", Skipped())]
     layers = method.layers(model)
     before = {name: [parameter.detach().clone() for parameter in own] for name, own in layers.items()}
     schedule = Schedule(
-        steps=3, batch_size=4, micro_batch_size=2, learning_rate={"full": 3.0e-4, "lora": 3.0e-3}[method_name], warmup_fraction=0.0, decay="constant",
+        steps=3, batch_size=4, micro_batch_size=2, learning_rate=3.0e-4 if method_name == "full" else 3.0e-3, warmup_fraction=0.0, decay="constant",
         weight_decay=0.0, max_grad_norm=1.0, checkpoint_every_steps=100, seed=0,
     )  # fmt: skip
     objective = task.objective(model, tokenizer, options)

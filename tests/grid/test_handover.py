@@ -97,3 +97,67 @@ def test_a_linear_that_a_fused_kernel_reads_is_not_adapted(checkpoints: Any, tmp
     path = recipe(tmp_path, checkpoints("mamba2").path, "sft", [], method={"kind": "lora", "targets": r".*\.out_proj"})
     with pytest.raises(RecipeError, match=r"mixer\.out_proj, which cannot be adapted: the fused kernel reads its weight directly"):
         make_plan(read_recipe(path), tmp_path / "out")
+
+
+@pytest.mark.parametrize("storage", ["nf4", "int8"])
+@pytest.mark.parametrize("onto", ["auto", "stored", "original"])
+def test_an_adapter_of_rounded_weights_is_merged_onto_those_or_onto_the_original(
+    checkpoints: Any, tmp_path: Path, storage: str, onto: str
+) -> None:
+    path = recipe(
+        tmp_path,
+        checkpoints("llama").path,
+        "sft",
+        [{"merge": {"onto": onto, "tolerance": 0.001 if onto == "stored" else 0.5}}],
+        method={"kind": "lora", "storage": storage},
+    )
+    plan = make_plan(read_recipe(path), tmp_path / "out")
+    _, tuned, merged = run(plan, tmp_path / "out")
+    assert tuned.manifest.serving["storage"] == storage and not tuned.manifest.serving["live_adapter"]
+    told = merged.manifest.metrics["merge"]
+    moved = merged.manifest.metrics["probe"]["max_difference"]
+    if onto == "auto":
+        losses = {name: told[name] for name in ("stored", "original")}
+        assert told["onto"] == min(losses, key=lambda name: losses[name])
+        # Both were measured, on weights that are not the same, and what was kept is what was measured.
+        assert losses["stored"] != losses["original"]
+        assert merged.manifest.metrics["heldout_loss"] == pytest.approx(losses[told["onto"]], abs=1e-4)
+        assert losses["stored"] == pytest.approx(tuned.manifest.metrics["heldout_loss"], abs=1e-4)
+    elif onto == "stored":
+        assert moved <= 1e-4
+    else:
+        assert moved > 1e-4
+
+
+def test_four_bits_for_a_model_without_linears_are_refused(checkpoints: Any, tmp_path: Path) -> None:
+    path = recipe(tmp_path, checkpoints("gpt2").path, "sft", [], method={"kind": "lora", "storage": "nf4"})
+    with pytest.raises(RecipeError, match=r"tune\.method: storage: nf4 is not for gpt2: it is not built of torch\.nn\.Linear"):
+        make_plan(read_recipe(path), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [
+        ({"storage": "nf4"}, "it was trained on weights rounded to nf4, and an engine has others"),
+        ({"dora": True}, "vLLM takes no DoRA"),
+        ({"rank": 513}, "vLLM takes ranks up to 512"),
+    ],
+)
+def test_what_no_engine_takes_live_is_said_before_it_is_trained(
+    checkpoints: Any, tmp_path: Path, method: dict[str, Any], said: str
+) -> None:
+    path = recipe(tmp_path, checkpoints("llama").path, "sft", [], method={"kind": "lora", **method})
+    assert make_plan(read_recipe(path), tmp_path / "out").serving() == (
+        f'the adapter cannot be served live: {said}; put "- merge: {{}}" last to serve it'
+    )
+
+
+def test_the_best_weights_are_kept_and_the_report_says_which(checkpoints: Any, tmp_path: Path) -> None:
+    watch = {"every_steps": 1, "by": "accuracy", "patience": 3}
+    method = {"kind": "lora", "storage": "fp32"}  # what is saved is measured in float32
+    path = recipe(tmp_path, checkpoints("bert").path, "classify", [], watch=watch, method=method)
+    _, tuned = run(make_plan(read_recipe(path), tmp_path / "out"), tmp_path / "out")
+    training = tuned.manifest.metrics["training"]
+    best = max(training["watched"], key=lambda each: each["accuracy"])
+    assert training["kept_step"] == best["step"]
+    assert tuned.manifest.metrics["heldout_loss"] == pytest.approx(best["heldout_loss"], abs=1e-4)

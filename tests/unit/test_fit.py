@@ -1,5 +1,6 @@
 """The loop: gradients for every layer, a loss that falls, a resume that changes no bit."""
 
+import typing
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -8,10 +9,11 @@ import pytest
 import torch
 
 from tests.conftest import chat_rows
+from tuner import optimizers
 from tuner.data.rows import Row, Skipped
 from tuner.errors import GateError, RecipeError
 from tuner.families import family_of
-from tuner.fit import Schedule, fit
+from tuner.fit import Schedule, Watch, fit
 from tuner.heads.causal import NextTokenLoss
 from tuner.methods import full, lora
 from tuner.tasks import sft
@@ -164,3 +166,105 @@ def test_the_rate_rises_and_falls_as_written() -> None:
     assert [round(schedule.rate(step), 3) for step in (0, 1, 2, 6)] == [0.5, 1.0, 1.0, 0.5]
     assert replace(schedule, decay="linear").rate(6) == pytest.approx(0.5)
     assert replace(schedule, decay="constant").rate(9) == 1.0
+
+
+@pytest.mark.parametrize("name", typing.get_args(optimizers.Name))
+def test_every_optimizer_learns_and_resumes_with_the_same_bits(
+    tiny_model: Path, tokenizer: Any, tmp_path: Path, name: optimizers.Name
+) -> None:
+    from dataclasses import replace
+
+    # Rank 64 gives matrices of more than 4,096 numbers, which bitsandbytes keeps in 8 bits.
+    schedule = replace(SCHEDULE, optimizer=name, checkpoint_every_steps=3, decay="constant")
+    rows = examples(tokenizer)
+
+    def model() -> Any:
+        from transformers import AutoModelForCausalLM
+
+        torch.manual_seed(0)
+        plain = AutoModelForCausalLM.from_pretrained(tiny_model)
+        return lora.prepare(plain, lora.Options(rank=64), *family_of("llama"), [])
+
+    whole = model()
+    measured = fit(NextTokenLoss(whole, 0), rows, schedule, layers=lora.layers(whole), work=tmp_path / "a")
+    assert measured["train_loss_last"] < measured["train_loss_first"] - 0.1
+    expected, half, again = trained(whole), model(), model()
+
+    class Cut(Exception):
+        pass
+
+    def dies(module: Any, *_: Any) -> None:
+        if (tmp_path / "c" / "step-00000003").exists():
+            raise Cut
+
+    half.register_forward_pre_hook(dies)
+    with pytest.raises(Cut):
+        fit(NextTokenLoss(half, 0), rows, schedule, layers=lora.layers(half), work=tmp_path / "c")
+    fit(NextTokenLoss(again, 0), rows, schedule, layers=lora.layers(again), work=tmp_path / "c")
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in trained(again).items())
+
+
+def test_gradient_checkpointing_changes_nothing(tiny_model: Path, tokenizer: Any, tmp_path: Path) -> None:
+    rows = examples(tokenizer)
+    plain, spared = adapted(tiny_model), adapted(tiny_model)
+    spared.gradient_checkpointing_enable({"use_reentrant": False})
+    recomputed = 0
+
+    def count(*_: Any) -> None:
+        nonlocal recomputed
+        recomputed += 1
+
+    spared.get_base_model().model.layers[1].mlp.register_forward_pre_hook(count)
+    for name, model in (("a", plain), ("b", spared)):
+        fit(NextTokenLoss(model, 0), rows, SCHEDULE, layers=lora.layers(model), work=tmp_path / name)
+    # Six steps of two micro-batches, one of four rows in the last of an epoch: twice each.
+    assert recomputed == 2 * (2 * 6 - 2)
+    for name, tensor in trained(spared).items():
+        torch.testing.assert_close(tensor, trained(plain)[name], rtol=0, atol=1e-6)
+
+
+def watched(model: Any, losses: list[float], patience: int | None, work: Path, rows: list[Any]) -> dict[str, Any]:
+    remaining = iter(losses)
+    watch = Watch(lambda: {"heldout_loss": next(remaining), "accuracy": 0.5}, "heldout_loss", 1, patience)
+    return fit(NextTokenLoss(model, 0), rows, SCHEDULE, layers=lora.layers(model), work=work, watch=watch)
+
+
+def test_the_weights_that_did_best_are_kept(tiny_model: Path, tokenizer: Any, tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    rows = examples(tokenizer)
+    model = adapted(tiny_model)
+    measured = watched(model, [5.0, 4.0, 3.0, 3.5, 3.2, 3.1], None, tmp_path / "a", rows)
+    assert measured["kept_step"] == 3 and measured["steps"] == 6 and len(measured["watched"]) == 6
+    three = adapted(tiny_model)
+
+    class Cut(Exception):
+        pass
+
+    def dies(*_: Any) -> None:
+        if (tmp_path / "b" / "step-00000003").exists():
+            raise Cut
+
+    three.register_forward_pre_hook(dies)
+    with pytest.raises(Cut):
+        fit(
+            NextTokenLoss(three, 0),
+            rows,
+            replace(SCHEDULE, checkpoint_every_steps=3),
+            layers=lora.layers(three),
+            work=tmp_path / "b",
+        )
+    expected = trained(three)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in trained(model).items())
+
+
+def test_training_ends_when_nothing_gets_better(tiny_model: Path, tokenizer: Any, tmp_path: Path) -> None:
+    measured = watched(adapted(tiny_model), [5.0, 4.0, 4.5, 4.2], 2, tmp_path, examples(tokenizer))
+    assert measured["steps"] == 4 and measured["kept_step"] == 2
+
+
+def test_a_score_that_nobody_measures_is_said(tiny_model: Path, tokenizer: Any, tmp_path: Path) -> None:
+    model = adapted(tiny_model)
+    watch = Watch(lambda: {"heldout_loss": 1.0, "accuracy": 0.5}, "acuracy", 1, None)
+    with pytest.raises(GateError, match='watch.by is "acuracy", and what is measured is heldout_loss, accuracy'):
+        fit(NextTokenLoss(model, 0), examples(tokenizer), SCHEDULE, layers=lora.layers(model), work=tmp_path, watch=watch)

@@ -112,7 +112,7 @@ def test_a_rank_that_no_server_takes_is_said(recipe_file: Callable[..., Path], t
 
     # serve/engines/vllm.py: its largest buffer
     assert rank(512) == "the adapter is served live on its base"
-    assert rank(513) == 'vLLM takes no live adapters of rank 513 for llama: put "- merge: {}" last to serve it'
+    assert rank(513) == 'the adapter cannot be served live: vLLM takes ranks up to 512; put "- merge: {}" last to serve it'
 
 
 def test_what_is_served_has_room_for_the_rows_and_their_answers(recipe_file: Callable[..., Path], tmp_path: Path) -> None:

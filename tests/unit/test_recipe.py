@@ -150,9 +150,9 @@ def test_a_method_without_its_kind_is_lora(tmp_path: Path) -> None:
     assert read(tmp_path, GOOD, "stages.0.tune.method.rank=8").stages[0][1].method.rank == 8
 
 
-def test_full_training_in_bfloat16_is_refused(tmp_path: Path) -> None:
-    said = complaint(tmp_path, GOOD.replace("task: sft", "task: sft\n      method: full\n      dtype: bfloat16"))
-    assert "dtype bfloat16 would round the weights that full trains; it takes float32" in said
+def test_full_training_of_rounded_weights_is_refused(tmp_path: Path) -> None:
+    said = complaint(tmp_path, GOOD.replace("task: sft", "task: sft\n      method: {kind: full, storage: nf4}"))
+    assert 'there is no key "storage" here' in said
 
 
 def test_the_schema_names_every_stage_task_and_method() -> None:

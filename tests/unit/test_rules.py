@@ -70,4 +70,4 @@ def test_a_task_file_has_what_stages_and_measuring_need(name: str) -> None:
 @pytest.mark.parametrize("name", kinds.names("methods"))
 def test_a_method_file_has_what_the_tune_stage_needs(name: str) -> None:
     method = kinds.load("methods", name)
-    assert {"Options", "DTYPES", "GIVES", "check", "prepare", "layers", "save", "serving"} <= set(dir(method))
+    assert {"Options", "GIVES", "storage", "check", "prepare", "layers", "save", "serving"} <= set(dir(method))

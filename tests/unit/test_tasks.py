@@ -75,7 +75,7 @@ def test_the_loss_of_hidden_words_is_transformers_own_and_15_percent_are_hidden(
     objective = masked.objective(model, own, masked.Options())
     examples = [masked.Maskable(ids, [[place] for place in range(len(ids))], 0.15) for ids in texts(30)]
     torch.manual_seed(0)
-    batch = objective.collate(examples)
+    batch = objective.collate(objective.begin(examples, 30))
     hidden = batch["labels"] != IGNORE
     count = sum(each.supervised for each in examples)
     assert int(hidden.sum()) == count
@@ -86,7 +86,7 @@ def test_the_loss_of_hidden_words_is_transformers_own_and_15_percent_are_hidden(
     whole = torch.cat([torch.tensor(each.ids) for each in examples])
     read = batch["attention_mask"] == 1
     assert torch.equal(batch["input_ids"][read & ~hidden], whole[~hidden[read]]), "what is not guessed is shown as it is"
-    assert not torch.equal(objective.collate(examples)["labels"], batch["labels"]), "drawn anew"
+    assert not torch.equal(objective.collate(objective.begin(examples, 30))["labels"], batch["labels"]), "drawn anew"
 
 
 def test_whole_words_are_hidden_together(tokenizer: Any) -> None:

@@ -30,6 +30,8 @@ class Architecture:
     """vLLM takes LoRA adapters for it while it runs; otherwise adapters are merged first."""
     not_quantized: str = "no quantized model of its kind has been shown to be served rightly yet"
     """Why it is not quantized; empty where it can be."""
+    not_rounded: str = ""
+    """Why its weights cannot be kept in 4 or 8 bits while an adapter is trained; empty where they can."""
     lacks: frozenset[str] = frozenset()
     """Heads of the family that transformers does not have for it."""
     left_out: dict[str, str] = field(default_factory=dict)

@@ -46,6 +46,7 @@ FAMILY = Family(
             linears=frozenset({"c_attn", "c_proj", "c_fc"}),
             attention=frozenset({"c_attn"}),
             not_quantized="it is not built of torch.nn.Linear, which quantization looks for",
+            not_rounded="it is not built of torch.nn.Linear, and what was rounded would come back transposed",
         ),
     },
     keep={

@@ -11,6 +11,7 @@ NO_CLASSES = frozenset({"sequence", "token"})
 MAMBA1 = Architecture(IN_PROJ, NONE, lacks=NO_CLASSES, left_out=dict.fromkeys(("x_proj", "dt_proj", "out_proj"), FUSED))
 RENAMED = "peft 0.21 takes these names for the routed experts, and adapts those instead of the shared one"
 EXPERTS = "experts are stored as one tensor, not as linears"
+SHARED = "it is the model's own small adapter of a block that its layers share"
 
 
 def hybrid(*extra: str, lacks: frozenset[str] = NO_CLASSES, **left_out: str) -> Architecture:
@@ -28,8 +29,18 @@ FAMILY = Family(
         "jamba": hybrid("x_proj", "out_proj", lacks=frozenset({"token"}), dt_proj=FUSED, router=EXPERTS),
         "bamba": hybrid(),
         "falcon_h1": hybrid(),
-        "nemotron_h": hybrid(),
-        "zamba2": hybrid("gate_up_proj", lacks=frozenset({"token"})),
+        "nemotron_h": Architecture(
+            linears=LLAMA.attention | {"up_proj", "down_proj", "in_proj"},
+            attention=LLAMA.attention,
+            lacks=NO_CLASSES,
+            left_out={"out_proj": FUSED},
+        ),
+        "zamba2": Architecture(
+            linears=LLAMA.attention | {"gate_up_proj", "down_proj", "in_proj"},
+            attention=LLAMA.attention,
+            lacks=frozenset({"token"}),
+            left_out={"out_proj": FUSED, "linear": SHARED, "0": SHARED, "1": SHARED},
+        ),
         "qwen3_next": Architecture(
             linears=LLAMA.attention | {"in_proj_qkvz", "in_proj_ba", "out_proj"},
             attention=LLAMA.attention,

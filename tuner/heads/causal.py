@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tuner.data.example import IGNORE, Example, Tagged
+from tuner.objective import Objective
 from tuner.progress import track
 
 AUTO = "AutoModelForCausalLM"
@@ -30,16 +31,12 @@ def collate(examples: Sequence[Example | Tagged], pad_id: int, device: str | tor
     }
 
 
-class NextTokenLoss(nn.Module):
+class NextTokenLoss(Objective):
     """Sum of the negative log-likelihood over a batch's supervised tokens (nats).
 
     The output layer runs at supervised positions alone: with a vocabulary of 49,152 it costs as much as eight of the
     model's blocks, and in chat data most positions only ask the question.
     """
-
-    def __init__(self, model: Any, pad_id: int) -> None:
-        super().__init__()
-        self.model, self.pad_id = model, pad_id
 
     def collate(self, examples: list[Example], device: str | torch.device = "cpu") -> dict[str, Tensor]:
         """The batch that `forward` takes."""

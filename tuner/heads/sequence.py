@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tuner.data.example import Labelled
+from tuner.objective import Objective
 
 AUTO = "AutoModelForSequenceClassification"
 # transformers' words for what the scores mean; a server picks softmax or sigmoid by them.
@@ -28,15 +29,11 @@ def collate(examples: list[Labelled], pad_id: int, device: str | torch.device = 
     }
 
 
-class LabelLoss(nn.Module):
+class LabelLoss(Objective):
     """Sum over a batch of the loss of each text, as transformers defines it for the model's `problem_type`, times its weight.
 
     Cross entropy for one class, the mean of binary cross entropies for several, squared error for a number.
     """
-
-    def __init__(self, model: Any, pad_id: int) -> None:
-        super().__init__()
-        self.model, self.pad_id = model, pad_id
 
     def collate(self, examples: list[Labelled], device: str | torch.device = "cpu") -> dict[str, Tensor]:
         """The batch that `forward` takes."""

@@ -10,16 +10,13 @@ from torch import Tensor, nn
 
 from tuner.data.example import IGNORE, Tagged
 from tuner.heads.causal import collate
+from tuner.objective import Objective
 
 AUTO = "AutoModelForTokenClassification"
 
 
-class TagLoss(nn.Module):
+class TagLoss(Objective):
     """Sum of the cross entropy over a batch's labelled tokens (nats)."""
-
-    def __init__(self, model: Any, pad_id: int) -> None:
-        super().__init__()
-        self.model, self.pad_id = model, pad_id
 
     def collate(self, examples: list[Tagged], device: str | torch.device = "cpu") -> dict[str, Tensor]:
         """The batch that `forward` takes."""

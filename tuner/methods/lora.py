@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
+from tuner.checkpoint import block_linears
 from tuner.errors import RecipeError, nearest
 from tuner.families import Architecture, Family
 from tuner.kinds import Options as BaseOptions
+from tuner.progress import say
 
 if TYPE_CHECKING:
     from torch import nn
@@ -18,9 +20,8 @@ if TYPE_CHECKING:
     from tuner.plan import Plan
 
 GIVES = "adapter"
-# Of the frozen weights; the first is the default.
-DTYPES = ("bfloat16", "float32")
 WORDS = ("all-linear", "attention")
+ROUNDED = ("nf4", "int8")
 # vLLM's largest buffer for adapters.
 MAX_LIVE_RANK = 512
 
@@ -37,10 +38,18 @@ class Options(BaseOptions):
     """Fraction of the adapter's inputs dropped while training."""
     targets: str = "all-linear"
     """`all-linear`, `attention`, or a regular expression that matches whole module names."""
+    storage: Literal["fp32", "bf16", "nf4", "int8"] = "bf16"
+    """How the frozen weights are kept in memory. `nf4` is QLoRA: 4 bits a weight, for models that would not fit otherwise."""
+    dora: bool = False
+    """Learn the length of each weight's columns apart from their direction (Liu et al. 2024, arXiv:2402.09353)."""
+    rslora: bool = False
+    """Scale the adapter by alpha / sqrt(rank), so that high ranks learn (Kalajdzievski 2023, arXiv:2312.03732)."""
 
 
 def check(options: Options, plan: "Plan") -> None:
     """Raises RecipeError where a pattern in `targets` matches nothing; the words always match what their family lists."""
+    if options.storage in ROUNDED and (why := plan.architecture.not_rounded):
+        raise RecipeError(f"storage: {options.storage} is not for {plan.facts.model_type}: {why}; use bf16")
     names = list(plan.linears())
     if options.targets not in WORDS and names:
         # A checkpoint may be saved from inside the model that will open it.
@@ -57,6 +66,7 @@ def prepare(model: Any, options: Options, family: Family, architecture: Architec
     from peft import LoraConfig, get_peft_model
 
     names = targets(model, options.targets, family, architecture)
+    known = block_linears(model, architecture.linears | set(architecture.left_out))
     last = {name.rsplit(".", 1)[-1] for name in names}
     same = {name for name, _ in _linears(model) if name.rsplit(".", 1)[-1] in last}
     config = LoraConfig(
@@ -68,6 +78,8 @@ def prepare(model: Any, options: Options, family: Family, architecture: Architec
         # GPT-2's Conv1D stores its weight transposed.
         fan_in_fan_out=any(type(module).__name__ == "Conv1D" for _, module in _linears(model)),
         bias="none",
+        use_dora=options.dora,
+        use_rslora=options.rslora,
         modules_to_save=fresh or None,
         task_type="CAUSAL_LM" if model.can_generate() else None,
     )
@@ -79,6 +91,7 @@ def prepare(model: Any, options: Options, family: Family, architecture: Architec
     reached = len(layers(adapted)) - len(fresh)
     if reached != len(names):
         raise RecipeError(f"the adapter was meant for {len(names)} linears and reached {reached}")
+    say(f"adapter: {reached} of {len(known)} linears")
     return adapted
 
 
@@ -90,8 +103,7 @@ def targets(model: Any, wanted: str, family: Family, architecture: Architecture)
     chosen = architecture.linears if wanted == "all-linear" else architecture.attention
     if not chosen:
         raise RecipeError(f'targets: {wanted} means nothing here, since the model has none; use "all-linear"')
-    # Within a block, which has a number: heads and poolers have linears of the same names.
-    return [name for name in known if name.rsplit(".", 1)[-1] in chosen and any(part.isdecimal() for part in name.split("."))]
+    return [name for name in block_linears(model, chosen) if name in set(known)]
 
 
 def adaptable(names: list[str], wanted: str, architecture: Architecture) -> list[str]:
@@ -131,10 +143,26 @@ def save(model: Any, folder: Path) -> None:
 
 
 def serving(options: Options, architecture: Architecture) -> dict[str, Any]:
-    """Facts for an engine."""
-    return {"adapter_rank": options.rank, "live_adapter": architecture.live_adapter and options.rank <= MAX_LIVE_RANK}
+    """Facts for an engine, and for whoever opens the adapter again: how the base was rounded when it was trained."""
+    return {"adapter_rank": options.rank, "live_adapter": not not_live(options, architecture), "storage": options.storage}
+
+
+def not_live(options: Options, architecture: Architecture) -> str | None:
+    """Why no engine takes the adapter while it runs; None where vLLM does."""
+    if options.storage in ROUNDED:
+        return f"it was trained on weights rounded to {options.storage}, and an engine has others"
+    if options.dora:
+        return "vLLM takes no DoRA"
+    if options.rank > MAX_LIVE_RANK:
+        return f"vLLM takes ranks up to {MAX_LIVE_RANK}"
+    return None if architecture.live_adapter else "vLLM takes no live adapters for this architecture"
+
+
+def storage(options: Options) -> str:
+    """How the weights are kept in memory."""
+    return options.storage
 
 
 def _linears(model: Any) -> list[tuple[str, Any]]:
-    kinds = ("Linear", "Conv1D")
+    kinds = ("Linear", "Conv1D", "Linear4bit", "Linear8bitLt")
     return [(name, module) for name, module in model.named_modules() if type(module).__name__ in kinds]

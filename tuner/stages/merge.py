@@ -4,13 +4,14 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from tuner import kinds
 from tuner.bundle import Manifest
 from tuner.errors import GateError
 from tuner.kinds import Options as BaseOptions
 from tuner.stages import Job
 
 TAKES = frozenset({"adapter"})
-VERSION = 1
+VERSION = 2
 RESULT = "merged"
 
 
@@ -19,8 +20,12 @@ class Options(BaseOptions):
 
     dtype: Literal["float32", "bfloat16"] = "float32"
     """How the merged weights are stored. bfloat16 halves the size and rounds the tune away a little: raise `tolerance` with it."""
+    onto: Literal["auto", "stored", "original"] = "auto"
+    """For adapters trained on weights in 4 or 8 bits: onto those rounded weights, onto the original ones, or what does better on
+    held-out rows (onto the rounded ones where there are none). Both losses are in the manifest. Otherwise they are the same."""
     tolerance: float = Field(1.0e-3, gt=0)
-    """Largest difference from the tuned model in any probe token's log-probability (nats)."""
+    """Largest difference from the tuned model in any probe token's log-probability (nats). Onto the original of rounded weights:
+    largest rise of the held-out loss."""
 
 
 def gives(options: Options) -> str:  # noqa: ARG001 - a stage's common signature
@@ -33,17 +38,57 @@ def run(job: Job) -> Manifest:
     import torch
 
     from tuner.checkpoint import load_model, load_tokenizer
+    from tuner.methods.lora import ROUNDED
     from tuner.source import describe_model
 
     assert job.parent is not None
-    model = load_model(job.parent, "float32").merge_and_unload(safe_merge=True)
+    onto: str = "stored"
+    losses: dict[str, float] = {}
+    if job.parent.manifest.serving.get("storage") in ROUNDED:
+        onto, losses = _better(job)
+    model = load_model(job.parent, original=onto == "original").merge_and_unload(safe_merge=True)
     model.to(getattr(torch, job.options.dtype)).save_pretrained(job.folder)
     load_tokenizer(job.parent.path).save_pretrained(job.folder)
-    return describe_model(job.folder, stage="merge", fingerprint=job.fingerprint, recipe=job.told())
+    metrics = {"merge": {"onto": onto, **losses}}
+    return describe_model(job.folder, stage="merge", fingerprint=job.fingerprint, recipe=job.told(), metrics=metrics)
 
 
-def gate(options: Options, metrics: dict[str, Any], before: dict[str, Any]) -> None:  # noqa: ARG001 - a stage's common signature
-    """Raises GateError where the merged model's probe is not the tuned model's."""
+def gate(options: Options, metrics: dict[str, Any], before: dict[str, Any]) -> None:
+    """Raises GateError where the merged model's probe is not the tuned model's, or onto other weights its loss is higher."""
+    if metrics.get("merge", {}).get("onto") == "original":
+        if "heldout_loss" in metrics and metrics["heldout_loss"] > before["heldout_loss"] + options.tolerance:
+            now, then = metrics["heldout_loss"], before["heldout_loss"]
+            raise GateError(
+                f"onto the original weights the held-out loss is {now:.4f}, and was {then:.4f} on the rounded ones; "
+                "`onto: stored` keeps those"
+            )
+        return
     worst = metrics["probe"]["max_difference"]
     if not worst <= options.tolerance:  # also where it is no number
         raise GateError(f"merging moved a probe token's log-probability by {worst:.4f}; tolerance is {options.tolerance}")
+
+
+def _better(job: Job) -> tuple[str, dict[str, float]]:
+    """Which weights to merge onto, and the held-out loss on either where that was asked for."""
+    from tuner.checkpoint import load_model, load_tokenizer
+    from tuner.data.dataset import heldout_rows, task_of
+    from tuner.objective import heldout_loss
+    from tuner.progress import say
+
+    assert job.parent is not None
+    if job.options.onto != "auto":
+        return str(job.options.onto), {}
+    if job.recipe.data.heldout is None:
+        say("merge: no held-out rows to decide by, so onto the rounded weights, which is what was tuned")
+        return "stored", {}
+    options = task_of(job.recipe, job.index)
+    task, tokenizer = kinds.load("tasks", options.kind), load_tokenizer(job.parent.path)
+    rows, _ = heldout_rows(job.recipe, options, tokenizer)
+    losses = {}
+    for onto in ("stored", "original"):
+        objective = task.objective(load_model(job.parent, original=onto == "original"), tokenizer, options)
+        losses[onto] = heldout_loss(objective, objective.prepared([example for _, example in rows]))["heldout_loss"]
+        del objective
+    best = min(losses, key=lambda onto: losses[onto])
+    say(f"merge: held-out loss {losses['stored']:.4f} onto the rounded weights, {losses['original']:.4f} onto the original: {best}")
+    return best, losses

@@ -73,7 +73,7 @@ def run(job: Job) -> Manifest:
     family, architecture = family_of(str(job.parent.manifest.model_type))
     refuse(str(job.parent.manifest.model_type), architecture)
     tokenizer = load_tokenizer(job.parent.path)
-    model = load_model(job.parent, "float32")
+    model = load_model(job.parent)
     linears = quantized_linears(model, family)
     rest = {name for name, module in model.named_modules() if type(module) is torch.nn.Linear} - {name for name, _ in linears}
     scheme = _scheme(options.scheme, {module.in_features for _, module in linears})

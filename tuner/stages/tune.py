@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
-from tuner import kinds
+from tuner import kinds, optimizers
 from tuner.bundle import Manifest
 from tuner.errors import DataError, GateError, RecipeError
 from tuner.kinds import Options as BaseOptions
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 TAKES = frozenset({"model"})
 # Also of the task, the method and the loop.
-VERSION = 1
+VERSION = 2
 RESULT = "tuned"
 
 
@@ -24,6 +24,17 @@ class Gate(BaseOptions):
 
     heldout_loss_drop: float = 0.0
     """Held-out loss must be below the untrained model's by more than this (nats a token)."""
+
+
+class Watch(BaseOptions):
+    """How held-out rows are measured while training goes on. What is chosen by them is measured on them too kindly."""
+
+    every_steps: int = Field(50, gt=0)
+    """Optimizer steps between two measurements; there is one at the end, too."""
+    by: str = "heldout_loss"
+    """What decides which weights are kept: `heldout_loss`, or one of the task's scores, such as `accuracy`."""
+    patience: int | None = Field(None, gt=0)
+    """Stop after this many measurements without a better one; never by default."""
 
 
 class Options(BaseOptions):
@@ -51,8 +62,12 @@ class Options(BaseOptions):
     """AdamW's decoupled decay."""
     max_grad_norm: float = Field(1.0, gt=0)
     """Longer gradients are scaled down to this length."""
-    dtype: Literal["float32", "bfloat16"] | None = None
-    """Of frozen weights and activations: bfloat16 by default. What is trained is float32, so `full` takes nothing else."""
+    optimizer: optimizers.Name = "adamw"
+    """`adamw-8bit` keeps a quarter of AdamW's state, `adafactor` hardly any; `-paged` lets a GPU move it to the host's memory."""
+    gradient_checkpointing: bool = False
+    """Compute each block twice instead of keeping what is inside it: a third slower, much less memory."""
+    watch: Watch | None = None
+    """Measure held-out rows while training, keep the best weights, stop when nothing gets better."""
     checkpoint_every_steps: int = Field(50, gt=0)
     """How much can be lost to a power cut."""
     gate: Gate = Gate()
@@ -63,9 +78,6 @@ class Options(BaseOptions):
             raise ValueError("steps and epochs both say how long to train; give one")
         if self.micro_batch_size and self.batch_size % self.micro_batch_size:
             raise ValueError(f"micro_batch_size {self.micro_batch_size} does not divide batch_size {self.batch_size}")
-        allowed = kinds.load("methods", self.method.kind).DTYPES
-        if self.dtype and self.dtype not in allowed:
-            raise ValueError(f"dtype {self.dtype} would round the weights that {self.method.kind} trains; it takes {allowed[0]}")
         return self
 
 
@@ -77,6 +89,8 @@ def gives(options: Options) -> str:
 def check(plan: "Plan", step: "Step") -> None:
     """Raises RecipeError where the model lacks the task's head, is too short for its rows, or the method would train nothing."""
     options, place = step.options, ("stages", step.index, "tune")
+    if options.watch and plan.recipe.data.heldout is None:
+        raise plan.recipe.error("there are no held-out rows to watch; name some with data.heldout", *place, "watch")
     head, heads = kinds.load("tasks", options.task.kind).HEAD, plan.family.heads - plan.architecture.lacks
     if head not in heads:
         fitting = [name for name in kinds.names("tasks") if kinds.load("tasks", name).HEAD in heads]
@@ -100,7 +114,7 @@ def run(job: Job) -> Manifest:
 
     import torch
 
-    from tuner.checkpoint import device, load_model, load_tokenizer, new_head
+    from tuner.checkpoint import device, load_tokenizer, open_base
     from tuner.data.dataset import training_examples
     from tuner.families import family_of
     from tuner.fit import Schedule, fit
@@ -120,16 +134,19 @@ def run(job: Job) -> Manifest:
     family, architecture = family_of(str(base.manifest.model_type))
     torch.manual_seed(job.recipe.seed)
     task = kinds.load("tasks", options.task.kind)
-    dtype = options.dtype or method.DTYPES[0]
     head_config: dict[str, Any] = {}
     fresh: list[str] = []
     if hasattr(task, "head_config"):
         head_config = {**task.head_config(options.task), "pad_token_id": tokenizer.pad_token_id}
-    if base.manifest.head == task.HEAD:
-        model = load_model(base, dtype)
-    else:
-        model, fresh = new_head(base, task.HEAD, head_config, dtype)
+    new = base.manifest.head != task.HEAD
+    model, fresh = open_base(base, task.HEAD, head_config if new else {}, method.storage(options.method))
+    if new:
         say(f"a new {task.HEAD} head is trained in full: {', '.join(fresh)}")
+    if options.gradient_checkpointing:
+        if not model.supports_gradient_checkpointing:
+            message = f"transformers has no gradient checkpointing for {base.manifest.model_type}"
+            raise job.recipe.error(message, "stages", job.index, "tune", "gradient_checkpointing")
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     try:
         model = method.prepare(model, options.method, family, architecture, fresh)
     except RecipeError as error:
@@ -147,11 +164,13 @@ def run(job: Job) -> Manifest:
         decay=options.decay,
         weight_decay=options.weight_decay,
         max_grad_norm=options.max_grad_norm,
+        optimizer=options.optimizer,
         checkpoint_every_steps=options.checkpoint_every_steps,
         seed=job.recipe.seed,
     )
     objective = task.objective(model, tokenizer, options.task)
-    measured = fit(objective, examples, schedule, layers=layers, work=job.work)
+    watch = _watch(job, task, objective, tokenizer) if options.watch else None
+    measured = fit(objective, examples, schedule, layers=layers, work=job.work, watch=watch)
     method.save(model, job.folder)
     tokenizer.save_pretrained(job.folder)
     rest: dict[str, Any] = {
@@ -173,6 +192,24 @@ def run(job: Job) -> Manifest:
         versions=versions(),
         **rest,
     )
+
+
+def _watch(job: Job, task: Any, objective: Any, tokenizer: Any) -> Any:
+    """Held-out loss and the task's scores of the model as it is now, on the rows that the result will be measured on."""
+    from tuner import fit
+    from tuner.data.dataset import heldout_rows
+    from tuner.objective import heldout_loss
+
+    options = job.options
+    rows, _ = heldout_rows(job.recipe, options.task, tokenizer)
+    examples = objective.prepared([example for _, example in rows])
+
+    def measure() -> dict[str, float]:
+        loss = heldout_loss(objective, examples)["heldout_loss"]
+        scores = task.scores(objective.model, tokenizer, rows, options.task, job.recipe.evaluate)
+        return {"heldout_loss": loss, **{name: value for name, value in scores.items() if name != "rows"}}
+
+    return fit.Watch(measure, options.watch.by, options.watch.every_steps, options.watch.patience)
 
 
 def gate(options: Options, metrics: dict[str, Any], before: dict[str, Any]) -> None:

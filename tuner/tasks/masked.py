@@ -89,22 +89,22 @@ def objective(model: Any, tokenizer: Any, options: Options) -> Any:  # noqa: ARG
 
 def _objective(model: Any, tokenizer: Any) -> Any:
     import torch
-    from torch import nn
 
     from tuner.data.example import IGNORE, Tagged
     from tuner.heads.causal import collate
     from tuner.heads.masked import hidden_log_likelihood
+    from tuner.objective import Objective
 
-    class HiddenLoss(nn.Module):
+    class HiddenLoss(Objective):
         """Sum of the negative log-likelihood of a batch's hidden tokens (nats)."""
 
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = model
-
-        def collate(self, examples: list[Maskable], device: Any = "cpu") -> "dict[str, Tensor]":
+        def begin(self, rows: list[Maskable], micro_batch_size: int) -> list[Tagged]:  # noqa: ARG002 - every objective's signature
             """Draws what is hidden, with torch's own generator, whose state is in every checkpoint."""
-            return collate([self._hide(example) for example in examples], tokenizer.pad_token_id, device)
+            return [self._hide(row) for row in rows]
+
+        def collate(self, examples: list[Tagged], device: Any = "cpu") -> "dict[str, Tensor]":
+            """The batch that `forward` takes."""
+            return collate(examples, self.pad_id, device)
 
         def _hide(self, example: Maskable) -> Tagged:
             ids, labels = list(example.ids), [IGNORE] * len(example.ids)
@@ -125,7 +125,7 @@ def _objective(model: Any, tokenizer: Any) -> Any:
             """A scalar."""
             return -hidden_log_likelihood(self.model, batch)[0].sum()
 
-    return HiddenLoss()
+    return HiddenLoss(model, tokenizer.pad_token_id)
 
 
 def scores(

@@ -1,0 +1,99 @@
+"""The state of training on the disk: whole or not there, and everything that the next step depends on."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from tuner.bundle import write_json
+from tuner.errors import disk_errors
+
+BEST = "best.safetensors"
+
+
+def save(work: Path, trained: dict[str, nn.Parameter], optimizer: Any, state: dict[str, Any]) -> None:
+    """Write a checkpoint into `work`, replacing the last one only once this one is whole. Raises DiskFull."""
+    target = work / f"step-{state['step']:08d}"
+    partial = work / "partial"
+    with disk_errors(work):
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        save_file(_values(trained), partial / "trained.safetensors")
+        tensors, numbers = {}, {}
+        for name, value in _flat(optimizer.state_dict()["state"]):
+            if isinstance(value, torch.Tensor):
+                tensors[name] = value.clone()  # bitsandbytes shares some among parameters
+            else:
+                numbers[name] = value
+        generators = {"random.cpu": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            generators |= {f"random.cuda{index}": value for index, value in enumerate(torch.cuda.get_rng_state_all())}
+        save_file({**tensors, **generators}, partial / "optimizer.safetensors")
+        write_json(partial / "state.json", {**state, "optimizer": numbers})
+        for file in partial.iterdir():
+            with file.open("rb") as stream:
+                os.fsync(stream.fileno())
+        partial.rename(target)
+    for old in work.glob("step-*"):
+        if old != target:
+            shutil.rmtree(old)
+
+
+def load(work: Path, trained: dict[str, nn.Parameter], optimizer: Any) -> dict[str, Any] | None:
+    """Load the newest checkpoint in `work`, if there is one, and return its counters."""
+    found = sorted(work.glob("step-*"))
+    if not found:
+        return None
+    _set(trained, load_file(found[-1] / "trained.safetensors"))
+    tensors = load_file(found[-1] / "optimizer.safetensors")
+    torch.set_rng_state(tensors.pop("random.cpu"))
+    for name in sorted(name for name in tensors if name.startswith("random.cuda")):
+        torch.cuda.set_rng_state(tensors.pop(name), int(name.removeprefix("random.cuda")))
+    state: dict[str, Any] = json.loads((found[-1] / "state.json").read_text())
+    entries: dict[int, Any] = {}
+    for name, value in {**tensors, **state.pop("optimizer")}.items():
+        index, *way, key = name.split(".")
+        entry = entries.setdefault(int(index), {})
+        for part in way:
+            entry = entry.setdefault(part, {})
+        entry[key] = value
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": entries})
+    return state
+
+
+def save_best(work: Path, trained: dict[str, nn.Parameter]) -> None:
+    """Keep the weights as they are now, beside the checkpoints. Raises DiskFull."""
+    with disk_errors(work):
+        work.mkdir(parents=True, exist_ok=True)
+        save_file(_values(trained), work / f"{BEST}.part")
+        (work / f"{BEST}.part").replace(work / BEST)
+
+
+def load_best(work: Path, trained: dict[str, nn.Parameter]) -> None:
+    """The weights that were kept as the best."""
+    _set(trained, load_file(work / BEST))
+
+
+def _flat(tree: dict[Any, Any], name: str = "") -> Iterator[tuple[str, Any]]:
+    """`0.exp_avg` and so on; bitsandbytes nests some of its state once more."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{name}{key}.")
+        else:
+            yield f"{name}{key}", value
+
+
+def _values(trained: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().contiguous() for name, parameter in trained.items()}
+
+
+def _set(trained: dict[str, nn.Parameter], saved: dict[str, torch.Tensor]) -> None:
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(saved[name])

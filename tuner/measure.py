@@ -39,14 +39,15 @@ def measured(bundle: Bundle, recipe: Recipe, *, task: Any, reference: Bundle | N
         metrics["probe"]["difference_from_base"] = probe.asked(module.HEAD, model, base.manifest.probe)["mean_difference"]
     if recipe.data.heldout is not None:
         objective, examples = module.objective(model, tokenizer, task), [example for _, example in rows]
-        if objective.compares and base is not None:
-            # One model in memory at a time.
+        if objective.compares and base is not None and bundle.manifest.kind != "adapter":
+            # One model in memory at a time; an adapter is simply switched off.
             del model, objective
             examples = module.objective(load_model(base), tokenizer, task).prepared(examples)
             model = load_model(bundle)
             objective = module.objective(model, tokenizer, task)
         else:
             examples = objective.prepared(examples)
+        rows = [(row, example) for (row, _), example in zip(rows, examples, strict=True)]
         metrics |= heldout_loss(objective, examples)
         metrics["heldout_skipped"] = {"count": skipped.count, "listed": skipped.listed}
         metrics["scores"] = module.scores(model, tokenizer, rows, task, recipe.evaluate) or None

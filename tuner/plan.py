@@ -157,7 +157,7 @@ def check_rows(recipe: Recipe, known: Facts) -> tuple[dict[str, int], int, list[
     readers = _readers(recipe)
     seen: dict[str, set[int]] = {"train": set(), "heldout": set()}
     counts = {}
-    read = frozenset().union(*(reader.KEYS for reader in readers))
+    read = frozenset().union(*(reader.KEYS for reader, _ in readers))
     unread: set[str] = set()
     for key in seen:
         name = getattr(recipe.data, key)
@@ -165,8 +165,8 @@ def check_rows(recipe: Recipe, known: Facts) -> tuple[dict[str, int], int, list[
             continue
 
         def checked(row: Row, key: str = key) -> None:
-            for reader in readers:
-                reader.check_row(row.record, chat_template=known.chat_template)
+            for reader, options in readers:
+                reader.check_row(row.record, options, chat_template=known.chat_template)
             unread.update(set(row.record) - read)
             seen[key].add(hash(json.dumps(row.record, sort_keys=True)))
 
@@ -186,12 +186,12 @@ def check_rows(recipe: Recipe, known: Facts) -> tuple[dict[str, int], int, list[
     return counts, copied, sorted(unread)
 
 
-def _readers(recipe: Recipe) -> list[Any]:
-    """The modules that read the rows: the tasks that are trained, else the one that measures, else stages that read text."""
+def _readers(recipe: Recipe) -> list[tuple[Any, Any]]:
+    """Who reads the rows, with its options: the tasks that are trained, else the one that measures, else stages that read text."""
     if tasks_of(recipe) or recipe.model is not None:
-        return [kinds.load("tasks", task.kind) for task in tasks_of(recipe) or [task_of(recipe)]]
-    stages = [kinds.load("stages", name) for name, _ in recipe.stages]
-    return [stage for stage in stages if hasattr(stage, "check_row")]
+        return [(kinds.load("tasks", task.kind), task) for task in tasks_of(recipe) or [task_of(recipe)]]
+    stages = [(kinds.load("stages", name), options) for name, options in recipe.stages]
+    return [(stage, options) for stage, options in stages if hasattr(stage, "check_row")]
 
 
 def _first(rows: Iterator[Row]) -> Iterator[Row]:

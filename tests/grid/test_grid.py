@@ -28,11 +28,39 @@ TASKS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
         [{"words": [verb, noun], "tags": ["VERB", "NOUN"]} for verb in ("list", "show") for noun in ("vm", "vnet")],
     ),
 }
+
+# Pairs, and for kto answers judged one by one.
+PAIRS = [
+    {"prompt": f"{verb} the vm", "chosen": f" az vm {verb}", "rejected": " network"}
+    for verb in ("list", "show", "create", "delete")
+]
+JUDGED = [
+    {"prompt": row["prompt"], "completion": row[key], "label": key == "chosen"}
+    for row in PAIRS[:2]
+    for key in ("chosen", "rejected")
+]
+LOSSES = {"dpo": PAIRS, "orpo": PAIRS, "simpo": PAIRS, "kto": JUDGED}
+TASKS |= {f"preference-{loss}": ({"loss": loss, "max_tokens": 64}, rows) for loss, rows in LOSSES.items()}
+
+
+def named(task: str) -> Any:
+    """The task's module: what follows a dash says which of its forms is meant."""
+    return kinds.load("tasks", task.partition("-")[0])
+
+
+def has_head(model_type: str, task: str) -> bool:
+    """The family, and the architecture in it, has the head that the task trains."""
+    family, architecture = family_of(model_type)
+    return named(task).HEAD in family.heads - architecture.lacks
+
+
 CELLS = [
     (model_type, task, method)
     for model_type in ARCHITECTURES
     for task in TASKS
-    if kinds.load("tasks", task).HEAD in family_of(model_type)[0].heads - family_of(model_type)[1].lacks
+    if has_head(model_type, task)
+    # One loss is enough where only the architecture changes; the others are tried on one of each family.
+    and (task in ("preference-dpo",) or not task.startswith("preference") or model_type in ("llama", "mamba2"))
     for method in ("full", "lora")
 ]
 
@@ -65,7 +93,7 @@ def test_the_loss_falls_and_every_layer_learns(
 
     base: Bundle = checkpoints(model_type)
     family, architecture = family_of(model_type)
-    task, method = kinds.load("tasks", task_name), kinds.load("methods", "full" if method_name == "full" else "lora")
+    task, method = named(task_name), kinds.load("methods", "full" if method_name == "full" else "lora")
     way = method.Options() if method_name == "full" else method.Options(**{"storage": "fp32", **WAYS.get(method_name, {})})
     options, records = TASKS[task_name][0], TASKS[task_name][1]
     options = task.Options(**options)
@@ -82,9 +110,10 @@ def test_the_loss_falls_and_every_layer_learns(
         weight_decay=0.0, max_grad_norm=1.0, checkpoint_every_steps=100, seed=0,
     )  # fmt: skip
     objective = task.objective(model, tokenizer, options)
+    examples = objective.prepared(examples[:4])
     # Without dropout, and of the same rows: what the three steps were taken on.
-    untrained = heldout_loss(objective, examples[:4])["heldout_loss"]
-    fit(objective, examples[:4], schedule, layers=layers, work=tmp_path)
-    assert heldout_loss(objective, examples[:4])["heldout_loss"] < untrained
+    untrained = heldout_loss(objective, examples)["heldout_loss"]
+    fit(objective, examples, schedule, layers=layers, work=tmp_path)
+    assert heldout_loss(objective, examples)["heldout_loss"] < untrained
     still = [name for name, own in layers.items() if all(torch.equal(a, b) for a, b in zip(before[name], own, strict=True))]
     assert still == []

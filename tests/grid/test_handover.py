@@ -7,10 +7,8 @@ import pytest
 import yaml
 
 from tests.conftest import write_rows
-from tests.grid.test_grid import ARCHITECTURES, TASKS
-from tuner import kinds
+from tests.grid.test_grid import ARCHITECTURES, LOSSES, TASKS, has_head, named
 from tuner.errors import RecipeError
-from tuner.families import family_of
 from tuner.plan import make_plan
 from tuner.recipe import read_recipe
 from tuner.run import run
@@ -20,7 +18,9 @@ def recipe(folder: Path, model: Path, task: str, stages: list[dict[str, Any]], *
     options, rows = TASKS[task]
     write_rows(folder / "train.jsonl", rows)
     write_rows(folder / "heldout.jsonl", [HELDOUT[task]])
-    first = {"tune": {"task": {"kind": task, **options}, "steps": 4, "batch_size": 4, "learning_rate": 0.003, **tune}}
+    first = {
+        "tune": {"task": {"kind": task.partition("-")[0], **options}, "steps": 4, "batch_size": 4, "learning_rate": 0.003, **tune}
+    }
     tree = {
         "model": str(model),
         "data": {"train": "train.jsonl", "heldout": "heldout.jsonl"},
@@ -36,6 +36,7 @@ def recipe(folder: Path, model: Path, task: str, stages: list[dict[str, Any]], *
 HELDOUT: dict[str, dict[str, Any]] = {
     "pretrain": {"text": "show the virtual machine my9 az vm"},
     "sft": {"messages": [{"role": "user", "content": "show the vm"}, {"role": "assistant", "content": "az vm show"}]},
+    **{f"preference-{loss}": {"prompt": "make the vm", "chosen": " az vm make", "rejected": " network"} for loss in LOSSES},
     "masked": {"text": "show the virtual machine az vnet"},
     "classify": {"text": "show the machine 9", "label": "machine"},
     "tokens": {"words": ["show", "machine"], "tags": ["VERB", "NOUN"]},
@@ -53,6 +54,8 @@ HELDOUT: dict[str, dict[str, Any]] = {
         ("modernbert", "classify"),
         ("deberta-v2", "tokens"),
         ("mamba", "sft"),
+        *(("llama", f"preference-{loss}") for loss in LOSSES),
+        ("mamba2", "preference-dpo"),
         ("mamba2", "sft"),
         ("jamba", "classify"),
         ("falcon_h1", "sft"),
@@ -67,7 +70,7 @@ def test_what_was_tuned_is_what_is_opened_again_and_merged(
     plan = make_plan(read_recipe(recipe(tmp_path, model, task, merge, method=method)), tmp_path / "out")
     bundles = run(plan, tmp_path / "out")
     tuned = next(bundle for bundle in bundles if bundle.manifest.stage == "tune")
-    assert tuned.manifest.head == kinds.load("tasks", task).HEAD
+    assert tuned.manifest.head == named(task).HEAD
     assert tuned.manifest.metrics["probe"]["max_difference"] <= 1e-5, "it answers its own probe as it did"
     if method == "lora":
         # Float32 sums in another order; the manifest keeps five digits.
@@ -80,15 +83,16 @@ REFUSED = [
     (model_type, task)
     for model_type in ARCHITECTURES
     for task in TASKS
-    if kinds.load("tasks", task).HEAD not in family_of(model_type)[0].heads - family_of(model_type)[1].lacks
+    if not has_head(model_type, task) and task.partition("-")[2] in ("", "dpo")
 ]
 
 
 @pytest.mark.parametrize(("model_type", "task"), REFUSED, ids=["-".join(cell) for cell in REFUSED])
 def test_a_cell_without_a_head_is_refused_with_what_there_is(checkpoints: Any, tmp_path: Path, model_type: str, task: str) -> None:
-    path = recipe(tmp_path, checkpoints(model_type).path, task, [])
+    path, kind = recipe(tmp_path, checkpoints(model_type).path, task, []), task.partition("-")[0]
     with pytest.raises(
-        RecipeError, match=rf"stages\.0\.tune\.task: {task} needs a \w+ head, which {model_type} has not; tasks for it are \w+"
+        RecipeError,
+        match=rf"stages\.0\.tune\.task: {kind} needs a \w+ head, which {model_type} has not; tasks for it are \w+",
     ):
         make_plan(read_recipe(path), tmp_path / "out")
 

@@ -143,7 +143,10 @@ def test_gpt2_is_not_quantized_and_not_served_with_a_live_adapter(recipe_file: C
 
     assert "gpt2 is not quantized: it is not built of torch.nn.Linear" in refused(recipe_file, tmp_path, gpt2([QUANTIZE]))
     plan = make_plan(read_recipe(recipe_file(gpt2([{"tune": {"task": "sft"}}]))), tmp_path / "out")
-    assert plan.serving() == 'vLLM takes no live adapters for gpt2: put "- merge: {}" last to serve it'
+    assert (
+        plan.serving()
+        == 'the adapter cannot be served live: vLLM takes no live adapters for this architecture; put "- merge: {}" last to serve it'
+    )
 
 
 def test_a_tokenizer_alone_is_trained_on_text(recipe_file: Callable[..., Path], tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ and, where there is something to say, what else is asked of it:
 
 gate(...)           raises GateError where the measured result is not good enough to go on with
 check(plan, step)   raises RecipeError where the stage cannot work in this recipe
-check_row(record, *, chat_template)
+check_row(record, options, *, chat_template)
                     raises DataError for a row that it cannot read; a stage whose options have a `task` leaves that to the task
 facts(options, n)   what is known of a model that the stage makes, with a vocabulary of n
 """

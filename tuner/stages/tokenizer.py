@@ -78,7 +78,7 @@ def texts(job: Job, skipped: Skipped) -> Iterator[str]:
         yield text
 
 
-def check_row(record: dict[str, Any], *, chat_template: bool) -> None:  # noqa: ARG001 - a row's common signature
+def check_row(record: dict[str, Any], options: Options, *, chat_template: bool) -> None:  # noqa: ARG001 - a row's common signature
     """Raises DataError for a record without text."""
     text_of(record)
 

@@ -203,6 +203,7 @@ def _watch(job: Job, task: Any, objective: Any, tokenizer: Any) -> Any:
     options = job.options
     rows, _ = heldout_rows(job.recipe, options.task, tokenizer)
     examples = objective.prepared([example for _, example in rows])
+    rows = [(row, example) for (row, _), example in zip(rows, examples, strict=True)]
 
     def measure() -> dict[str, float]:
         loss = heldout_loss(objective, examples)["heldout_loss"]

@@ -3,7 +3,7 @@
 Options                       the task's keys in a recipe, with `kind` and `max_tokens`
 HEAD                          the head that it trains: a file in tuner/heads, which a family must have
 KEYS                          the keys of a record that it reads; others are named by `tuner check`
-check_row(record, *, chat_template)
+check_row(record, options, *, chat_template)
                               raises DataError for a record that this task cannot read, before there is a tokenizer
 examples(...)                 records to examples, each with `ids` and `supervised`: how much of it is learned
 objective(model, ...)         a module: `collate` makes a batch of examples, calling it gives the sum of their losses

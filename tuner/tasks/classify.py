@@ -42,11 +42,12 @@ class Options(BaseOptions):
         return self
 
 
-def check_row(record: dict[str, Any], *, chat_template: bool = True) -> None:  # noqa: ARG001 - a task's common signature
-    """Raises DataError unless the record has a text; what else it needs is checked with the options, by `examples`."""
+def check_row(record: dict[str, Any], options: Options, *, chat_template: bool = True) -> None:  # noqa: ARG001 - a task's common signature
+    """Raises DataError unless the record has a text, and the label or number that the options ask for."""
     if not isinstance(record.get("text"), str) or not record["text"].strip():
         keys = ", ".join(f'"{key}"' for key in record) or "nothing"
         raise DataError(f'found {keys}, expected "text" with some text in it, and "label", "labels" or "score"')
+    target(record, options)
 
 
 def target(record: dict[str, Any], options: Options) -> list[float]:
@@ -75,7 +76,7 @@ def examples(
     """Each text with what it is; bad rows stop the run with a DataError, or are counted in `skipped`."""
 
     def labelled(row: Row) -> Labelled:
-        check_row(row.record)
+        check_row(row.record, options)
         wanted = target(row.record, options)
         ids, cut = encode(row.record["text"], tokenizer, options)
         weight = options.class_weights[int(wanted[0])] if options.class_weights else 1.0

@@ -45,7 +45,7 @@ class Maskable:
         return max(1, round(self.fraction * sum(map(len, self.words))))
 
 
-def check_row(record: dict[str, Any], *, chat_template: bool = True) -> None:  # noqa: ARG001 - a task's common signature
+def check_row(record: dict[str, Any], options: Options, *, chat_template: bool = True) -> None:  # noqa: ARG001 - a task's common signature
     """Raises DataError unless the record is {"text": "..."}."""
     if not isinstance(record.get("text"), str) or not record["text"].strip():
         keys = ", ".join(f'"{key}"' for key in record) or "nothing"
@@ -58,7 +58,7 @@ def examples(
     """Each document's blocks, special tokens around each; bad rows stop the run with a DataError, or are counted."""
 
     def blocks(row: Row) -> list[Maskable]:
-        check_row(row.record)
+        check_row(row.record, options)
         if tokenizer.mask_token_id is None:
             raise DataError("the model's tokenizer has no mask token, so nothing can be hidden")
         found = tokenizer(row.record["text"], truncation=True, max_length=options.max_tokens, return_overflowing_tokens=True)

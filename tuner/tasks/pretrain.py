@@ -27,7 +27,7 @@ class Options(BaseOptions):
     """How much of a held-out document the probe shows before the model goes on by itself."""
 
 
-def check_row(record: dict[str, Any], *, chat_template: bool = True) -> None:  # noqa: ARG001 - a task's common signature
+def check_row(record: dict[str, Any], options: Options, *, chat_template: bool = True) -> None:  # noqa: ARG001 - a task's common signature
     """Raises DataError unless the record is {"text": "..."}."""
     if "text" not in record:
         found = ", ".join(f'"{key}"' for key in record) or "nothing"
@@ -42,7 +42,7 @@ def examples(
     """Each document's blocks; bad rows stop the run with a DataError, or are counted in `skipped`."""
 
     def tokens(row: Row) -> list[int]:
-        check_row(row.record)
+        check_row(row.record, options)
         ids = [*tokenizer(row.record["text"])["input_ids"], tokenizer.eos_token_id]
         if len(ids) < 3:
             raise DataError(f"{len(ids)} tokens: too short to predict anything")

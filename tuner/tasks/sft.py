@@ -29,7 +29,7 @@ class Options(BaseOptions):
     """Longest conversation in tokens. A longer row is a bad row: nothing is cut off silently."""
 
 
-def check_row(record: dict[str, Any], *, chat_template: bool = True) -> None:
+def check_row(record: dict[str, Any], options: Options, *, chat_template: bool = True) -> None:  # noqa: ARG001 - a task's common signature
     """Raises DataError unless the record is {"messages": [...]} in a sensible order, or {"prompt", "completion"}.
 
     Only a model with a chat template reads messages.
@@ -44,11 +44,11 @@ def check_row(record: dict[str, Any], *, chat_template: bool = True) -> None:
     elif "prompt" in record or "completion" in record:
         for key in ("prompt", "completion"):
             if key not in record:
-                raise DataError(f'the key "{key}" is missing beside {_keys(record)}')
+                raise DataError(f'the key "{key}" is missing beside {keys(record)}')
             if not isinstance(record[key], str) or not record[key]:
                 raise DataError(f'"{key}" is {_shown(record[key])}, expected text')
     else:
-        raise DataError(f'found the keys {_keys(record)}, expected "messages", or "prompt" and "completion"')
+        raise DataError(f'found the keys {keys(record)}, expected "messages", or "prompt" and "completion"')
 
 
 def examples(
@@ -57,8 +57,8 @@ def examples(
     """Each usable row with its tokens; bad rows stop the run with a DataError, or are counted in `skipped`."""
 
     def tokens(row: Row) -> Example:
-        check_row(row.record, chat_template=bool(tokenizer.chat_template))
-        example = _encode(row.record, tokenizer)
+        check_row(row.record, options, chat_template=bool(tokenizer.chat_template))
+        example = encode(row.record, tokenizer)
         if len(example.ids) > options.max_tokens:
             raise DataError(f"{len(example.ids)} tokens, expected at most max_tokens: {options.max_tokens}")
         if not example.supervised:
@@ -93,7 +93,8 @@ def question_ids(record: dict[str, Any], tokenizer: Any) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def _encode(record: dict[str, Any], tokenizer: Any) -> Example:
+def encode(record: dict[str, Any], tokenizer: Any) -> Example:
+    """The whole row, every answer in it supervised. Raises DataError where a server would render it otherwise."""
     prompt = question_ids(record, tokenizer)
     if "messages" not in record:
         answer = [*tokenizer(record["completion"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
@@ -171,7 +172,8 @@ def _check_messages(messages: Any) -> None:
         raise DataError(f'the last message is from "{messages[-1]["role"]}", expected "assistant": there is no answer to learn')
 
 
-def _keys(record: dict[str, Any]) -> str:
+def keys(record: dict[str, Any]) -> str:
+    """The record's keys for a message."""
     return ", ".join(f'"{key}"' for key in record) or "of an empty object"
 
 

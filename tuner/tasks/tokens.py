@@ -39,7 +39,7 @@ class Options(BaseOptions):
         return any(label.startswith("B-") for label in self.labels)
 
 
-def check_row(record: dict[str, Any], *, chat_template: bool = True) -> None:  # noqa: ARG001 - a task's common signature
+def check_row(record: dict[str, Any], options: Options, *, chat_template: bool = True) -> None:  # noqa: ARG001 - a task's common signature
     """Raises DataError unless the record is {"words": [...], "tags": [...]}, one tag for each word."""
     for key in ("words", "tags"):
         if not isinstance(record.get(key), list) or not all(isinstance(each, str) and each for each in record[key]):
@@ -56,7 +56,7 @@ def examples(
     """Each sentence with the number of the tag at the first token of each word; bad rows stop the run, or are counted."""
 
     def tagged(row: Row) -> Tagged:
-        check_row(row.record)
+        check_row(row.record, options)
         for tag in row.record["tags"]:
             if tag not in options.labels:
                 raise DataError(f'"tags": {tag!r:.60} is none of the recipe\'s labels{nearest(tag, options.labels)}')

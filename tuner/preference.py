@@ -1,0 +1,227 @@
+"""Losses that learn from which answer is better: pairs of a chosen and a rejected one, or single answers judged good or bad.
+
+Shapes: B pairs or judged answers. A log-likelihood is the sum over an answer's tokens, in nats.
+"""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from tuner.data.example import IGNORE, Example
+from tuner.heads.causal import collate, supervised_log_likelihood
+from tuner.objective import BATCH_ROWS, Objective
+from tuner.progress import track
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two answers to one prompt, and the log-likelihood of each before training."""
+
+    chosen: Example
+    rejected: Example
+    reference: tuple[float, float] = (0.0, 0.0)
+    supervised: float = 1.0
+
+    @property
+    def ids(self) -> list[int]:
+        """Both, one after the other."""
+        return self.chosen.ids + self.rejected.ids
+
+    @property
+    def labels(self) -> list[int]:
+        """What is learned of both."""
+        return self.chosen.labels + self.rejected.labels
+
+
+@dataclass(frozen=True)
+class Judged:
+    """An answer that is good or bad, and the same prompt with the answer to another one."""
+
+    answer: Example
+    good: bool
+    mismatched: Example | None = None
+    reference: tuple[float, float] = (0.0, 0.0)
+    """Log-likelihood of the answer and of the mismatched one before training."""
+    supervised: float = 1.0
+
+    @property
+    def ids(self) -> list[int]:
+        """Prompt and answer."""
+        return self.answer.ids
+
+    @property
+    def labels(self) -> list[int]:
+        """The answer."""
+        return self.answer.labels
+
+
+def dpo(chosen_B: Tensor, rejected_B: Tensor, reference_B2: Tensor, beta: float) -> Tensor:
+    """(B,) of Rafailov et al. 2023 (arXiv:2305.18290), equation 7."""
+    margin_B = (chosen_B - reference_B2[:, 0]) - (rejected_B - reference_B2[:, 1])
+    return -logsigmoid(beta * margin_B)
+
+
+def orpo(chosen_B: Tensor, rejected_B: Tensor, lengths_B2: Tensor, weight: float) -> Tensor:
+    """(B,) of Hong et al. 2024 (arXiv:2403.07691), equations 3 to 7: the chosen answer's mean loss and the weighted odds ratio."""
+    chosen_B, rejected_B = chosen_B / lengths_B2[:, 0], rejected_B / lengths_B2[:, 1]
+    odds_B = (chosen_B - rejected_B) - (_log_one_minus_exp(chosen_B) - _log_one_minus_exp(rejected_B))
+    return -chosen_B - weight * logsigmoid(odds_B)
+
+
+def simpo(chosen_B: Tensor, rejected_B: Tensor, lengths_B2: Tensor, beta: float, margin: float) -> Tensor:
+    """(B,) of Meng et al. 2024 (arXiv:2405.14734), equation 6; `margin` is the paper's gamma."""
+    return -logsigmoid(beta * (chosen_B / lengths_B2[:, 0] - rejected_B / lengths_B2[:, 1]) - margin)
+
+
+def kto(answer_B: Tensor, reference_B: Tensor, good_B: Tensor, divergence: Tensor, beta: float, weights: Sequence[float]) -> Tensor:
+    """(B,) of Ethayarajh et al. 2024 (arXiv:2402.01306), equations 7 and 8; `weights` are those of good and of bad answers."""
+    ratio_B = answer_B - reference_B
+    good, bad = 1 - torch.sigmoid(beta * (ratio_B - divergence)), 1 - torch.sigmoid(beta * (divergence - ratio_B))
+    return torch.where(good_B, weights[0] * good, weights[1] * bad)
+
+
+class PairLoss(Objective):
+    """Sum over a batch's pairs of the loss that the task's options name."""
+
+    def __init__(self, model: Any, pad_id: int, options: Any) -> None:
+        super().__init__(model, pad_id)
+        self.options = options
+        self.compares = options.loss == "dpo"
+
+    def prepared(self, examples: list[Pair]) -> list[Pair]:
+        """The pairs with the log-likelihoods of the model as it is, an adapter switched off."""
+        if not self.compares:
+            return examples
+        found = reference(self.model, [each for pair in examples for each in (pair.chosen, pair.rejected)], self.pad_id)
+        return [replace(pair, reference=(found[2 * at], found[2 * at + 1])) for at, pair in enumerate(examples)]
+
+    def collate(self, examples: list[Pair], device: str | torch.device = "cpu") -> dict[str, Tensor]:
+        """Chosen answers, then rejected ones, (2B, T); `reference` and `lengths` (B, 2)."""
+        both = [pair.chosen for pair in examples] + [pair.rejected for pair in examples]
+        return {
+            **collate(both, self.pad_id, device),
+            "reference": torch.tensor([pair.reference for pair in examples], device=device),
+            "lengths": torch.tensor([(pair.chosen.supervised, pair.rejected.supervised) for pair in examples], device=device),
+        }
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        """A scalar."""
+        chosen_B, rejected_B = log_likelihoods(self.model, batch).chunk(2)
+        options = self.options
+        if options.loss == "dpo":
+            return dpo(chosen_B, rejected_B, batch["reference"], options.beta).sum()
+        if options.loss == "orpo":
+            return orpo(chosen_B, rejected_B, batch["lengths"], options.beta).sum()
+        return simpo(chosen_B, rejected_B, batch["lengths"], options.beta, options.margin).sum()
+
+    def margins(self, pairs: list[Pair]) -> list[float]:
+        """How much better the chosen answer of each pair is by the loss's own measure, before its scale and margin (nats)."""
+        chosen = answers(self.model, [pair.chosen for pair in pairs], self.pad_id)
+        rejected = answers(self.model, [pair.rejected for pair in pairs], self.pad_id)
+        if self.compares:
+            return [(a - p.reference[0]) - (b - p.reference[1]) for a, b, p in zip(chosen, rejected, pairs, strict=True)]
+        return [a / p.chosen.supervised - b / p.rejected.supervised for a, b, p in zip(chosen, rejected, pairs, strict=True)]
+
+
+class JudgedLoss(Objective):
+    """Sum over a batch's judged answers of KTO's loss.
+
+    Its point of comparison is how far the model has moved on answers to other prompts, over all rows of a step.
+    """
+
+    compares = True
+
+    def __init__(self, model: Any, pad_id: int, options: Any) -> None:
+        super().__init__(model, pad_id)
+        self.options = options
+        self._divergence = torch.zeros(())
+
+    def prepared(self, examples: list[Judged]) -> list[Judged]:
+        """Each answer with a mismatched one, and the log-likelihoods of both by the model as it is."""
+        # Half the rows away: neighbours may be two answers to one prompt.
+        away = max(1, len(examples) // 2)
+        mixed = [_swapped(row.answer, examples[at - away].answer) for at, row in enumerate(examples)]
+        found = reference(self.model, [row.answer for row in examples] + mixed, self.pad_id)
+        halves = zip(found[: len(examples)], found[len(examples) :], strict=True)
+        return [replace(row, mismatched=other, reference=both) for row, other, both in zip(examples, mixed, halves, strict=True)]
+
+    def begin(self, rows: list[Judged], micro_batch_size: int) -> list[Judged]:
+        """Measures the divergence, of which no gradient is taken: the mean over the rows, not below zero."""
+        mixed = [row.mismatched for row in rows if row.mismatched is not None]
+        now = answers(self.model, mixed, self.pad_id, micro_batch_size)
+        moved = sum(value - row.reference[1] for value, row in zip(now, rows, strict=True)) / len(rows)
+        self._divergence = torch.tensor(max(0.0, moved))
+        return rows
+
+    def collate(self, examples: list[Judged], device: str | torch.device = "cpu") -> dict[str, Tensor]:
+        """Answers (B, T), `reference` and `good` (B,)."""
+        return {
+            **collate([row.answer for row in examples], self.pad_id, device),
+            "reference": torch.tensor([row.reference[0] for row in examples], device=device),
+            "good": torch.tensor([row.good for row in examples], device=device),
+        }
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        """A scalar."""
+        answer_B = log_likelihoods(self.model, batch)
+        weights = (self.options.good_weight, self.options.bad_weight)
+        divergence = self._divergence.to(answer_B.device)
+        return kto(answer_B, batch["reference"], batch["good"], divergence, self.options.beta, weights).sum()
+
+    def margins(self, rows: list[Judged]) -> list[float]:
+        """How much likelier each answer has become, less likely counting as more for a bad one (nats)."""
+        now = answers(self.model, [row.answer for row in rows], self.pad_id)
+        return [(1 if row.good else -1) * (value - row.reference[0]) for value, row in zip(now, rows, strict=True)]
+
+
+def log_likelihoods(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """(B,) of each row's supervised tokens together."""
+    found_N, _ = supervised_log_likelihood(model, batch)
+    keep_BT = batch["labels"][:, 1:] != IGNORE
+    sums_B = torch.zeros(len(keep_BT), dtype=found_N.dtype, device=found_N.device)
+    return sums_B.index_add(0, keep_BT.nonzero()[:, 0], found_N)
+
+
+def answers(model: Any, examples: Sequence[Example], pad_id: int, batch_rows: int = BATCH_ROWS) -> list[float]:
+    """The log-likelihood of each answer, without a gradient."""
+    found = [0.0] * len(examples)
+    order = sorted(range(len(examples)), key=lambda index: len(examples[index].ids))
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        for at in range(0, len(order), batch_rows):
+            chosen = order[at : at + batch_rows]
+            batch = collate([examples[index] for index in chosen], pad_id, model.device)
+            for index, value in zip(chosen, log_likelihoods(model, batch).tolist(), strict=True):
+                found[index] = value
+    model.train(training)
+    return found
+
+
+def reference(model: Any, examples: list[Example], pad_id: int) -> list[float]:
+    """The log-likelihood of each answer by the model without its adapter, if it has one: no second model is needed."""
+    found: list[float] = []
+    off = model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext()
+    with off, track("log-probabilities before training", len(examples)) as advance:
+        for at in range(0, len(examples), 8 * BATCH_ROWS):
+            part = examples[at : at + 8 * BATCH_ROWS]
+            found += answers(model, part, pad_id)
+            advance(len(part))
+    return found
+
+
+def _swapped(one: Example, other: Example) -> Example:
+    """The prompt of one with the answer of the other."""
+    prompt = next(at for at, label in enumerate(one.labels) if label != IGNORE)
+    start = next(at for at, label in enumerate(other.labels) if label != IGNORE)
+    return Example(one.ids[:prompt] + other.ids[start:], one.labels[:prompt] + other.labels[start:])
+
+
+def _log_one_minus_exp(value_B: Tensor) -> Tensor:
+    """log(1 - exp(x)) for x < 0; a mean log-likelihood of exactly zero is taken for one just below."""
+    return torch.log1p(-torch.exp(value_B.clamp(max=-1e-7)))

@@ -46,7 +46,7 @@ def load_model(bundle: Bundle, storage: str = "fp32", *, original: bool = False)
         from peft import PeftModel
 
         base = bundle.base()
-        config = {} if base.manifest.head == manifest.head else manifest.serving["head_config"]
+        config = {} if base.manifest.head == manifest.head else manifest.serving.get("head_config", {})
         stored = "fp32" if original else manifest.serving.get("storage", "fp32")
         model, _ = open_base(base, str(manifest.head), config, stored, rounded=True)
         return PeftModel.from_pretrained(model, bundle.path.resolve()).eval()
@@ -112,12 +112,15 @@ def _open(bundle: Bundle, head: str, options: dict[str, Any], storage: str, *, e
         output_loading_info=True,
         **options,
     )
+    if adjust := getattr(kinds.load("heads", head), "opened", None):
+        adjust(model)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # One evaluation would repack the weights for a kernel that has no gradient, and the training after it would teach
             # only what lies behind the last such layer (bitsandbytes 0.50, CPUs with bfloat16 products).
             module.support_avx512bf16_for_cpu = False
-    return model, sorted({name.rsplit(".", 1)[0] for name in info["missing_keys"]})
+    fresh = {name.rsplit(".", 1)[0] for name in info["missing_keys"]}
+    return model, sorted(fresh & {name for name, _ in model.named_modules()})
 
 
 def _rounding(opener: Any, path: Path, bundle: Bundle, storage: str) -> Any:

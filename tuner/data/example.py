@@ -49,3 +49,19 @@ class Labelled:
     def supervised(self) -> float:
         """Its weight, so that a weighted sum is divided by the sum of the weights, as torch does."""
         return self.weight
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Token ids of texts that are compared with each other: an anchor, its positive, its negatives; or two with a score."""
+
+    texts: list[list[int]]
+    score: float | None = None
+    cut: bool = False
+    """One of them was longer than the task allows."""
+    supervised: float = 1.0
+
+    @property
+    def ids(self) -> list[int]:
+        """All, one after the other."""
+        return [token for text in self.texts for token in text]

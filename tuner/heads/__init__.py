@@ -5,4 +5,9 @@ collate(examples, ...)         examples to one padded batch
 record(model, ...)             probe questions with the model's own answers
 ask(model, items, device)      the answers to recorded questions now, in the order of the items
 difference(item, answer)       (differences, whether each part is the same) between a recorded answer and one now
+
+and, where there is something to say:
+
+opened(model)                  changes a model that was just opened
+describe(folder, ...)          adds what other programs read beside a checkpoint with this head
 """

@@ -50,7 +50,13 @@ def run(job: Job) -> Manifest:
     model.to(getattr(torch, job.options.dtype)).save_pretrained(job.folder)
     load_tokenizer(job.parent.path).save_pretrained(job.folder)
     metrics = {"merge": {"onto": onto, **losses}}
-    return describe_model(job.folder, stage="merge", fingerprint=job.fingerprint, recipe=job.told(), metrics=metrics)
+    given = job.parent.manifest.serving
+    serving = {name: given[name] for name in ("pooling", "pooled_tokens") if name in given}
+    if describe := getattr(kinds.load("heads", str(job.parent.manifest.head)), "describe", None):
+        describe(job.folder, serving)
+    return describe_model(
+        job.folder, stage="merge", fingerprint=job.fingerprint, recipe=job.told(), metrics=metrics, serving=serving
+    )
 
 
 def gate(options: Options, metrics: dict[str, Any], before: dict[str, Any]) -> None:

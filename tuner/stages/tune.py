@@ -177,9 +177,15 @@ def run(job: Job) -> Manifest:
         "data": data,
         "recipe": job.told(),
         "metrics": {"training": {**measured, "layers": len(layers), "trained_parameters": trained}},
-        "serving": {**method.serving(options.method, architecture), **({"head_config": head_config} if head_config else {})},
+        "serving": {
+            **method.serving(options.method, architecture),
+            **(task.serving(options.task) if hasattr(task, "serving") else {}),
+            **({"head_config": head_config} if head_config else {}),
+        },
     }
     if method.GIVES == "model":
+        if describe := getattr(kinds.load("heads", task.HEAD), "describe", None):
+            describe(job.folder, rest["serving"])
         return describe_model(job.folder, stage="tune", fingerprint=job.fingerprint, **rest)
     return Manifest(
         kind=method.GIVES,

@@ -12,6 +12,7 @@ scores(model, ...)            figures of held-out rows beside their loss
 
 and, where there is something to say:
 
+serving(options)              facts for an engine
 head_config(options)          what the model's configuration says of its head, such as the names of labels
 reference(record)             the answer that the record gives, for tasks whose answers are text
 """

@@ -1,0 +1,253 @@
+"""Embedding: texts that belong together get vectors that point the same way.
+
+A row is {"anchor", "positive"} with "negative" or "negatives" where there are some, for the contrastive loss: each anchor is to
+find its positive among all positives and negatives of the step. For `loss: cosine` it is {"sentence1", "sentence2", "score"}.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from tuner.data.example import Texts
+from tuner.data.rows import Row, Skipped, usable
+from tuner.errors import DataError
+from tuner.kinds import Options as BaseOptions
+from tuner.recipe import Evaluate
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+HEAD = "embedding"
+KEYS = frozenset({"anchor", "positive", "negative", "negatives", "sentence1", "sentence2", "score"})
+
+
+class Options(BaseOptions):
+    """Keys of `task: {kind: embed}`."""
+
+    kind: Literal["embed"] = "embed"
+    loss: Literal["contrastive", "cosine"] = "contrastive"
+    """`contrastive` wants large batches, and `micro_batch_size` makes them fit; `cosine` learns given similarities."""
+    scale: float = Field(20.0, gt=0)
+    """What cosines are multiplied by before the softmax of the contrastive loss: one over its temperature."""
+    pooling: Literal["mean", "cls", "last"] = "mean"
+    """A text's vector: the mean over its tokens, its first, or its last; use what the model was trained with."""
+    max_tokens: int = Field(256, gt=1)
+    """Longest text in tokens. A longer one makes a bad row unless `cut` says otherwise."""
+    cut: bool = False
+    """Cut longer texts off at max_tokens; how many is in the report."""
+
+
+def check_row(record: dict[str, Any], options: Options, *, chat_template: bool = True) -> None:  # noqa: ARG001 - a task's common signature
+    """Raises DataError unless the record has the texts that the loss compares."""
+    texts(record, options)
+
+
+def texts(record: dict[str, Any], options: Options) -> list[str]:
+    """Anchor, positive and negatives, or the two sentences. Raises DataError."""
+    keys = ["anchor", "positive"] if options.loss == "contrastive" else ["sentence1", "sentence2"]
+    found = [record.get(key) for key in keys]
+    if options.loss == "contrastive":
+        negatives = record.get("negatives", [record["negative"]] if "negative" in record else [])
+        if not isinstance(negatives, list):
+            raise DataError(f'"negatives" is {negatives!r:.60}, expected a list of texts')
+        keys += [f"negatives[{at}]" for at in range(len(negatives))]
+        found += negatives
+    else:
+        score = record.get("score")
+        if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score) or not -1 <= score <= 1:
+            raise DataError(f'"score" is {score!r:.60}, expected a number from -1 to 1, as a cosine is')
+    for key, text in zip(keys, found, strict=True):
+        if not isinstance(text, str) or not text.strip():
+            there = ", ".join(f'"{name}"' for name in record)
+            raise DataError(f'"{key}" is {text!r:.60}, expected text; found {there}')
+    return [str(text) for text in found]
+
+
+def examples(
+    rows: Iterator[Row], tokenizer: Any, options: Options, on_bad_row: str, skipped: Skipped
+) -> Iterator[tuple[Row, Texts]]:
+    """Each row's texts as tokens; bad rows stop the run with a DataError, or are counted in `skipped`."""
+
+    def made(row: Row) -> Texts:
+        pieces = [_encode(text, tokenizer, options) for text in texts(row.record, options)]
+        score = float(row.record["score"]) if options.loss == "cosine" else None
+        return Texts([ids for ids, _ in pieces], score, any(cut for _, cut in pieces))
+
+    return usable(rows, made, on_bad_row, skipped)
+
+
+def _encode(text: str, tokenizer: Any, options: Options) -> tuple[list[int], bool]:
+    ids = list(tokenizer(text)["input_ids"])
+    if len(ids) <= options.max_tokens:
+        return ids, False
+    if not options.cut:
+        raise DataError(f"{len(ids)} tokens, expected at most max_tokens: {options.max_tokens}; `cut: true` cuts longer texts off")
+    return list(tokenizer(text, truncation=True, max_length=options.max_tokens)["input_ids"]), True
+
+
+def question(record: dict[str, Any], tokenizer: Any, options: Options) -> dict[str, Any]:
+    """`ids` of the first text, and how its vector is made."""
+    text = texts(record, options)[0]
+    return {"ids": _encode(text, tokenizer, options)[0], "text": text, "pooling": options.pooling}
+
+
+def serving(options: Options) -> dict[str, Any]:
+    """Facts for whoever makes vectors with the result."""
+    return {"pooling": options.pooling, "pooled_tokens": options.max_tokens}
+
+
+def objective(model: Any, tokenizer: Any, options: Options) -> Any:
+    """The contrastive or the cosine loss."""
+    return _objective(model, tokenizer.pad_token_id, options)
+
+
+def _objective(model: Any, pad_id: int, options: Options) -> Any:
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    from tuner.heads import embedding
+    from tuner.objective import Objective
+
+    class VectorLoss(Objective):
+        """Sum over a batch's rows.
+
+        Contrastive: cross entropy of each anchor's positive among all positives and negatives of the step (van den Oord et al.
+        2018, arXiv:1807.03748; Henderson et al. 2017, arXiv:1705.00652). Cosine: squared error of the cosine.
+        """
+
+        def __init__(self) -> None:
+            super().__init__(model, pad_id)
+            self._parts: dict[int, tuple[Any, Tensor, float]] = {}
+
+        def begin(self, rows: list[Texts], micro_batch_size: int) -> list[Texts]:
+            """Where a step does not fit into memory at once: the gradient of every vector first, by all of them.
+
+            The vectors are then made again, a micro-batch at a time, with the same dropout (Gao et al. 2021, arXiv:2101.06983).
+            """
+            self._parts = {}
+            if options.loss == "cosine" or len(rows) <= micro_batch_size:
+                return rows
+            chunks = [rows[at : at + micro_batch_size] for at in range(0, len(rows), micro_batch_size)]
+            states, made = [], []
+            batches = [self.collate(chunk, self.model.device) for chunk in chunks]
+            for batch in batches:
+                states.append(_random_state())
+                with torch.no_grad():
+                    made.append(embedding.embed(self.model, batch, options.pooling))
+            vectors = [part.clone().requires_grad_() for part in made]
+            roles = [_roles(batch) for batch in batches]
+            kinds = [torch.cat([part[role[kind]] for part, role in zip(vectors, roles, strict=True)]) for kind in range(3)]
+            keys = [torch.cat([batch["keys"][role[kind]] for batch, role in zip(batches, roles, strict=True)]) for kind in range(3)]
+            losses_B = self._contrastive(kinds, keys)
+            torch.autograd.backward(losses_B.sum())
+            shares = torch.split(losses_B.detach(), [len(chunk) for chunk in chunks])
+            for chunk, state, part, share in zip(chunks, states, vectors, shares, strict=True):
+                assert part.grad is not None
+                self._parts[id(chunk[0])] = (state, part.grad, float(share.sum()))
+            return rows
+
+        def collate(self, examples: list[Texts], device: Any = "cpu") -> "dict[str, Tensor]":
+            """Anchors, positives, then negatives (M, T); `keys` (M,) are equal for equal texts, `counts` says how many rows."""
+            given = [row.texts[0] for row in examples] + [row.texts[1] for row in examples]
+            given += [text for row in examples for text in row.texts[2:]]
+            return {
+                **embedding.collate(given, self.pad_id, device),
+                "keys": torch.tensor([hash(tuple(ids)) for ids in given], device=device),
+                "rows": torch.tensor(len(examples)),
+                "part": torch.tensor(id(examples[0])),
+                "score": torch.tensor([row.score or 0.0 for row in examples], device=device),
+            }
+
+        def forward(self, batch: "dict[str, Tensor]") -> "Tensor":
+            """A scalar."""
+            if part := self._parts.get(int(batch["part"])):
+                state, gradient_MD, loss = part
+                with _randomness(state):
+                    vectors_MD = embedding.embed(self.model, batch, options.pooling)
+                surrogate = (vectors_MD * gradient_MD).sum()
+                return surrogate - surrogate.detach() + loss
+            vectors_MD = embedding.embed(self.model, batch, options.pooling)
+            kinds = [vectors_MD[role] for role in _roles(batch)]
+            if options.loss == "cosine":
+                return (((kinds[0] * kinds[1]).sum(-1) - batch["score"]) ** 2).sum()
+            return self._contrastive(kinds, [batch["keys"][role] for role in _roles(batch)]).sum()
+
+        def _contrastive(self, kinds: "list[Tensor]", keys: "list[Tensor]") -> "Tensor":
+            """(B,) losses of anchors, positives and negatives. A text that is an anchor's positive, too, is no negative for it."""
+            anchors_BD, candidates_CD = kinds[0], torch.cat(kinds[1:])
+            scores_BC = options.scale * anchors_BD @ candidates_CD.T
+            own_B = torch.arange(len(anchors_BD), device=scores_BC.device)
+            same_BC = torch.cat(keys[1:])[None, :] == keys[1][:, None]
+            same_BC[own_B, own_B] = False
+            return cross_entropy(scores_BC.masked_fill(same_BC, -math.inf), own_B, reduction="none")
+
+    return VectorLoss()
+
+
+def _roles(batch: "dict[str, Tensor]") -> list[slice]:
+    """Where the anchors, positives and negatives of a batch are."""
+    rows = int(batch["rows"])
+    return [slice(0, rows), slice(rows, 2 * rows), slice(2 * rows, None)]
+
+
+def _random_state() -> Any:
+    import torch
+
+    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+
+
+def _randomness(state: Any) -> Any:
+    """A block in which chance repeats itself from `state` on, and goes on after it as if the block had not been."""
+    from contextlib import contextmanager
+
+    import torch
+
+    @contextmanager
+    def block() -> Iterator[None]:
+        with torch.random.fork_rng():
+            torch.set_rng_state(state[0])
+            if state[1]:
+                torch.cuda.set_rng_state_all(state[1])
+            yield
+
+    return block()
+
+
+def scores(
+    model: Any,
+    tokenizer: Any,  # noqa: ARG001 - common signature
+    rows: list[tuple[Row, Texts]],
+    options: Options,
+    evaluate: Evaluate,  # noqa: ARG001 - common signature
+) -> dict[str, float]:
+    """How well each anchor finds its positive among all held-out texts; for given scores Spearman's correlation."""
+    from tuner.heads import embedding
+
+    device = str(model.device)
+    first_BD = embedding.vectors(model, [example.texts[0] for _, example in rows], options.pooling, device)
+    if options.loss == "cosine":
+        from scipy.stats import spearmanr
+
+        second_BD = embedding.vectors(model, [example.texts[1] for _, example in rows], options.pooling, device)
+        found = spearmanr((first_BD * second_BD).sum(-1).tolist(), [example.score for _, example in rows]).statistic
+        return {"rows": len(rows), "Spearman": 0.0 if math.isnan(found) else round(float(found), 4)}
+    candidates = list(dict.fromkeys(tuple(text) for _, example in rows for text in example.texts[1:]))
+    candidates_CD = embedding.vectors(model, [list(text) for text in candidates], options.pooling, device)
+    similar_BC = first_BD @ candidates_CD.T
+    place = {text: at for at, text in enumerate(candidates)}
+    own = [place[tuple(example.texts[1])] for _, example in rows]
+    ranks = [int((row_C > row_C[at]).sum()) + 1 for row_C, at in zip(similar_BC, own, strict=True)]
+    return {"rows": len(rows), "candidates": len(candidates), **retrieval(ranks)}
+
+
+def retrieval(ranks: list[int], k: int = 10) -> dict[str, float]:
+    """Of the rank of each one right candidate, from 1: recall, mean reciprocal rank and nDCG, each cut off at k."""
+    found = {
+        "recall@1": sum(rank <= 1 for rank in ranks),
+        f"recall@{k}": sum(rank <= k for rank in ranks),
+        f"MRR@{k}": sum(1 / rank for rank in ranks if rank <= k),
+        f"nDCG@{k}": sum(1 / math.log2(rank + 1) for rank in ranks if rank <= k),
+    }
+    return {name: round(total / len(ranks), 4) for name, total in found.items()}

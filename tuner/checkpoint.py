@@ -100,6 +100,8 @@ def _open(bundle: Bundle, head: str, options: dict[str, Any], storage: str, *, e
     import torch
     import transformers
 
+    from tuner import scan
+
     opener = getattr(transformers, kinds.load("heads", head).AUTO)
     path = bundle.path.resolve()
     if storage in ("nf4", "int8"):
@@ -114,6 +116,7 @@ def _open(bundle: Bundle, head: str, options: dict[str, Any], storage: str, *, e
     )
     if adjust := getattr(kinds.load("heads", head), "opened", None):
         adjust(model)
+    scan.use(model)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # One evaluation would repack the weights for a kernel that has no gradient, and the training after it would teach

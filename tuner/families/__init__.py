@@ -32,6 +32,8 @@ class Architecture:
     """Why it is not quantized; empty where it can be."""
     not_rounded: str = ""
     """Why its weights cannot be kept in 4 or 8 bits while an adapter is trained; empty where they can."""
+    not_packed: str = ""
+    """Why several documents cannot share a row; empty where each reads itself alone there."""
     lacks: frozenset[str] = frozenset()
     """Heads of the family that transformers does not have for it."""
     left_out: dict[str, str] = field(default_factory=dict)

@@ -11,12 +11,14 @@ NO_CLASSES = frozenset({"sequence", "token"})
 MAMBA1 = Architecture(IN_PROJ, NONE, lacks=NO_CLASSES, left_out=dict.fromkeys(("x_proj", "dt_proj", "out_proj"), FUSED))
 RENAMED = "peft 0.21 takes these names for the routed experts, and adapts those instead of the shared one"
 EXPERTS = "experts are stored as one tensor, not as linears"
+CARRIED = "transformers carries the state of its recurrent layers over from one document of a row to the next"
 SHARED = "it is the model's own small adapter of a block that its layers share"
 
 
-def hybrid(*extra: str, lacks: frozenset[str] = NO_CLASSES, **left_out: str) -> Architecture:
+def hybrid(*extra: str, lacks: frozenset[str] = NO_CLASSES, not_packed: str = CARRIED, **left_out: str) -> Architecture:
     """Mamba-2 blocks beside a Llama's attention and feed-forward."""
-    return Architecture(LLAMA.linears | {"in_proj", *extra}, LLAMA.attention, lacks=lacks, left_out=left_out or {"out_proj": FUSED})
+    linears = LLAMA.linears | {"in_proj", *extra}
+    return Architecture(linears, LLAMA.attention, not_packed=not_packed, lacks=lacks, left_out=left_out or {"out_proj": FUSED})
 
 
 FAMILY = Family(
@@ -25,25 +27,28 @@ FAMILY = Family(
     architectures={
         "mamba": MAMBA1,
         "falcon_mamba": MAMBA1,
-        "mamba2": Architecture(IN_PROJ, NONE, lacks=NO_CLASSES, left_out={"out_proj": FUSED}),
-        "jamba": hybrid("x_proj", "out_proj", lacks=frozenset({"token"}), dt_proj=FUSED, router=EXPERTS),
+        "mamba2": Architecture(IN_PROJ, NONE, not_packed=CARRIED, lacks=NO_CLASSES, left_out={"out_proj": FUSED}),
+        "jamba": hybrid("x_proj", "out_proj", lacks=frozenset({"token"}), not_packed="", dt_proj=FUSED, router=EXPERTS),
         "bamba": hybrid(),
         "falcon_h1": hybrid(),
         "nemotron_h": Architecture(
             linears=LLAMA.attention | {"up_proj", "down_proj", "in_proj"},
             attention=LLAMA.attention,
             lacks=NO_CLASSES,
+            not_packed=CARRIED,
             left_out={"out_proj": FUSED},
         ),
         "zamba2": Architecture(
             linears=LLAMA.attention | {"gate_up_proj", "down_proj", "in_proj"},
             attention=LLAMA.attention,
             lacks=frozenset({"token"}),
+            not_packed=CARRIED,
             left_out={"out_proj": FUSED, "linear": SHARED, "0": SHARED, "1": SHARED},
         ),
         "qwen3_next": Architecture(
             linears=LLAMA.attention | {"in_proj_qkvz", "in_proj_ba", "out_proj"},
             attention=LLAMA.attention,
+            not_packed=CARRIED,
             left_out=dict.fromkeys(("gate_proj", "up_proj", "down_proj", "shared_expert_gate"), RENAMED),
         ),
     },

@@ -4,7 +4,7 @@ Shapes: B batch, T tokens, D hidden, V vocabulary, N supervised positions.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tuner.data.example import IGNORE, Example, Tagged
 from tuner.objective import Objective
 from tuner.progress import track
+from tuner.scan import documents
 
 AUTO = "AutoModelForCausalLM"
 # A step of generation costs hardly more for four times the rows: its time goes into reading the weights.
@@ -31,15 +32,64 @@ def collate(examples: Sequence[Example | Tagged], pad_id: int, device: str | tor
     }
 
 
+def pack(examples: Sequence[Example], pad_id: int, row_tokens: int, device: str | torch.device = "cpu") -> dict[str, Tensor]:
+    """`input_ids`, `labels` and `position_ids`, each (B, T), with several documents in a row; positions begin anew with each.
+
+    What fills up a row is one more document, of which nothing is learned.
+    """
+    rows = best_fit([len(each.ids) for each in examples], row_tokens)
+    longest = max(sum(len(examples[index].ids) for index in row) for row in rows)
+    ids, labels, positions = [], [], []
+    for row in rows:
+        rest = longest - sum(len(examples[index].ids) for index in row)
+        ids.append([token for index in row for token in examples[index].ids] + [pad_id] * rest)
+        # Nothing before its own first token predicts a document.
+        labels.append([label for index in row for label in [IGNORE, *examples[index].labels[1:]]] + [IGNORE] * rest)
+        positions.append([place for index in row for place in range(len(examples[index].ids))] + list(range(rest)))
+    return {
+        "input_ids": torch.tensor(ids, device=device),
+        "labels": torch.tensor(labels, device=device),
+        "position_ids": torch.tensor(positions, device=device),
+    }
+
+
+def best_fit(lengths: list[int], row_tokens: int) -> list[list[int]]:
+    """Indices for each row: the longest document first, each into the fullest row that has room for it (best-fit decreasing).
+
+    Only a document longer than `row_tokens` makes a longer row.
+    """
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda each: -lengths[each]):
+        fitting = [at for at, left in enumerate(room) if left >= lengths[index]]
+        if fitting:
+            best = min(fitting, key=lambda at: room[at])
+            rows[best].append(index)
+            room[best] -= lengths[index]
+        else:
+            rows.append([index])
+            room.append(row_tokens - lengths[index])
+    return rows
+
+
 class NextTokenLoss(Objective):
     """Sum of the negative log-likelihood over a batch's supervised tokens (nats).
 
     The output layer runs at supervised positions alone: with a vocabulary of 49,152 it costs as much as eight of the
     model's blocks, and in chat data most positions only ask the question.
+
+    With `row_tokens` the batch's documents stand behind each other in rows of up to that length, or of the longest document,
+    instead of being padded: each still reads itself alone.
     """
+
+    def __init__(self, model: Any, pad_id: int, row_tokens: int | None = None) -> None:
+        super().__init__(model, pad_id)
+        self.row_tokens = row_tokens
 
     def collate(self, examples: list[Example], device: str | torch.device = "cpu") -> dict[str, Tensor]:
         """The batch that `forward` takes."""
+        if self.row_tokens:
+            return pack(examples, self.pad_id, self.row_tokens, device)
         return collate(examples, self.pad_id, device)
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
@@ -55,7 +105,9 @@ def supervised_log_likelihood(model: Any, batch: dict[str, Tensor]) -> tuple[Ten
     # Columns that no row of the batch supervises need no logits; transformers' own `logits_to_keep` leaves them out, and
     # keeps whatever else the architecture does to its logits (scaling, soft caps).
     columns = keep_BT.any(dim=0).nonzero().squeeze(-1)
-    output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], logits_to_keep=columns, use_cache=False)
+    given = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
+    with documents(batch["position_ids"] == 0) if "position_ids" in batch else nullcontext():
+        output = model(**given, logits_to_keep=columns, use_cache=False)
     logits_NV = output.logits[keep_BT[:, columns]].float()
     targets_N = labels_BT[:, columns][keep_BT[:, columns]]
     return -nn.functional.cross_entropy(logits_NV, targets_N, reduction="none"), logits_NV

@@ -98,6 +98,8 @@ def check(plan: "Plan", step: "Step") -> None:
             f"{options.task.kind} needs a {head} head, which {plan.facts.model_type} has not; tasks for it are {', '.join(fitting)}"
         )
         raise plan.recipe.error(message, *place, "task")
+    if getattr(options.task, "packing", False) and (why := plan.architecture.not_packed):
+        raise plan.recipe.error(f"packing is not for {plan.facts.model_type}: {why}", *place, "task", "packing")
     most = plan.facts.max_tokens
     if most and options.task.max_tokens > most:
         message = f"max_tokens {options.task.max_tokens} is more than the {most} that {plan.facts.model_type} reads"
@@ -114,6 +116,7 @@ def run(job: Job) -> Manifest:
 
     import torch
 
+    from tuner import scan
     from tuner.checkpoint import device, load_tokenizer, open_base
     from tuner.data.dataset import training_examples
     from tuner.families import family_of
@@ -142,6 +145,15 @@ def run(job: Job) -> Manifest:
     model, fresh = open_base(base, task.HEAD, head_config if new else {}, method.storage(options.method))
     if new:
         say(f"a new {task.HEAD} head is trained in full: {', '.join(fresh)}")
+    if scan.use(model):
+        if device() == "cpu":
+            say("Mamba's scan: compiled for this CPU by numba")
+        elif getattr(options.task, "packing", False):
+            # The fused kernels know nothing of documents.
+            message = "packing is not for this architecture on a GPU: its kernel carries the state over from document to document"
+            raise job.recipe.error(message, "stages", job.index, "tune", "task", "packing")
+        else:
+            say("Mamba's scan: transformers' own, by a fused kernel where mamba_ssm is installed")
     if options.gradient_checkpointing:
         if not model.supports_gradient_checkpointing:
             message = f"transformers has no gradient checkpointing for {base.manifest.model_type}"

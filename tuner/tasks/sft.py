@@ -27,6 +27,8 @@ class Options(BaseOptions):
     kind: Literal["sft"] = "sft"
     max_tokens: int = Field(512, gt=1)
     """Longest conversation in tokens. A longer row is a bad row: nothing is cut off silently."""
+    packing: bool = False
+    """Put short rows behind each other, up to max_tokens, instead of padding each: the same result from less work."""
 
 
 def check_row(record: dict[str, Any], options: Options, *, chat_template: bool = True) -> None:  # noqa: ARG001 - a task's common signature
@@ -73,11 +75,11 @@ def question(record: dict[str, Any], tokenizer: Any, options: Options) -> dict[s
     return {"ids": question_ids(record, tokenizer), "messages": (record.get("messages") or [])[:-1] or None}
 
 
-def objective(model: Any, tokenizer: Any, options: Options) -> Any:  # noqa: ARG001 - a task's common signature
+def objective(model: Any, tokenizer: Any, options: Options) -> Any:
     """The next token's negative log-likelihood."""
     from tuner.heads.causal import NextTokenLoss
 
-    return NextTokenLoss(model, tokenizer.pad_token_id)
+    return NextTokenLoss(model, tokenizer.pad_token_id, options.max_tokens if options.packing else None)
 
 
 def reference(record: dict[str, Any]) -> str:

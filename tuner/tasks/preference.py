@@ -18,6 +18,8 @@ from tuner.tasks import sft
 
 HEAD = "causal"
 KEYS = frozenset({"messages", "prompt", "chosen", "rejected", "completion", "label"})
+# Nats that float sums in another order can make; a model that was not trained yet prefers neither answer.
+TIE = 1.0e-3
 BETA = {"dpo": 0.1, "kto": 0.1, "orpo": 0.1, "simpo": 2.0}
 
 
@@ -102,14 +104,14 @@ def objective(model: Any, tokenizer: Any, options: Options) -> Any:
 
 
 def scores(model: Any, tokenizer: Any, rows: list[tuple[Row, Any]], options: Options, evaluate: Evaluate) -> dict[str, float]:
-    """How often the better answer is preferred and by how much on average (nats), beside the scores of generated answers.
+    """How often the better answer is preferred, a tie counting half, by how much on average (nats); scores of answers.
 
     For kto: how often a good answer got likelier and a bad one less likely.
     """
     margins = objective(model, tokenizer, options).margins([example for _, example in rows])
     return {
         "rows": len(margins),
-        "preferred": round(sum(margin > 0 for margin in margins) / len(margins), 4),
+        "preferred": round(sum(0.5 if abs(margin) < TIE else margin > 0 for margin in margins) / len(margins), 4),
         "margin": round(sum(margins) / len(margins), 4),
         **{name: value for name, value in sft.scores(model, tokenizer, rows, options, evaluate).items() if name != "rows"},
     }

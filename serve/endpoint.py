@@ -72,6 +72,11 @@ class Engine:
         """It runs, and has answered its probe."""
         return self._ready and self._alive()
 
+    @property
+    def head(self) -> str:
+        """What it answers with."""
+        return str(self.model.manifest.head)
+
     def suspect(self) -> None:
         """A request failed: stop sending more if a process is gone."""
         self._ready = self.ready
@@ -109,8 +114,8 @@ class Engine:
                 await asyncio.sleep(1.0)  # a core that died takes its front end along, and its log says why
                 raise EngineError(f"{error}{self._last_words() if not self._alive() else ''}") from None
             self.say(
-                f"{name}: proven on {proof.questions} questions: {proof.agreement:.1%} of {proof.tokens} tokens the same, "
-                f"{proof.mean_difference:.5f} nats a token apart, {proof.tolerance:.3f} allowed"
+                f"{name}: proven on {proof.questions} questions: {proof.agreement:.1%} of {proof.answers} answers the same, "
+                f"{proof.what} {proof.mean_difference:.5f} apart, {proof.tolerance:.3f} allowed"
             )
         self._ready = True
         self.say(f"{self.name}: ready after {time.monotonic() - started:.0f} s")

@@ -1,5 +1,6 @@
 """Asks a live engine the probe of the bundle that it should be serving. "Healthy" proves nothing; a right answer does."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,14 +25,16 @@ class Proof:
     """How a live engine answered a probe."""
 
     questions: int
-    tokens: int
-    """Compared by log-probability, the recorded answers being read in one pass."""
+    answers: int
+    """Tokens of the recorded answers, texts or words."""
     agreement: float
-    """Fraction of the recorded tokens that the engine prefers too."""
+    """Fraction of them for which the engine answers the same."""
     mean_difference: float
-    """Mean difference in their log-probabilities (nats)."""
+    """Mean difference of the numbers behind them."""
     tolerance: float
     """The most that was allowed."""
+    what: str
+    """What the numbers are."""
 
 
 def tolerance(bundle: Bundle, dtype: str) -> float:
@@ -45,8 +48,7 @@ def tolerance(bundle: Bundle, dtype: str) -> float:
 async def replay(client: httpx.AsyncClient, model: str, bundle: Bundle, dtype: str) -> Proof:
     """Raises EngineError, with what was asked, recorded and answered, where the engine does not serve this bundle.
 
-    Three things must hold: the engine renders the conversation to the tokens that training saw, it gives the recorded
-    answer the recorded log-probabilities, and it generates that answer itself, but for near ties.
+    What must hold depends on what the model answers with; see PROOFS.
     """
     items = bundle.manifest.probe
     if not items:
@@ -54,23 +56,81 @@ async def replay(client: httpx.AsyncClient, model: str, bundle: Bundle, dtype: s
             f"{bundle.path}: has no probe, so what is served could not be compared with what was trained; "
             "run its recipe with held-out rows (data.heldout)"
         )
+    proof = await PROOFS[str(bundle.manifest.head)](client, model, bundle, dtype)
+    if not proof.mean_difference <= proof.tolerance:  # also where it is no number
+        raise EngineError(
+            f"{model} does not answer as {bundle.path} was trained to: {proof.what} differ by {proof.mean_difference:.3f} "
+            f"on average, {proof.tolerance:.3f} is allowed"
+        )
+    return proof
+
+
+async def _words(client: httpx.AsyncClient, model: str, bundle: Bundle, dtype: str) -> Proof:
+    """The engine renders the conversation to the tokens that training saw, gives the recorded answer the recorded
+    log-probabilities, and generates that answer itself, but for near ties."""
     allowed = tolerance(bundle, dtype)
     differences: list[float] = []
     same: list[bool] = []
-    for item in items:
+    for item in bundle.manifest.probe:
         await _check_template(client, model, item)
         logprobs, preferred = await _read_back(client, model, item)
         differences += [abs(now - then) for now, then in zip(logprobs, item["logprobs"], strict=True)]
         same += [now == then for now, then in zip(preferred, item["answer_ids"], strict=True)]
-    proof = Proof(len(items), len(same), sum(same) / len(same), sum(differences) / len(differences), allowed)
-    if not proof.mean_difference <= allowed:  # also where it is no number
-        raise EngineError(
-            f"{model} does not answer as {bundle.path} was trained to: log-probabilities differ by "
-            f"{proof.mean_difference:.3f} nats a token on average, {allowed:.3f} is allowed"
-        )
-    for item in items:
-        await _check_answer(client, model, item, bundle, NEAR_TIE_FACTOR * allowed)
+    proof = _proof(bundle, differences, same, allowed, "log-probabilities of tokens (nats)")
+    if proof.mean_difference <= allowed:
+        for item in bundle.manifest.probe:
+            await _check_answer(client, model, item, bundle, NEAR_TIE_FACTOR * allowed)
     return proof
+
+
+async def _labels(client: httpx.AsyncClient, model: str, bundle: Bundle, dtype: str) -> Proof:
+    """Each text gets the recorded probability of each label, or the recorded number."""
+    differences: list[float] = []
+    same: list[bool] = []
+    for item in bundle.manifest.probe:
+        await _check_tokens(client, model, item)
+        (answer,) = (await _post(client, "/classify", {"model": model, "input": [item["ids"]]}))["data"]
+        number = item["problem"] == "regression"
+        recorded = item["scores"] if number else [math.exp(value) for value in item["scores"]]
+        differences += [abs(now - then) for now, then in zip(answer["probs"], recorded, strict=True)]
+        same.append(number or answer["probs"].index(max(answer["probs"])) == recorded.index(max(recorded)))
+    return _proof(bundle, differences, same, FLOAT_TOLERANCE[dtype], "probabilities of labels")
+
+
+async def _tags(client: httpx.AsyncClient, model: str, bundle: Bundle, dtype: str) -> Proof:
+    """Each word gets the recorded probability of each label."""
+    differences: list[float] = []
+    same: list[bool] = []
+    for item in bundle.manifest.probe:
+        (answer,) = (await _post(client, "/pooling", {"model": model, "input": [item["ids"]]}))["data"]
+        for position, scores in zip(item["positions"], item["scores"], strict=True):
+            now, recorded = answer["data"][position], [math.exp(value) for value in scores]
+            differences += [abs(one - other) for one, other in zip(now, recorded, strict=True)]
+            same.append(now.index(max(now)) == recorded.index(max(recorded)))
+    return _proof(bundle, differences, same, FLOAT_TOLERANCE[dtype], "probabilities of labels")
+
+
+async def _vectors(client: httpx.AsyncClient, model: str, bundle: Bundle, dtype: str) -> Proof:
+    """Each text gets the recorded vector."""
+    differences: list[float] = []
+    same: list[bool] = []
+    for item in bundle.manifest.probe:
+        await _check_tokens(client, model, item)
+        (answer,) = (await _post(client, "/v1/embeddings", {"model": model, "input": [item["ids"]]}))["data"]
+        apart = [abs(now - then) for now, then in zip(answer["embedding"], item["vector"], strict=True)]
+        # The largest: of hundreds of small components the mean is small whatever happens.
+        differences.append(max(apart))
+        same.append(max(apart) <= FLOAT_TOLERANCE[dtype])
+    return _proof(bundle, differences, same, FLOAT_TOLERANCE[dtype], "components of vectors")
+
+
+# By the head of the bundle.
+PROOFS = {"causal": _words, "sequence": _labels, "token": _tags, "embedding": _vectors}
+
+
+def _proof(bundle: Bundle, differences: list[float], same: list[bool], allowed: float, what: str) -> Proof:
+    questions = len(bundle.manifest.probe)
+    return Proof(questions, len(same), sum(same) / len(same), sum(differences) / len(differences), allowed, what)
 
 
 async def _check_answer(client: httpx.AsyncClient, model: str, item: dict[str, Any], bundle: Bundle, near_tie: float) -> None:
@@ -106,6 +166,17 @@ async def _check_template(client: httpx.AsyncClient, model: str, item: dict[str,
     if reply["tokens"] != item["ids"]:
         raise EngineError(
             f"{model}: the engine renders a conversation to other tokens than training did: {reply['tokens'][:12]} "
+            f"instead of {item['ids'][:12]}"
+        )
+
+
+async def _check_tokens(client: httpx.AsyncClient, model: str, item: dict[str, Any]) -> None:
+    """The engine makes the text into the very ids that the model was trained on."""
+    reply = await _post(client, "/tokenize", {"model": model, "prompt": item["text"]})
+    # The end of a text that was cut for training is not compared.
+    if reply["tokens"][: len(item["ids"]) - 1] != item["ids"][:-1]:
+        raise EngineError(
+            f"{model}: the engine makes other tokens of a text than training did: {reply['tokens'][:12]} "
             f"instead of {item['ids'][:12]}"
         )
 

@@ -91,8 +91,10 @@ class Plan:
         if self.result == "tokenizer":
             return "a tokenizer is not served"
         head = kinds.load("tasks", task_of(self.recipe).kind).HEAD
-        if head != "causal":
-            return f"this version serves no {head} head; transformers opens the result as it is"
+        if head != "causal" and head not in self.architecture.served:
+            return f"vLLM was not seen to serve a {head} head of {self.facts.model_type}; transformers opens the result as it is"
+        if head != "causal" and self.result == "adapter":
+            return 'an adapter with a new head cannot be served beside its base: put "- merge: {}" last to serve it'
         last = [step for step in self.steps if step.trains][-1:]
         if self.result == "adapter" and last:
             method = kinds.load("methods", last[0].options.method.kind)

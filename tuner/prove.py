@@ -11,7 +11,7 @@ from tuner.data.dataset import heldout_rows, task_of
 from tuner.data.example import IGNORE, Example
 from tuner.data.rows import first_of_each
 from tuner.errors import GateError
-from tuner.progress import track
+from tuner.progress import say, track
 from tuner.recipe import Recipe
 from tuner.report import write_served
 from tuner.score import mean_scores
@@ -40,13 +40,17 @@ def prove(recipe: Recipe, bundles: list[Bundle], url: str, out_dir: Path) -> dic
     tokenizer = load_tokenizer(bundle.path)
     task = task_of(recipe)
     module = kinds.load("tasks", task.kind)
+    if module.HEAD != "causal":
+        # The endpoint only opens once the engine has given the recorded probabilities or vectors.
+        say(f"{model}: there are no words to ask for; the engine has answered its probe")
+        return {}
     rows, _ = heldout_rows(recipe, task, tokenizer)
     asked = [row for row, _ in first_of_each(rows)[: recipe.evaluate.rows]]
 
     longest = int(bundle.manifest.serving["serve_max_tokens"])
 
     def answer(row: Any) -> str:
-        room = longest - len(module.question(row.record, tokenizer, task))
+        room = longest - len(module.question(row.record, tokenizer, task)["ids"])
         most = min(recipe.evaluate.max_new_tokens, room)
         common: dict[str, Any] = {"model": model, "temperature": 0, "max_tokens": most}
         if "messages" in row.record:

@@ -162,7 +162,7 @@ def describe_model(folder: Path, *, stage: str, fingerprint: str, source: Source
     from tuner.families import family_of, head_of
 
     config = read_config(folder)
-    family, _ = family_of(str(config["model_type"]))
+    family, architecture = family_of(str(config["model_type"]))
     return Manifest(
         kind=rest.pop("kind", "model"),
         stage=stage,
@@ -173,6 +173,7 @@ def describe_model(folder: Path, *, stage: str, fingerprint: str, source: Source
         serving={
             "dtype": str(config.get("dtype") or config.get("torch_dtype") or "float32"),
             "max_tokens": _context(config, folder),
+            "heads": sorted(architecture.served),
             **rest.pop("serving", {}),
         },
         recipe=rest.pop("recipe", {}) if source is None else {"model": source.reference, **source.identity},

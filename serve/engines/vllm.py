@@ -22,6 +22,14 @@ DEFAULT_MAX_TOKENS = 1024
 # Where requirements/install.py puts vLLM on a GPU machine, beside the environment that trains.
 SERVE_ENVIRONMENT = ".venv-serve"
 
+# For models that answer with words.
+WORDS = [
+    # A checkpoint's own sampling defaults would change answers behind the client's back.
+    "--generation-config", "vllm",
+    "--return-tokens-as-token-ids",
+    "--max-logprobs", "5",
+]  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -52,13 +60,14 @@ def launch(name: str, model: Bundle, adapters: dict[str, Bundle], *, port: int, 
         "--dtype", dtype(model, gpu=gpu),
         "--load-format", "safetensors",
         "--max-model-len", str(longest),
-        # A checkpoint's own sampling defaults would change answers behind the client's back.
-        "--generation-config", "vllm",
-        "--return-tokens-as-token-ids",
-        "--max-logprobs", "5",
         # Without this, requests under way are cut off when the engine is asked to stop.
         "--shutdown-timeout", "10",
     ]  # fmt: skip
+    if model.manifest.head != "causal":
+        # A text is read whole; what is longer than the engine reads is refused, not cut.
+        command += ["--runner", "pooling"]
+    else:
+        command += WORDS
     if not gpu:
         # Compiled bfloat16 gives fluent garbage on a CPU, and compiling takes a minute that eager does not.
         command += ["--enforce-eager", "--max-num-seqs", "16"]
@@ -101,8 +110,10 @@ def refusal(bundle: Bundle) -> str | None:
     manifest = bundle.manifest
     if manifest.kind == "tokenizer":
         return "a tokenizer alone answers nothing; serve a model"
-    if manifest.head != "causal":
-        return f"its head is {manifest.head!r}, and this version serves causal ones; transformers opens the directory as it is"
+    if manifest.kind == "adapter" and manifest.head != "causal":
+        return "an adapter with a new head cannot be served beside its base; add `- merge: {}` to the recipe and serve that"
+    if manifest.head != "causal" and manifest.head not in manifest.serving.get("heads", []):
+        return f"vLLM was not seen to serve a {manifest.head} head of {manifest.model_type}; transformers opens it as it is"
     if manifest.kind == "adapter" and not manifest.serving.get("live_adapter"):
         return f"vLLM takes no live adapters for {manifest.model_type}; add `- merge: {{}}` to the recipe and serve that"
     if manifest.kind == "adapter":

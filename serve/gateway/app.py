@@ -1,4 +1,4 @@
-"""The one address that clients speak to: three OpenAI routes, forwarded to the engine that serves the model they name.
+"""The one address that clients speak to: a few routes, forwarded to the engine that serves the model they name.
 
 Everything else is 404: the engine behind has routes that no client should reach.
 """
@@ -23,8 +23,23 @@ MAX_BODY_BYTES = 16_000_000
 CLIENT_LOOK_S = 0.5
 
 
+# What a client may ask of a model with each head, and where the engine answers it.
+PATHS = {
+    "causal": {"/v1/chat/completions": "/v1/chat/completions", "/v1/completions": "/v1/completions"},
+    "embedding": {"/v1/embeddings": "/v1/embeddings"},
+    "sequence": {"/v1/classify": "/classify"},
+    "token": {"/v1/tokens/classify": "/pooling"},
+}
+POSTED = [path for paths in PATHS.values() for path in paths]
+
+
 class Backend(Protocol):
     """An engine as the gateway sees it."""
+
+    @property
+    def head(self) -> str:
+        """What its models answer with: a key of PATHS."""
+        ...
 
     client: httpx.AsyncClient
 
@@ -71,11 +86,15 @@ def gateway(models: dict[str, Backend], describe: Callable[[], list[dict[str, An
         if not isinstance(name, str) or name not in models:
             return failure(404, f"there is no model {name!r} here; there is: {', '.join(models)}", "model_not_found")
         backend = models[name]
+        paths = PATHS[backend.head]
+        if request.url.path not in paths:
+            text = f"{name} answers POST {', '.join(paths)}; it has a {backend.head} head"
+            return failure(400, text, "invalid_request_error")
         if backend.failure:
             return failure(503, f"the engine of {name} does not stay up and was given up", "service_unavailable")
         if not backend.ready:
             return failure(503, f"the engine of {name} is starting or being restarted", "service_unavailable", retry=True)
-        return await _pass_on(request, bytes(body), backend, traffic, stream=stream)
+        return await _pass_on(request, paths[request.url.path], bytes(body), backend, traffic, stream=stream)
 
     async def unknown(request: Request, error: Exception) -> Response:
         status = error.status_code if isinstance(error, HTTPException) else 404
@@ -84,15 +103,11 @@ def gateway(models: dict[str, Backend], describe: Callable[[], list[dict[str, An
             status, f"{request.method} {request.url.path}: {text}; there is {', '.join(ROUTES)}", "invalid_request_error"
         )
 
-    routes = [
-        Route("/v1/models", list_models, methods=["GET"]),
-        Route("/v1/chat/completions", forward, methods=["POST"]),
-        Route("/v1/completions", forward, methods=["POST"]),
-    ]
+    routes = [Route("/v1/models", list_models, methods=["GET"]), *(Route(path, forward, methods=["POST"]) for path in POSTED)]
     return Starlette(routes=routes, exception_handlers={HTTPException: unknown})
 
 
-ROUTES = ("GET /v1/models", "POST /v1/chat/completions", "POST /v1/completions")
+ROUTES = ("GET /v1/models", *(f"POST {path}" for path in POSTED))
 
 
 def failure(status: int, message: str, kind: str, *, retry: bool = False) -> JSONResponse:
@@ -106,13 +121,13 @@ def failure_body(status: int, message: str, kind: str) -> dict[str, Any]:
     return {"error": {"message": message, "type": kind, "param": None, "code": status}}
 
 
-async def _pass_on(asked: Request, body: bytes, backend: Backend, traffic: Traffic, *, stream: bool) -> Response:
+async def _pass_on(asked: Request, path: str, body: bytes, backend: Backend, traffic: Traffic, *, stream: bool) -> Response:
     traffic.active += 1
     reply: httpx.Response | None = None
     try:
         timeout = httpx.Timeout(READ_TIMEOUT_S, connect=2.0)
         request = backend.client.build_request(
-            "POST", asked.url.path, content=body, timeout=timeout, headers={"content-type": "application/json"}
+            "POST", path, content=body, timeout=timeout, headers={"content-type": "application/json"}
         )
         reply = await _unless_gone(asked, backend.client.send(request, stream=True))
         if reply is None:

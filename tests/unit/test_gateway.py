@@ -22,6 +22,7 @@ class StandIn:
 
     def __init__(self) -> None:
         self.ready = True
+        self.head = "causal"
         self.failure: str | None = None
         self.suspected = 0
         app = Starlette(routes=[Route("/v1/chat/completions", self.answer, methods=["POST"])])
@@ -148,3 +149,19 @@ def test_what_is_no_bundle_is_refused_before_anything_starts(tmp_path) -> None:
 
     with pytest.raises(BundleError, match=r"has no bundle\.json"):
         arrange([tmp_path], Settings(), print)
+
+
+@pytest.mark.parametrize(
+    ("head", "path", "said"),
+    [
+        ("sequence", "/v1/chat/completions", "m answers POST /v1/classify; it has a sequence head"),
+        ("causal", "/v1/embeddings", "m answers POST /v1/chat/completions, /v1/completions; it has a causal head"),
+    ],
+)
+def test_a_question_that_the_models_head_cannot_answer_is_400(
+    client: TestClient, engine: StandIn, head: str, path: str, said: str
+) -> None:
+    engine.head = head
+    reply = client.post(path, json={"model": "m", "input": "x"})
+    assert reply.status_code == 400
+    assert reply.json()["error"]["message"] == said

@@ -28,6 +28,8 @@ class Architecture:
     """Those of them that belong to attention; empty where there is none."""
     live_adapter: bool = False
     """vLLM takes LoRA adapters for it while it runs; otherwise adapters are merged first."""
+    served: frozenset[str] = frozenset()
+    """Heads without words for which vLLM was seen to answer as transformers does."""
     not_quantized: str = "no quantized model of its kind has been shown to be served rightly yet"
     """Why it is not quantized; empty where it can be."""
     not_rounded: str = ""

@@ -2,7 +2,11 @@
 
 from tuner.families import Architecture, Family
 
-BERT = Architecture(linears=frozenset({"query", "key", "value", "dense"}), attention=frozenset({"query", "key", "value"}))
+BERT = Architecture(
+    linears=frozenset({"query", "key", "value", "dense"}),
+    attention=frozenset({"query", "key", "value"}),
+    served=frozenset({"embedding", "sequence", "token"}),
+)
 DEBERTA_ATTENTION = frozenset({"query_proj", "key_proj", "value_proj", "pos_key_proj", "pos_query_proj"})
 
 FAMILY = Family(

@@ -195,6 +195,8 @@ def run(job: Job) -> Manifest:
             **({"head_config": head_config} if head_config else {}),
         },
     }
+    if task.HEAD != "causal":
+        rest["serving"].pop("live_adapter", None)
     if method.GIVES == "model":
         if describe := getattr(kinds.load("heads", task.HEAD), "describe", None):
             describe(job.folder, rest["serving"])

@@ -108,8 +108,8 @@ def head_config(options: Options) -> dict[str, Any]:
 
 
 def question(record: dict[str, Any], tokenizer: Any, options: Options) -> dict[str, Any]:
-    """`ids` of the text."""
-    return {"ids": encode(record["text"], tokenizer, options)[0]}
+    """`ids` of the text, and the text."""
+    return {"ids": encode(record["text"], tokenizer, options)[0], "text": record["text"]}
 
 
 def objective(model: Any, tokenizer: Any, options: Options) -> Any:  # noqa: ARG001 - a task's common signature

@@ -35,7 +35,7 @@ def measured(bundle: Bundle, recipe: Recipe, *, task: Any, reference: Bundle | N
     items = head.record(model, tokenizer, questions, recipe.probe.answer_tokens)
     metrics: dict[str, Any] = {"key": key, **dict.fromkeys(("base", "heldout_loss", "heldout_tokens", "heldout_skipped", "scores"))}
     metrics["probe"] = probe.asked(module.HEAD, model, reference.manifest.probe if reference is not None else items)
-    if base is not None and base.manifest.probe:
+    if base is not None and base.manifest.probe and base.manifest.head == bundle.manifest.head:
         metrics["probe"]["difference_from_base"] = probe.asked(module.HEAD, model, base.manifest.probe)["mean_difference"]
     if recipe.data.heldout is not None:
         objective, examples = module.objective(model, tokenizer, task), [example for _, example in rows]

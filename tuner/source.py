@@ -96,7 +96,7 @@ def facts(source: Source) -> Facts:
     kind = open_bundle(source.path).manifest.kind if source.is_bundle else "model"
     config = read_config(folder)
     remote = "hub" in source.identity and not _weights_are_here(folder)
-    shapes = {} if remote else {name: shape for file in _weight_files(folder) for name, shape in _shapes(file).items()}
+    shapes = {} if remote else {name: shape for file in weight_files(folder) for name, shape in _shapes(file).items()}
     return Facts(
         str(config["model_type"]),
         _hub_parameters(source) if remote else sum(math.prod(shape) for shape in shapes.values()),
@@ -234,7 +234,7 @@ def versions() -> dict[str, str]:
     return {name: found for name in names if (found := _installed(name))}
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """The checkpoint's safetensors: those in its index, else model.safetensors, else all (some checkpoints lie there twice)."""
     index, whole = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.is_file():
@@ -339,7 +339,7 @@ def _snapshot(reference: str, revision: str | None, patterns: list[str]) -> Path
 
 def _weights_are_here(folder: Path) -> bool:
     """Every file of weights that the checkpoint consists of was downloaded before."""
-    files = _weight_files(folder)
+    files = weight_files(folder)
     return bool(files) and all(file.is_file() for file in files)
 
 

@@ -156,7 +156,7 @@ def test_sentence_transformers_opens_the_result_and_makes_the_same_vectors(tmp_p
     model = bert()
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    embedding.describe(tmp_path, {"pooling": pooling, "pooled_tokens": 32})
+    embedding.describe(tmp_path, {"pooling": pooling})
     texts = ["list the virtual machine", "show", "delete az vm network"]
     encoded = SentenceTransformer(str(tmp_path), device="cpu").encode(texts, convert_to_tensor=True)
     ours = embedding.vectors(model, [list(tokenizer(text)["input_ids"]) for text in texts], pooling, "cpu")

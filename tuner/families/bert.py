@@ -1,5 +1,7 @@
 """Encoders that read the whole text at once: masked words, classes, tags, vectors."""
 
+from dataclasses import replace
+
 from tuner.families import Architecture, Family
 
 BERT = Architecture(
@@ -15,12 +17,17 @@ FAMILY = Family(
     architectures={
         "bert": BERT,
         "roberta": BERT,
-        "electra": BERT,
+        # vLLM reads its token head as another class.
+        "electra": replace(BERT, served=frozenset({"embedding", "sequence"})),
         "distilbert": Architecture(
             linears=frozenset({"q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2"}),
             attention=frozenset({"q_lin", "k_lin", "v_lin", "out_lin"}),
         ),
-        "modernbert": Architecture(linears=frozenset({"Wqkv", "Wo", "Wi"}), attention=frozenset({"Wqkv"})),
+        "modernbert": Architecture(
+            linears=frozenset({"Wqkv", "Wo", "Wi"}),
+            attention=frozenset({"Wqkv"}),
+            served=frozenset({"embedding", "sequence", "token"}),
+        ),
         "deberta-v2": Architecture(linears=DEBERTA_ATTENTION | {"dense"}, attention=DEBERTA_ATTENTION),
     },
     keep={

@@ -1,10 +1,16 @@
 """Decoder-only transformers that predict the next token."""
 
+from dataclasses import replace
+
 from tuner.families import Architecture, Family
 
 ATTENTION = frozenset({"q_proj", "k_proj", "v_proj", "o_proj"})
 LLAMA = Architecture(
-    linears=ATTENTION | {"gate_proj", "up_proj", "down_proj"}, attention=ATTENTION, live_adapter=True, not_quantized=""
+    linears=ATTENTION | {"gate_proj", "up_proj", "down_proj"},
+    attention=ATTENTION,
+    live_adapter=True,
+    served=frozenset({"embedding", "sequence", "token"}),
+    not_quantized="",
 )
 
 FAMILY = Family(
@@ -16,7 +22,7 @@ FAMILY = Family(
         "qwen2": LLAMA,
         "qwen3": LLAMA,
         "gemma": LLAMA,
-        "gemma2": LLAMA,
+        "gemma2": replace(LLAMA, served=frozenset()),
         "gemma3_text": Architecture(
             LLAMA.linears, LLAMA.attention, live_adapter=True, not_quantized="", lacks=frozenset({"token"})
         ),
@@ -46,6 +52,7 @@ FAMILY = Family(
         "gpt2": Architecture(
             linears=frozenset({"c_attn", "c_proj", "c_fc"}),
             attention=frozenset({"c_attn"}),
+            served=frozenset({"embedding", "sequence"}),
             not_quantized="it is not built of torch.nn.Linear, which quantization looks for",
             not_rounded="it is not built of torch.nn.Linear, and what was rounded would come back transposed",
         ),

@@ -94,7 +94,6 @@ def describe(folder: Path, serving: dict[str, Any]) -> None:
             "word_embedding_dimension": width,
             **{mode: kind == serving["pooling"] for kind, mode in names.items()},
         },
-        "sentence_bert_config.json": {"max_seq_length": serving["pooled_tokens"], "do_lower_case": False},
     }.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(json.dumps(value, indent=1) + "\n")

@@ -37,8 +37,9 @@ def run(job: Job) -> Manifest:
     """Add each adapter product to its weight in float32, then store as `dtype`."""
     import torch
 
-    from tuner.checkpoint import load_model, load_tokenizer
+    from tuner.checkpoint import load_tokenizer
     from tuner.methods.lora import ROUNDED
+    from tuner.shards import merge
     from tuner.source import describe_model
 
     assert job.parent is not None
@@ -46,12 +47,11 @@ def run(job: Job) -> Manifest:
     losses: dict[str, float] = {}
     if job.parent.manifest.serving.get("storage") in ROUNDED:
         onto, losses = _better(job)
-    model = load_model(job.parent, original=onto == "original").merge_and_unload(safe_merge=True)
-    model.to(getattr(torch, job.options.dtype)).save_pretrained(job.folder)
+    merge(job.parent, job.folder, getattr(torch, job.options.dtype), original=onto == "original")
     load_tokenizer(job.parent.path).save_pretrained(job.folder)
     metrics = {"merge": {"onto": onto, **losses}}
     given = job.parent.manifest.serving
-    serving = {name: given[name] for name in ("pooling", "pooled_tokens") if name in given}
+    serving = {"pooling": given["pooling"]} if "pooling" in given else {}
     if describe := getattr(kinds.load("heads", str(job.parent.manifest.head)), "describe", None):
         describe(job.folder, serving)
     return describe_model(

@@ -95,7 +95,7 @@ def question(record: dict[str, Any], tokenizer: Any, options: Options) -> dict[s
 
 def serving(options: Options) -> dict[str, Any]:
     """Facts for whoever makes vectors with the result."""
-    return {"pooling": options.pooling, "pooled_tokens": options.max_tokens}
+    return {"pooling": options.pooling}
 
 
 def objective(model: Any, tokenizer: Any, options: Options) -> Any:

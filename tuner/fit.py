@@ -17,6 +17,7 @@ from torch import nn
 from tuner import optimizers, resume
 from tuner.data.order import plan
 from tuner.errors import GateError, Interrupted
+from tuner.memory import peak
 from tuner.objective import Objective
 from tuner.progress import say, track
 
@@ -87,13 +88,13 @@ def fit(
         schedule.optimizer, list(trained.values()), learning_rate=schedule.learning_rate, weight_decay=schedule.weight_decay
     )
     torch.manual_seed(schedule.seed)
-    fresh = {"step": 0, "tokens": 0, "supervised": 0, "seconds": 0.0, "losses": [], "watched": []}
+    fresh = {"step": 0, "tokens": 0, "supervised": 0, "seconds": 0.0, "losses": [], "watched": [], "peak": None}
     state: dict[str, Any] = resume.load(work, trained, optimizer) or fresh
     if state["step"]:
         say(f"continuing at step {state['step']} of {schedule.steps}")
     objective.train()
     first, order = state["step"], _Order(examples, schedule)
-    with _signals() as stop, track("training", schedule.steps, done=first) as advance:
+    with _signals() as stop, peak() as most, track("training", schedule.steps, done=first) as advance:
         for step in range(first, schedule.steps):
             if watch and _worn_out(state["watched"], watch):
                 break
@@ -117,6 +118,7 @@ def fit(
             state["supervised"] += supervised
             state["seconds"] += seconds
             state["losses"].append(loss)
+            state["peak"] = max(filter(None, (state["peak"], most())), default=None)
             advance(note=f"loss {loss:.3f}  {tokens / seconds:.0f} tokens/s")
             if watch and ((step + 1) % watch.every_steps == 0 or step + 1 == schedule.steps):
                 _look(watch, objective, state, work, trained)
@@ -188,6 +190,7 @@ def _measured(state: dict[str, Any]) -> dict[str, Any]:
         "supervised_tokens": state["supervised"],
         "tokens_per_s": round(state["tokens"] / state["seconds"], 1),
         "seconds": round(state["seconds"], 1),
+        "peak_memory_bytes": state["peak"],
         "train_loss_first": round(sum(state["losses"][:tenth]) / tenth, 4),
         "train_loss_last": round(sum(state["losses"][-tenth:]) / tenth, 4),
     }

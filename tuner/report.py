@@ -100,9 +100,16 @@ def _columns(found: list[dict[str, str]]) -> list[str]:
 
 
 def _row(name: str, metrics: dict[str, Any]) -> dict[str, str]:
-    shown = {key: f"{value:.3f}" if key in NUMBERS else f"{value:.1%}" for key, value in metrics.get("scores", {}).items()}
+    shown = {key: _score(key, value) for key, value in metrics.get("scores", {}).items()}
     scores = {key: value for key, value in shown.items() if key != "rows"}
     loss = {"held-out loss": f"{metrics['heldout_loss']:.3f}"} if "heldout_loss" in metrics else {}
     probe = metrics["probe"]
     agreement = {"probe agreement": f"{probe['agreement']:.1%}", "largest difference": f"{probe['max_difference']:.5f}"}
     return {"": name, **loss, **scores, **agreement}
+
+
+def _score(name: str, value: float) -> str:
+    """A count, a number of its own kind, or a fraction in percent."""
+    if isinstance(value, int):
+        return str(value)
+    return f"{value:.3f}" if name in NUMBERS else f"{value:.1%}"

@@ -137,7 +137,11 @@ def layers(model: Any) -> dict[str, list["nn.Parameter"]]:
 
 
 def save(model: Any, folder: Path) -> None:
-    """Write an ordinary PEFT adapter."""
+    """Write an ordinary PEFT adapter, the same bytes each time: peft keeps names in sets, whose order is Python's mood."""
+    config = model.peft_config["default"]
+    for name, value in vars(config).items():
+        if isinstance(value, set):
+            setattr(config, name, sorted(value))
     model.save_pretrained(folder)
     (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card
 

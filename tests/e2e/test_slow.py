@@ -62,3 +62,60 @@ def test_the_demo_ends_with_its_table(tmp_path: Path) -> None:
     words = {row[0].strip(): float(row[2].strip(" %")) for row in rows[1:]}
     assert words["base"] < 5
     assert min(words["tuned"], words["served"]) > 15
+
+
+# What a recipe has to reach: the issue that asked for it, or a model that learned nothing, says how much.
+# A tag's commonest class is 18% of the words (NOUN), a mail is ham in 71%.
+RECIPES = {
+    "minilm-classify": ("tune", "accuracy", 0.84),
+    "minilm-tags": ("tune", "accuracy", 0.94),
+    "minilm-spam": ("merge", "accuracy", 0.93),
+    "minilm-masked-classify": ("tune-2", "accuracy", 0.80),
+    "mamba2-pretrain": ("tune", None, 6.0),
+}
+
+
+def served(folder: Path) -> None:
+    """It is served, which is to say that vLLM answered its probe."""
+    server = Server(folder, "--port", "0")
+    try:
+        server.wait_for(r"serving .* at (http://\S+)")
+    finally:
+        server.end()
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_reaches_its_target_and_is_served(tmp_path: Path, name: str) -> None:
+    stage, score, least = RECIPES[name]
+    done = tuner("run", ROOT / f"recipes/{name}.yaml", "--out", tmp_path / name, timeout=3600)
+    assert done.returncode == 0, done.stderr
+    metrics = manifest(tmp_path / name, stage)["metrics"]
+    assert metrics["scores"][score] >= least if score else metrics["heldout_loss"] < least
+    served(tmp_path / name / stage)
+
+
+def test_an_adapter_tells_reviews_apart_as_well_as_full_tuning_within_a_point(tmp_path: Path) -> None:
+    changes = sets("stages.0.tune.method=lora", "stages.0.tune.learning_rate=1.0e-3")
+    done = tuner("run", ROOT / "recipes/minilm-classify.yaml", "--out", tmp_path / "lora", *changes, timeout=3600)
+    assert done.returncode == 0, done.stderr
+    assert manifest(tmp_path / "lora", "tune")["metrics"]["scores"]["accuracy"] >= 0.831  # 0.841 in full
+
+
+def test_definitions_find_their_words_better_after_training(tmp_path: Path) -> None:
+    done = tuner("run", ROOT / "recipes/minilm-embed.yaml", "--out", tmp_path / "embed", timeout=3600)
+    assert done.returncode == 0, done.stderr
+    before, after = (manifest(tmp_path / "embed", stage)["metrics"]["scores"]["recall@10"] for stage in ("base", "merge"))
+    assert after > before + 0.03  # twice the standard error of a share of 1,000
+    served(tmp_path / "embed" / "merge")
+
+
+@pytest.mark.parametrize("name", ["smollm2-full", "smollm2-qlora"])
+def test_other_methods_learn_the_demos_task(tmp_path: Path, name: str) -> None:
+    done = tuner("run", ROOT / f"recipes/{name}.yaml", "--out", tmp_path / name, timeout=3600)
+    assert done.returncode == 0, done.stderr
+    before, after = (manifest(tmp_path / name, stage)["metrics"]["heldout_loss"] for stage in ("base", "tune"))
+    assert after < before - 2
+    if name == "smollm2-qlora":
+        merge = manifest(tmp_path / name, "merge")["metrics"]
+        assert merge["heldout_loss"] <= min(merge["merge"]["stored"], merge["merge"]["original"]) + 1.0e-3
+    served(tmp_path / name / ("tune" if name == "smollm2-full" else "merge"))

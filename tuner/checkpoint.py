@@ -65,7 +65,7 @@ def load_model(bundle: Bundle, storage: str = "fp32", *, original: bool = False)
 def open_base(
     bundle: Bundle, head: str, config: dict[str, Any], storage: str = "fp32", *, rounded: bool = False
 ) -> tuple[Any, list[str]]:
-    """The bundle's model with this head, and the names of the modules that its files have no weights for.
+    """The bundle's model with this head, and the names of the modules that its files have no weights at all for.
 
     `config` is what the model's configuration has to say about a new head, whose random weights follow from torch's seed.
     With `rounded`, storage in 4 or 8 bits is float32 again, with the values that the rounding left.
@@ -122,8 +122,19 @@ def _open(bundle: Bundle, head: str, options: dict[str, Any], storage: str, *, e
             # One evaluation would repack the weights for a kernel that has no gradient, and the training after it would teach
             # only what lies behind the last such layer (bitsandbytes 0.50, CPUs with bfloat16 products).
             module.support_avx512bf16_for_cpu = False
-    fresh = {name.rsplit(".", 1)[0] for name in info["missing_keys"]}
-    return model, sorted(fresh & {name for name, _ in model.named_modules()})
+    return model, _fresh(model, set(info["missing_keys"]))
+
+
+def _fresh(model: Any, missing: set[str]) -> list[str]:
+    """Modules that the files have no weights for at all; an output layer that is tied to the embeddings lacks a bias at most."""
+    tied = set(model.all_tied_weights_keys)
+    names = {name.rsplit(".", 1)[0] for name in missing}
+    new = [
+        name
+        for name, module in model.named_modules()
+        if name in names and not {f"{name}.{key}" for key, _ in module.named_parameters()} - (missing - tied)
+    ]
+    return sorted(name for name in new if name.rpartition(".")[0] not in new)
 
 
 def _rounding(opener: Any, path: Path, bundle: Bundle, storage: str) -> Any:

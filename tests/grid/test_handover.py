@@ -1,10 +1,12 @@
 """Whole runs on small models: what was tuned is opened again, merged, and answers the probe as it did."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from safetensors.torch import load_file
 
 from tests.conftest import write_rows
 from tests.grid.test_grid import ARCHITECTURES, LOSSES, TASKS, has_head, named
@@ -82,6 +84,23 @@ def test_what_was_tuned_is_what_is_opened_again_and_merged(
         assert bundles[-1].manifest.metrics["probe"]["max_difference"] <= 1e-4
         assert bundles[-1].manifest.head == tuned.manifest.head
         assert bundles[-1].manifest.metrics["heldout_loss"] == pytest.approx(tuned.manifest.metrics["heldout_loss"], abs=1e-4)
+
+
+@pytest.mark.parametrize("model_type", ["bert", "roberta", "distilbert", "modernbert", "deberta-v2", "electra"])
+def test_an_adapter_learns_masked_words_on_an_encoder_that_never_had_an_output_layer(
+    checkpoints: Any, tmp_path: Path, model_type: str
+) -> None:
+    import transformers
+
+    transformers.AutoModel.from_pretrained(checkpoints(model_type).path).save_pretrained(tmp_path / "bare")
+    transformers.AutoTokenizer.from_pretrained(checkpoints(model_type).path).save_pretrained(tmp_path / "bare")
+    plan = make_plan(read_recipe(recipe(tmp_path, tmp_path / "bare", "masked", [{"merge": {}}], method="lora")), tmp_path / "out")
+    _, tuned, merged = run(plan, tmp_path / "out")
+    assert tuned.manifest.metrics["probe"]["max_difference"] <= 1e-5
+    assert merged.manifest.metrics["probe"]["max_difference"] <= 1e-4
+    weights = load_file(merged.path / "model.safetensors")
+    # The output layer is the embeddings' other face: it was neither copied nor lost.
+    assert not [name for name in weights if re.search(r"(decoder|vocab_projector|generator_lm_head)\.weight$", name)]
 
 
 REFUSED = [

@@ -87,6 +87,10 @@ def prepare(model: Any, options: Options, family: Family, architecture: Architec
         # What is trained is float32, and the frozen model before it may compute in bfloat16.
         module = model.get_submodule(name).to(dtype=torch.float32)
         module.register_forward_pre_hook(lambda module, inputs: tuple(each.float() for each in inputs))  # noqa: ARG005 - torch's signature
+    output = model.get_output_embeddings()
+    if fresh and output is not None:
+        # Tied to the embeddings it is frozen behind a new layer, and computes in their type.
+        output.register_forward_pre_hook(lambda module, inputs: tuple(each.to(module.weight.dtype) for each in inputs))
     adapted = get_peft_model(model, config)
     reached = len(layers(adapted)) - len(fresh)
     if reached != len(names):

@@ -117,6 +117,11 @@ def _open(bundle: Bundle, head: str, options: dict[str, Any], storage: str, *, e
     if adjust := getattr(kinds.load("heads", head), "opened", None):
         adjust(model)
     scan.use(model)
+    if storage in ("nf4", "int8"):
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                # A view of the mapped file, which would keep every page of it: the weights as they were before they were rounded.
+                parameter.data = parameter.data.clone()
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # One evaluation would repack the weights for a kernel that has no gradient, and the training after it would teach

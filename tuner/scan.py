@@ -8,7 +8,7 @@ state_t = exp(delta_t A) state_(t-1) + delta_t B_t u_t,   out_t = C_t state_t, f
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -36,14 +36,19 @@ def use(model: Any) -> bool:
 
 
 @contextmanager
-def documents(starts_BT: Tensor) -> Iterator[None]:
+def documents(starts_BT: Tensor | None) -> Iterator[None]:
     """A block in which state and convolution begin anew wherever `starts_BT` is true."""
     global _starts
-    _starts = starts_BT
+    before, _starts = _starts, starts_BT
     try:
         yield
     finally:
-        _starts = None
+        _starts = before
+
+
+def computed_again() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """For torch.utils.checkpoint's `context_fn`: the second computation of a block of layers has the documents of the first."""
+    return nullcontext(), documents(_starts)
 
 
 def selective_scan(

@@ -3,7 +3,7 @@
 Run it as ``python recipes/data/azure_pairs.py runs/demo/merge``. Each request is answered several times by chance. An answer passes
 where its command words are the reference's. The chosen answer is one that passes, the rejected one fails; where none passes the
 reference is chosen, and where none fails the request gives no pair. How often each happened is printed. Writes train.jsonl and
-heldout.jsonl to recipes/data/azure-pairs/.
+heldout.jsonl to recipes/data/azure-pairs/, or to --out.
 """
 
 import argparse
@@ -32,6 +32,7 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=400, help="how many of the training rows are answered")
     parser.add_argument("--heldout-requests", type=int, default=80, help="how many of the held-out rows are")
     parser.add_argument("--samples", type=int, default=4, help="answers to each request")
+    parser.add_argument("--out", type=Path, default=OUTPUT_DIR, help="the directory to write to")
     wanted = parser.parse_args()
     if not (wanted.model / "config.json").is_file():
         print(f"azure_pairs.py: {wanted.model} is no checkpoint; `make demo` makes runs/demo/merge", file=sys.stderr)
@@ -43,7 +44,7 @@ def main() -> int:
         pairs(wanted.model, HERE / "azure-cli" / f"{name}.jsonl", count, wanted.samples)
         for name, count in (("train", wanted.requests), ("heldout", wanted.heldout_requests))
     )
-    write_rows(OUTPUT_DIR, train, heldout)
+    write_rows(wanted.out, train, heldout)
     return 0
 
 

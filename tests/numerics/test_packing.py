@@ -11,6 +11,7 @@ from tuner.checkpoint import load_model
 from tuner.data.example import IGNORE, Example
 from tuner.families import family_of
 from tuner.heads.causal import NextTokenLoss, best_fit, pack
+from tuner.scan import computed_again
 
 PACKED = [name for name in SMALL if "causal" in family_of(name)[0].heads]
 
@@ -45,6 +46,24 @@ def test_packing_changes_neither_loss_nor_gradient_or_is_refused(checkpoints: An
     for name, gradient in of_each.items():
         torch.testing.assert_close(of_row[name], gradient, rtol=1e-5, atol=tolerance, msg=lambda said, name=name: f"{name}: {said}")
     assert max(float(each.abs().max()) for each in of_each.values()) > 1e-2
+
+
+@pytest.mark.parametrize("model_type", [name for name in PACKED if not family_of(name)[1].not_packed])
+def test_blocks_that_are_computed_again_keep_documents_apart(checkpoints: Any, model_type: str) -> None:  # noqa: F811
+    model = load_model(checkpoints(model_type))
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    model.train()
+    (loss, kept), _ = (
+        gradients(model, 18),
+        model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": computed_again}),
+    )
+    assert model.is_gradient_checkpointing
+    again, computed = gradients(model, 18)
+    assert again == loss
+    for name, gradient in kept.items():
+        torch.testing.assert_close(computed[name], gradient, rtol=1e-5, atol=1e-6, msg=lambda said, name=name: f"{name}: {said}")
 
 
 def test_rows_are_filled_from_the_longest_document_down() -> None:

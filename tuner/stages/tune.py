@@ -158,7 +158,7 @@ def run(job: Job) -> Manifest:
         if not model.supports_gradient_checkpointing:
             message = f"transformers has no gradient checkpointing for {base.manifest.model_type}"
             raise job.recipe.error(message, "stages", job.index, "tune", "gradient_checkpointing")
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": scan.computed_again})
     try:
         model = method.prepare(model, options.method, family, architecture, fresh)
     except RecipeError as error:

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from serve.endpoint import Settings, arrange, serve_until, serving
 from serve.errors import ServeError
+from tuner.bundle import open_bundle
 
 console = Console(stderr=True, highlight=False)
 
@@ -102,6 +103,10 @@ def _address(target: str) -> Iterator[str]:
         with _address(f"http://{target}") as url:
             yield url
     else:
+        if (bundle := open_bundle(Path(target))).manifest.head not in (None, "causal"):
+            raise ServeError(
+                f"{target}: it has a {bundle.manifest.head} head, which answers without words; there is nothing to talk to"
+            )
         with serving([Path(target)], Settings(port=0), say) as url:
             yield url
 

@@ -24,7 +24,7 @@ from serve.engines import vllm
 from serve.errors import EngineError, ServeError
 from serve.gateway.app import Traffic, gateway
 from serve.replay import replay
-from tuner.bundle import Bundle, open_bundle
+from tuner.bundle import Bundle, open_bundle, verify
 
 
 @dataclass(frozen=True)
@@ -212,6 +212,7 @@ def arrange(folders: list[Path], settings: Settings, say: Callable[[str], None])
         raise ServeError(f"--name {settings.name}: {len(folders)} bundles cannot share one name; without it each has its own")
     for folder in folders:
         bundle = open_bundle(folder)
+        verify(bundle)  # its answers are proven, and so is all else in it, such as the names of labels
         if why := vllm.refusal(bundle):
             raise ServeError(f"{folder}: {why}")
         if not bundle.manifest.probe:
@@ -351,7 +352,15 @@ def _no_signals() -> Iterator[None]:
 
 def _entry(name: str, engine: Engine, created: int) -> dict[str, Any]:
     bundle = engine.adapters.get(name, engine.model)
-    return {"id": name, "object": "model", "created": created, "owned_by": "tuner", "fingerprint": bundle.manifest.fingerprint}
+    labels = bundle.manifest.serving.get("labels")
+    return {
+        "id": name,
+        "object": "model",
+        "created": created,
+        "owned_by": "tuner",
+        "fingerprint": bundle.manifest.fingerprint,
+        **({"labels": labels} if labels else {}),
+    }
 
 
 # Loaded here rather than in the child, where nothing may be allocated between fork and exec.

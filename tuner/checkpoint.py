@@ -1,9 +1,10 @@
 """Opens what a bundle holds: model, adapter and tokenizer, on the device that there is."""
 
+import json
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, redirect_stderr
+from contextlib import ExitStack, contextmanager, redirect_stderr, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,21 @@ def load_tokenizer(folder: Path) -> Any:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token_id = tokenizer.eos_token_id
     tokenizer.padding_side = "right"
+    with suppress(OSError, ValueError):
+        named = json.loads((folder / "generation_config.json").read_text(encoding="utf-8")).get("eos_token_id")
+        tokenizer.ends_of_turn = named if isinstance(named, list) else [named]
     return tokenizer
+
+
+def ends_of_turn(tokenizer: Any) -> set[int]:
+    """The ids at which an answer stops, for transformers and vLLM: eos, and those of the checkpoint's generation_config.json."""
+    return {tokenizer.eos_token_id, *getattr(tokenizer, "ends_of_turn", [])} - {None}
 
 
 # How frozen weights are kept in memory while an adapter is trained on them, and what the model computes in meanwhile.
 COMPUTE = {"fp32": "float32", "bf16": "bfloat16", "nf4": "bfloat16", "int8": "bfloat16"}
+# Those of which the values are not what they were.
+ROUNDED = ("nf4", "int8")
 
 
 def load_model(bundle: Bundle, storage: str = "fp32", *, original: bool = False) -> Any:
@@ -45,10 +56,10 @@ def load_model(bundle: Bundle, storage: str = "fp32", *, original: bool = False)
     if manifest.kind == "adapter":
         from peft import PeftModel
 
-        base = bundle.base()
-        config = {} if base.manifest.head == manifest.head else manifest.serving.get("head_config", {})
-        stored = "fp32" if original else manifest.serving.get("storage", "fp32")
-        model, _ = open_base(base, str(manifest.head), config, stored, rounded=True)
+        model, _ = open_base(bundle.base(), str(manifest.head), **head_of(bundle))
+        stored = manifest.serving.get("storage")
+        if stored in ROUNDED and not original:
+            _round(model, str(manifest.model_type), stored)
         return PeftModel.from_pretrained(model, bundle.path.resolve()).eval()
     options: dict[str, Any] = {}
     if manifest.kind == "quantized":
@@ -62,27 +73,51 @@ def load_model(bundle: Bundle, storage: str = "fp32", *, original: bool = False)
     return model.to(device()).eval()
 
 
-def open_base(
-    bundle: Bundle, head: str, config: dict[str, Any], storage: str = "fp32", *, rounded: bool = False
-) -> tuple[Any, list[str]]:
-    """The bundle's model with this head, and the names of the modules that its files have no weights at all for.
+def head_of(adapter: Bundle) -> dict[str, Any]:
+    """What `open_base` has to know of the head that an adapter was trained with."""
+    serving = adapter.manifest.serving
+    new = serving.get("new_head", adapter.base().manifest.head != adapter.manifest.head)
+    return {"config": serving.get("head_config", {}), "new_head": new}
 
-    `config` is what the model's configuration has to say about a new head, whose random weights follow from torch's seed.
-    With `rounded`, storage in 4 or 8 bits is float32 again, with the values that the rounding left.
+
+def open_base(
+    bundle: Bundle, head: str, config: dict[str, Any], storage: str = "fp32", *, new_head: bool = False
+) -> tuple[Any, list[str]]:
+    """The bundle's model with this head, and the names of its head's modules, which are trained in full beside an adapter.
+
+    These are modules that the files have no weights for and, where the head gives labels, all that stands behind the blocks.
+    `config` is what the model's configuration has to say about the head. With `new_head` its weights are random, and follow from
+    torch's seed, even where the files have a head of that name: that one tells other labels apart.
     """
     quiet()
-    model, fresh = _open(bundle, head, dict(config), "fp32" if rounded and storage == "bf16" else storage, exact=rounded)
-    if rounded and storage in ("nf4", "int8"):
-        import torch
-
-        model = model.dequantize(dtype=torch.float32)
-        # It is an ordinary model now; what remembers the rounding would refuse to move or save it.
-        model.hf_quantizer, model.is_quantized, model.config.quantization_config = None, False, None
-        del model.config.quantization_config
-        for name in ("is_loaded_in_4bit", "is_loaded_in_8bit", "is_4bit_serializable", "is_8bit_serializable"):
-            if hasattr(model, name):
-                setattr(model, name, False)
+    model, fresh = _open(bundle, head, dict(config), storage, new_head=new_head)
     return model.to(device()).eval(), fresh
+
+
+def rounded(weight: Any, storage: str) -> Any:
+    """The weight, in float32, as bitsandbytes' `nf4` or `int8` leaves it: rounded from bfloat16, as it is in training."""
+    from types import SimpleNamespace
+
+    import bitsandbytes
+    import torch
+    from transformers.integrations.bitsandbytes import dequantize_bnb_weight
+
+    short = weight.to(torch.bfloat16)
+    if storage == "nf4":
+        kept = bitsandbytes.nn.Params4bit(short, requires_grad=False, quant_type="nf4", compress_statistics=True)
+    else:
+        kept = bitsandbytes.nn.Int8Params(short, requires_grad=False, has_fp16_weights=False)
+    kept = kept.to(weight.device)
+    return dequantize_bnb_weight(kept, SimpleNamespace(SCB=getattr(kept, "SCB", None))).float()
+
+
+def _round(model: Any, model_type: str, storage: str) -> None:
+    """Give the linears that are rounded in training the values that rounding leaves them."""
+    from tuner.families import family_of
+
+    for name in block_linears(model, family_of(model_type)[1].linears):
+        weight = model.get_submodule(name).weight
+        weight.data = rounded(weight.data, storage)
 
 
 def block_linears(model: Any, names: frozenset[str]) -> list[str]:
@@ -96,38 +131,65 @@ def block_linears(model: Any, names: frozenset[str]) -> list[str]:
     ]
 
 
-def _open(bundle: Bundle, head: str, options: dict[str, Any], storage: str, *, exact: bool = False) -> tuple[Any, list[str]]:
+def _open(bundle: Bundle, head: str, options: dict[str, Any], storage: str, *, new_head: bool = False) -> tuple[Any, list[str]]:
     import torch
     import transformers
 
     from tuner import scan
 
-    opener = getattr(transformers, kinds.load("heads", head).AUTO)
+    module = kinds.load("heads", head)
+    opener = getattr(transformers, module.AUTO)
     path = bundle.path.resolve()
-    if storage in ("nf4", "int8"):
+    if storage in ROUNDED:
         options = {**options, "quantization_config": _rounding(opener, path, bundle, storage)}
+    # The files' own head may have the names of a new one, for other labels.
+    renewed = new_head and getattr(kinds.load("heads", str(bundle.manifest.head)), "LABELLED", False)
     model, info = opener.from_pretrained(
         path,
-        dtype=torch.float32 if exact else getattr(torch, COMPUTE[storage]),
+        dtype=getattr(torch, COMPUTE[storage]),
         trust_remote_code=False,
         use_safetensors=True,
         output_loading_info=True,
+        ignore_mismatched_sizes=renewed,
         **options,
     )
-    if adjust := getattr(kinds.load("heads", head), "opened", None):
+    if renewed:
+        for part in (model.get_submodule(name) for name in _behind_the_blocks(model)):
+            for each in (*part.modules(), *part.parameters()):
+                each._is_hf_initialized = False  # transformers' own mark of what was read from the files
+            part.apply(model._initialize_weights)
+    if adjust := getattr(module, "opened", None):
         adjust(model)
     scan.use(model)
-    if storage in ("nf4", "int8"):
+    if storage in ROUNDED:
         for parameter in model.parameters():
             if parameter.is_floating_point():
                 # A view of the mapped file, which would keep every page of it: the weights as they were before they were rounded.
                 parameter.data = parameter.data.clone()
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
+    for each in model.modules():
+        if hasattr(each, "support_avx512bf16_for_cpu"):
             # One evaluation would repack the weights for a kernel that has no gradient, and the training after it would teach
             # only what lies behind the last such layer (bitsandbytes 0.50, CPUs with bfloat16 products).
-            module.support_avx512bf16_for_cpu = False
-    return model, _fresh(model, set(info["missing_keys"]))
+            each.support_avx512bf16_for_cpu = False
+    fresh = set(_fresh(model, set(info["missing_keys"])))
+    if getattr(module, "LABELLED", False):
+        fresh |= set(_behind_the_blocks(model)) | _head_parts(model, str(bundle.manifest.model_type))
+    return model, sorted(name for name in fresh if name.rpartition(".")[0] not in fresh)
+
+
+def _behind_the_blocks(model: Any) -> list[str]:
+    """Names of the modules with parameters that a model has beside its base model."""
+    return [
+        name for name, child in model.named_children() if child is not model.base_model and any(True for _ in child.parameters())
+    ]
+
+
+def _head_parts(model: Any, model_type: str) -> set[str]:
+    """Modules within the base model that, as its family says, only a head reads."""
+    from tuner.families import family_of
+
+    parts = family_of(model_type)[0].head_parts
+    return {name for name, _ in model.named_modules() if name.rsplit(".", 1)[-1] in parts}
 
 
 def _fresh(model: Any, missing: set[str]) -> list[str]:

@@ -21,6 +21,22 @@ app = typer.Typer(
 # typer carries click inside and exports only some of its errors; a wrong option is one of this class.
 USAGE_ERROR: type[Any] = typer.BadParameter.__bases__[0]
 
+
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        print(f"tuner {version('tuner')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
+) -> None:
+    """From your own data to an OpenAI-compatible endpoint that provably serves what was trained."""
+
+
 RecipePath = Annotated[Path, typer.Argument(help="A recipe, such as recipes/demo.yaml.")]
 Overrides = Annotated[
     list[str] | None,
@@ -39,6 +55,7 @@ def check(recipe: RecipePath, overrides: Overrides = None, out: Out = None) -> N
     print(f"model:   {source} ({plan.facts.model_type}, about {plan.facts.parameters / 1e6:.0f}M parameters)")
     for name, count in plan.rows.items():
         print(f"data:    {count} {name} rows can be read{' (the first; the run reads all)' if count == CHECKED_ROWS else ''}")
+    print("         how long they are in tokens is looked at by `tuner data` and by the run")
     for remark in plan.remarks():
         print(f"note:    {remark}")
     print(f"stages:  {' -> '.join([plan.steps[0].takes, *(f'{step.name} -> {step.gives}' for step in plan.steps)])}")

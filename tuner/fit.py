@@ -92,8 +92,11 @@ def fit(
     state: dict[str, Any] = resume.load(work, trained, optimizer) or fresh
     if state["step"]:
         say(f"continuing at step {state['step']} of {schedule.steps}")
+    if watch and not state["step"]:
+        # Before the first step: a name that is not measured stops a run that would have been for nothing.
+        say(f"before training, held out: {_figures(watch)[1]}")
     objective.train()
-    first, order = state["step"], _Order(examples, schedule)
+    first, order = state["step"], _Order(examples, schedule, objective.least_rows)
     with _signals() as stop, peak() as most, track("training", schedule.steps, done=first) as advance:
         for step in range(first, schedule.steps):
             if watch and _worn_out(state["watched"], watch):
@@ -130,7 +133,8 @@ def fit(
     if watch and state["watched"]:
         resume.load_best(work, trained)
         best = _best(state["watched"], watch)
-        say(f"kept: step {best['step']} of {state['step']}, {watch.by} {best[watch.by]:.4g}")
+        early = f"; stopped early, {schedule.steps} were meant" if state["step"] < schedule.steps else ""
+        say(f"kept: step {best['step']} of {state['step']}, {watch.by} {best[watch.by]:.4g}{early}")
         measured |= {"watched": state["watched"], "kept_step": best["step"]}
     objective.eval()
     return measured
@@ -162,20 +166,26 @@ def _accumulate(
 def _look(watch: Watch, objective: Objective, state: dict[str, Any], work: Path, trained: dict[str, nn.Parameter]) -> None:
     """Measure held-out rows, say so, and keep the weights where they are the best so far."""
     objective.eval()
-    figures = watch.measure()
+    figures, said = _figures(watch)
     objective.train()
-    if watch.by not in figures:
-        raise GateError(f'watch.by is "{watch.by}", and what is measured is {", ".join(figures)}')
     state["watched"].append({"step": state["step"], **figures})
-    said = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
     say(f"step {state['step']}: train loss {state['losses'][-1]:.4g}; held out: {said}")
     if _best(state["watched"], watch)["step"] == state["step"]:
         resume.save_best(work, trained)
 
 
+def _figures(watch: Watch) -> tuple[dict[str, float], str]:
+    """What is measured now, and how to say it."""
+    figures = watch.measure()
+    if watch.by not in figures:
+        raise GateError(f'watch.by is "{watch.by}", and what is measured is {", ".join(figures)}')
+    return figures, ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
+
+
 def _best(watched: list[dict[str, Any]], watch: Watch) -> dict[str, Any]:
-    """The best measurement, the first where two are as good."""
-    return (min if watch.by.endswith("loss") else max)(watched, key=lambda each: each[watch.by])
+    """The best measurement; of two that are as good that with the lower loss, then the first."""
+    sign = 1 if watch.by.endswith("loss") else -1
+    return min(watched, key=lambda each: (sign * each[watch.by], each.get("heldout_loss", 0.0)))
 
 
 def _worn_out(watched: list[dict[str, Any]], watch: Watch) -> bool:
@@ -199,16 +209,17 @@ def _measured(state: dict[str, Any]) -> dict[str, Any]:
 class _Order:
     """Which rows an optimizer step learns from: a function of the seed and the step alone, so a resume needs no state."""
 
-    def __init__(self, examples: list[Any], schedule: Schedule) -> None:
+    def __init__(self, examples: list[Any], schedule: Schedule, least_rows: int) -> None:
         self._lengths = [len(each.ids) for each in examples]
-        self._schedule = schedule
+        self._schedule, self._least = schedule, least_rows
         self._epoch, self._batches = -1, [[0]]
 
     def rows(self, step: int) -> list[int]:
         """Indices for optimizer step 0, 1, ..."""
         epoch, within = divmod(step, math.ceil(len(self._lengths) / self._schedule.batch_size))
         if epoch != self._epoch:
-            self._epoch, self._batches = epoch, plan(self._lengths, self._schedule.batch_size, self._schedule.seed, epoch)
+            size, seed = self._schedule.batch_size, self._schedule.seed
+            self._epoch, self._batches = epoch, plan(self._lengths, size, seed, epoch, self._least)
         return self._batches[within]
 
 

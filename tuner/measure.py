@@ -9,12 +9,12 @@ from typing import Any
 from tuner import kinds, probe
 from tuner.bundle import Bundle, add_results, fingerprint, sha256
 from tuner.checkpoint import load_model, load_tokenizer
-from tuner.data.dataset import heldout_rows
-from tuner.data.rows import first_of_each
+from tuner.data.dataset import heldout_rows, questions
 from tuner.objective import heldout_loss
 from tuner.recipe import Recipe
+from tuner.tasks import fits
 
-VERSION = 5
+VERSION = 6
 
 
 def measured(bundle: Bundle, recipe: Recipe, *, task: Any, reference: Bundle | None = None, base: Bundle | None = None) -> Bundle:
@@ -31,11 +31,17 @@ def measured(bundle: Bundle, recipe: Recipe, *, task: Any, reference: Bundle | N
     rows, skipped = heldout_rows(recipe, task, tokenizer)
     model = load_model(bundle)
     module, head = kinds.load("tasks", task.kind), kinds.load("heads", str(bundle.manifest.head))
-    questions = [module.question(row.record, tokenizer, task) for row, _ in first_of_each(rows)[: recipe.probe.rows]]
-    items = head.record(model, tokenizer, questions, recipe.probe.answer_tokens)
+    items = head.record(model, tokenizer, questions(recipe, task, tokenizer, rows), recipe.probe.answer_tokens)
     metrics: dict[str, Any] = {"key": key, **dict.fromkeys(("base", "heldout_loss", "heldout_tokens", "heldout_skipped", "scores"))}
-    metrics["probe"] = probe.asked(module.HEAD, model, reference.manifest.probe if reference is not None else items)
-    if base is not None and base.manifest.probe and base.manifest.head == bundle.manifest.head:
+    metrics["task"] = told(task)
+    if reference is not None:
+        metrics["probe"] = probe.asked(module.HEAD, model, reference.manifest.probe)
+    else:
+        # What was just trained has been compared with itself as it was before it was saved.
+        metrics["probe"] = dict(
+            bundle.manifest.metrics.get("training", {}).get("reopened") or probe.asked(module.HEAD, model, items)
+        )
+    if base is not None and base.manifest.probe and fits(base, task):
         metrics["probe"]["difference_from_base"] = probe.asked(module.HEAD, model, base.manifest.probe)["mean_difference"]
     if recipe.data.heldout is not None:
         objective, examples = module.objective(model, tokenizer, task), [example for _, example in rows]
@@ -49,14 +55,32 @@ def measured(bundle: Bundle, recipe: Recipe, *, task: Any, reference: Bundle | N
             examples = objective.prepared(examples)
         rows = [(row, example) for (row, _), example in zip(rows, examples, strict=True)]
         metrics |= heldout_loss(objective, examples)
-        metrics["heldout_skipped"] = {"count": skipped.count, "listed": skipped.listed}
+        cut = sum(getattr(example, "cut", False) for example in examples)
+        metrics["heldout_skipped"] = {"count": skipped.count, "listed": skipped.listed, "cut": cut}
         metrics["scores"] = module.scores(model, tokenizer, rows, task, recipe.evaluate) or None
     return add_results(bundle, metrics=metrics, probe=items)
 
 
-def base_on_probe(bundle: Bundle, base: Bundle) -> Bundle:
+def loss_before(base: Bundle, recipe: Recipe, task: Any) -> dict[str, Any]:
+    """`heldout_loss` of the model before tuning by this task, where it has its head; it may have been measured by another one."""
+    if recipe.data.heldout is None or not fits(base, task):
+        return {}
+    if base.manifest.metrics.get("task") == told(task):
+        return base.manifest.metrics
+    tokenizer = load_tokenizer(base.path)
+    rows, _ = heldout_rows(recipe, task, tokenizer)
+    objective = kinds.load("tasks", task.kind).objective(load_model(base), tokenizer, task)
+    return heldout_loss(objective, objective.prepared([example for _, example in rows]))
+
+
+def told(task: Any) -> str:
+    """The task's options in short: figures by one that differs are of something else."""
+    return fingerprint(task.model_dump(mode="json"))[:8]
+
+
+def base_on_probe(bundle: Bundle, base: Bundle, task: Any) -> Bundle:
     """The tuned bundle with `metrics.base`: how the model before tuning, if it has that head, answers the tuned one's probe."""
-    if bundle.manifest.metrics.get("base") or not base.manifest.probe or base.manifest.head != bundle.manifest.head:
+    if bundle.manifest.metrics.get("base") or not base.manifest.probe or not fits(base, task):
         return bundle
     return add_results(bundle, metrics={"base": probe.asked(str(base.manifest.head), load_model(base), bundle.manifest.probe)})
 

@@ -17,6 +17,9 @@ class Objective(nn.Module):
     compares = False
     """The loss compares with what the model said before it was trained, so `prepared` matters."""
 
+    least_rows = 1
+    """Rows that a step needs to learn anything."""
+
     def __init__(self, model: Any, pad_id: int) -> None:
         super().__init__()
         self.model, self.pad_id = model, pad_id

@@ -67,6 +67,16 @@ class Plan:
             said.append(f"{self.copied} held-out rows are training rows, too: what is measured on them is too good")
         if any(step.gives == "adapter" for step in self.steps):
             said += [f"{name} gets no adapter: {why}" for name, why in self.architecture.left_out.items()]
+        if self.recipe.data.heldout is None:
+            said.append("no data.heldout: the probe asks training rows, and no held-out loss is measured or gated")
+        task = task_of(self.recipe)
+        if self.recipe.evaluate.metrics and not hasattr(kinds.load("tasks", task.kind), "reference"):
+            said.append(f"evaluate.metrics scores answers in words, and {task.kind} gives none")
+        said += [
+            f"tokens learns each tag at its word's first token, and {self.facts.model_type} has not read the rest there: at: last"
+            for options in tasks_of(self.recipe)
+            if getattr(options, "at", None) == "first" and "causal" in self.family.heads
+        ]
         if self.unread:
             said.append(f"rows also have {', '.join(self.unread)}, which nothing reads")
         return said
@@ -94,7 +104,7 @@ class Plan:
         if head != "causal" and head not in self.architecture.served:
             return f"vLLM was not seen to serve a {head} head of {self.facts.model_type}; transformers opens the result as it is"
         if head != "causal" and self.result == "adapter":
-            return 'an adapter with a new head cannot be served beside its base: put "- merge: {}" last to serve it'
+            return 'only an adapter that answers with words is served beside its base: put "- merge: {}" last to serve it'
         last = [step for step in self.steps if step.trains][-1:]
         if self.result == "adapter" and last:
             method = kinds.load("methods", last[0].options.method.kind)
@@ -169,7 +179,7 @@ def check_rows(recipe: Recipe, known: Facts) -> tuple[dict[str, int], int, list[
         def checked(row: Row, key: str = key) -> None:
             for reader, options in readers:
                 reader.check_row(row.record, options, chat_template=known.chat_template)
-            unread.update(set(row.record) - read)
+            unread.update(set(_keys(row.record)) - read)
             seen[key].add(hash(json.dumps(row.record, sort_keys=True)))
 
         skipped = Skipped()
@@ -186,6 +196,14 @@ def check_rows(recipe: Recipe, known: Facts) -> tuple[dict[str, int], int, list[
     if copied and copied == len(seen["heldout"]):
         raise recipe.error("the held-out rows are all training rows, so nothing would be measured", "data", "heldout")
     return counts, copied, sorted(unread)
+
+
+def _keys(record: dict[str, Any]) -> Iterator[str]:
+    """The record's keys, and those of the objects in its lists, such as "messages.role"."""
+    for key, value in record.items():
+        yield key
+        if isinstance(value, list):
+            yield from (f"{key}.{inner}" for each in value if isinstance(each, dict) for inner in each)
 
 
 def _readers(recipe: Recipe) -> list[tuple[Any, Any]]:

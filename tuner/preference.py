@@ -9,10 +9,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from tuner.data.example import IGNORE, Example
+from tuner.errors import DataError
 from tuner.heads.causal import collate, supervised_log_likelihood
 from tuner.objective import BATCH_ROWS, Objective
 from tuner.progress import track
@@ -85,7 +86,21 @@ def kto(answer_B: Tensor, reference_B: Tensor, good_B: Tensor, divergence: Tenso
     return torch.where(good_B, weights[0] * good, weights[1] * bad)
 
 
-class PairLoss(Objective):
+class Comparison(Objective):
+    """What PairLoss and JudgedLoss share: where the model's own dropout is on, it is not the model that it is compared with."""
+
+    def train(self, mode: bool = True) -> "Comparison":
+        """Training mode, in which only an adapter's dropout drops anything."""
+        super().train(mode)
+        for name, module in self.named_modules():
+            for key, value in vars(module).items():
+                # The rate is a Dropout's `p`, or what attention passes on to a function.
+                if "lora_dropout" not in name and isinstance(value, float) and ("drop" in key or isinstance(module, nn.Dropout)):
+                    setattr(module, key, 0.0)
+        return self
+
+
+class PairLoss(Comparison):
     """Sum over a batch's pairs of the loss that the task's options name."""
 
     def __init__(self, model: Any, pad_id: int, options: Any) -> None:
@@ -128,7 +143,7 @@ class PairLoss(Objective):
         return [a / p.chosen.supervised - b / p.rejected.supervised for a, b, p in zip(chosen, rejected, pairs, strict=True)]
 
 
-class JudgedLoss(Objective):
+class JudgedLoss(Comparison):
     """Sum over a batch's judged answers of KTO's loss.
 
     Its point of comparison is how far the model has moved on answers to other prompts, over all rows of a step.
@@ -144,8 +159,10 @@ class JudgedLoss(Objective):
     def prepared(self, examples: list[Judged]) -> list[Judged]:
         """Each answer with a mismatched one, and the log-likelihoods of both by the model as it is."""
         # Half the rows away: neighbours may be two answers to one prompt.
-        away = max(1, len(examples) // 2)
-        mixed = [_swapped(row.answer, examples[at - away].answer) for at, row in enumerate(examples)]
+        if len(examples) < 2:
+            raise DataError("kto compares with answers to other prompts, so it needs two rows or more")
+        away, most = len(examples) // 2, self.options.max_tokens
+        mixed = [_swapped(row.answer, examples[at - away].answer, most) for at, row in enumerate(examples)]
         found = reference(self.model, [row.answer for row in examples] + mixed, self.pad_id)
         halves = zip(found[: len(examples)], found[len(examples) :], strict=True)
         return [replace(row, mismatched=other, reference=both) for row, other, both in zip(examples, mixed, halves, strict=True)]
@@ -215,11 +232,11 @@ def reference(model: Any, examples: list[Example], pad_id: int) -> list[float]:
     return found
 
 
-def _swapped(one: Example, other: Example) -> Example:
-    """The prompt of one with the answer of the other."""
+def _swapped(one: Example, other: Example, most: int) -> Example:
+    """The prompt of one with the answer of the other, up to `most` tokens."""
     prompt = next(at for at, label in enumerate(one.labels) if label != IGNORE)
     start = next(at for at, label in enumerate(other.labels) if label != IGNORE)
-    return Example(one.ids[:prompt] + other.ids[start:], one.labels[:prompt] + other.labels[start:])
+    return Example((one.ids[:prompt] + other.ids[start:])[:most], (one.labels[:prompt] + other.labels[start:])[:most])
 
 
 def _log_one_minus_exp(value_B: Tensor) -> Tensor:

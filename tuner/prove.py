@@ -50,13 +50,13 @@ def prove(recipe: Recipe, bundles: list[Bundle], url: str, out_dir: Path) -> dic
     longest = int(bundle.manifest.serving["serve_max_tokens"])
 
     def answer(row: Any) -> str:
-        room = longest - len(module.question(row.record, tokenizer, task)["ids"])
-        most = min(recipe.evaluate.max_new_tokens, room)
+        asks = module.question(row.record, tokenizer, task)
+        most = min(recipe.evaluate.max_new_tokens, longest - len(asks["ids"]))
         common: dict[str, Any] = {"model": model, "temperature": 0, "max_tokens": most}
-        if "messages" in row.record:
-            reply = client.chat.completions.create(messages=row.record["messages"][:-1], **common)
+        if asks["messages"]:
+            reply = client.chat.completions.create(messages=asks["messages"], **common)
             return str(reply.choices[0].message.content or "")
-        return str(client.completions.create(prompt=module.question(row.record, tokenizer, task)["ids"], **common).choices[0].text)
+        return str(client.completions.create(prompt=asks["ids"], **common).choices[0].text)
 
     def forced(example: Example) -> dict[str, Any]:
         return read_back(client, model, example)
@@ -66,7 +66,11 @@ def prove(recipe: Recipe, bundles: list[Bundle], url: str, out_dir: Path) -> dic
         (each for each in reversed(bundles) if "training" in each.manifest.metrics), bundles[-2] if len(bundles) > 1 else bundle
     )
     items = tuned.manifest.probe
-    examples = [example for _, example in rows] + [causal.example(item) for item in items]
+    # A loss that compares answers is no mean over tokens: of such a task the probe and the answers are asked.
+    alone = [example for _, example in rows if isinstance(example, Example)]
+    if not alone:
+        say(f"{model}: the held-out loss of {task.kind} is not asked of the endpoint, only the probe and the answers")
+    examples = alone + [causal.example(item) for item in items]
     answers, read = [], []
     try:
         with ThreadPoolExecutor(PARALLEL_REQUESTS) as pool, track("asking the endpoint", len(asked) + len(examples)) as advance:
@@ -78,11 +82,11 @@ def prove(recipe: Recipe, bundles: list[Bundle], url: str, out_dir: Path) -> dic
                 advance()
     except OpenAIError as error:
         raise GateError(f"the endpoint at {url} failed while it was asked held-out questions: {error}") from None
-    logprobs = [value for each in read[: len(rows)] for value in each["logprobs"]]
+    logprobs = [value for each in read[: len(alone)] for value in each["logprobs"]]
     metrics: dict[str, Any] = {}
-    if recipe.data.heldout is not None:
+    if recipe.data.heldout is not None and alone:
         metrics = {"heldout_loss": round(-sum(logprobs) / len(logprobs), 5), "heldout_tokens": len(logprobs)}
-    metrics["probe"] = probe.compare(module.HEAD, items, read[len(rows) :])
+    metrics["probe"] = probe.compare(module.HEAD, items, read[len(alone) :])
     if recipe.evaluate.metrics:
         pairs = [(text, module.reference(row.record)) for text, row in zip(answers, asked, strict=True)]
         metrics["scores"] = {"rows": len(pairs), **mean_scores(recipe.evaluate.metrics, pairs)}

@@ -52,6 +52,8 @@ def write_report(bundles: list[Bundle], out_dir: Path) -> Path:
             lines += ["", f"{bundle.manifest.stage}: {data['skipped_rows']} rows of {data['path']} were left out, such as:", ""]
             lines += [f"- {reason}" for reason in data["skipped"]]
     heldout = bundles[-1].manifest.metrics.get("heldout_skipped", {"count": 0})
+    if heldout.get("cut"):
+        lines += ["", f"{heldout['cut']} held-out rows were cut to the longest allowed; an endpoint reads them whole."]
     if heldout["count"]:
         lines += ["", f"{heldout['count']} held-out rows were left out, such as:", "", *(f"- {each}" for each in heldout["listed"])]
     path = out_dir / "report.md"

@@ -22,7 +22,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tuner import kinds
 from tuner.bundle import Bundle, Manifest, add_results, fingerprint, open_bundle, sha256, verify, write_bundle
 from tuner.data.dataset import task_of
 from tuner.errors import BundleError, GateError, RecipeError
@@ -30,6 +29,7 @@ from tuner.plan import Plan, Step
 from tuner.progress import say, timed
 from tuner.source import base_bundle
 from tuner.stages import Job
+from tuner.tasks import fits
 
 
 def run(plan: Plan, out_dir: Path) -> list[Bundle]:
@@ -37,7 +37,7 @@ def run(plan: Plan, out_dir: Path) -> list[Bundle]:
 
     Raises GateError where a result is not good enough to go on with; what was finished stays.
     """
-    from tuner.measure import base_on_probe, measured
+    from tuner.measure import base_on_probe, loss_before, measured
 
     bundles: list[Bundle] = []
     reference: Bundle | None = None  # the tuned model, whose probe the later ones should answer alike
@@ -51,29 +51,31 @@ def run(plan: Plan, out_dir: Path) -> list[Bundle]:
         raise RecipeError(f"--out {out_dir}: nothing can be written there: {error.strerror}") from None
     for remark in plan.remarks():
         say(remark)
-    if plan.recipe.data.heldout is None:
-        say("no data.heldout: the probe asks training rows, and no held-out loss is measured or gated")
     with _alone(out_dir):
         if plan.source is not None:
             with timed(f"base: {plan.source.reference}"):
                 given, task = base_bundle(plan.source, out_dir), task_of(plan.recipe, 0)
-                if given.manifest.head == kinds.load("tasks", task.kind).HEAD:  # another head has yet to be trained
+                if fits(given, task):  # another head has yet to be trained
                     given = measured(given, plan.recipe, task=task)
                 bundles.append(_named(out_dir, "base", given))
         for step in plan.steps:
             before = bundles[-1] if bundles else None
             bundle = _finished(plan, step, before, out_dir) or _made(plan, step, before, out_dir)
+            task = task_of(plan.recipe, step.index)
             if step.gives != "tokenizer" and plan.learns:
                 base = before if step.trains else base
                 # A recipe that tunes nothing compares with the model that it was given.
                 untrained = before if before and before.manifest.probe else None
                 like = None if step.trains else reference or untrained
                 with timed(f"{step.name}: measuring what was saved"):
-                    bundle = measured(bundle, plan.recipe, task=task_of(plan.recipe, step.index), reference=like, base=base)
+                    bundle = measured(bundle, plan.recipe, task=task, reference=like, base=base)
                     if step.trains and base is not None:
-                        bundle = base_on_probe(bundle, base)
+                        bundle = base_on_probe(bundle, base, task)
                 bundle = add_results(bundle, serving={"serve_max_tokens": plan.served_tokens()})
-            _gate(step, bundle, before)
+            earlier = before.manifest.metrics if before else {}
+            if step.trains and before:
+                earlier = loss_before(before, plan.recipe, task)
+            _gate(step, bundle, earlier)
             reference = bundle if step.trains else reference
             bundles.append(_named(out_dir, _link_name(plan, step), bundle))
     return bundles
@@ -83,13 +85,16 @@ def stage_fingerprint(plan: Plan, step: Step, parent: Bundle | None) -> str:
     """Changes with the stage's options and code version, the parent, the seed and the bytes of the training data."""
     data = plan.recipe.data
     told = step.options.model_dump(mode="json", exclude={"gate", "tolerance", "checkpoint_every_steps"})
+    decided: list[Any] = []
+    if data.heldout is not None and getattr(step.stage, "decides", lambda _: False)(step.options):
+        decided = [sha256(Path(data.heldout)), data.heldout_rows, plan.recipe.evaluate.model_dump(mode="json")]
     return fingerprint(
         step.name,
         step.stage.VERSION,
         told,
         parent.manifest.fingerprint if parent else None,
         plan.recipe.seed,
-        [sha256(Path(data.train)), data.train_rows, data.on_bad_row],
+        [sha256(Path(data.train)), data.train_rows, data.on_bad_row, *decided],
     )
 
 
@@ -104,6 +109,8 @@ def _finished(plan: Plan, step: Step, parent: Bundle | None, out_dir: Path) -> B
         return None
     try:
         bundle = open_bundle(path)
+        if bundle.manifest.fingerprint == key:
+            verify(bundle)
     except BundleError as error:
         say(f"{step.name}: made again, since {error}")
         return None
@@ -141,12 +148,12 @@ def _with_lineage(manifest: Manifest, parent: Bundle | None, path: Path) -> Mani
     return replace(manifest, parents=parents, base=way if manifest.kind == "adapter" else None)
 
 
-def _gate(step: Step, bundle: Bundle, before: Bundle | None) -> None:
+def _gate(step: Step, bundle: Bundle, before: dict[str, Any]) -> None:
     gate: Any = getattr(step.stage, "gate", None)
     if gate is None:
         return
     try:
-        gate(step.options, bundle.manifest.metrics, before.manifest.metrics if before else {})
+        gate(step.options, bundle.manifest.metrics, before)
     except GateError as error:
         raise GateError(f"{step.name}: {error}; the result is kept in {bundle.path}") from None
 

@@ -6,15 +6,19 @@ Shapes: B batch, D channels, T tokens, N states. The recurrence (Gu and Dao 2023
 state_t = exp(delta_t A) state_(t-1) + delta_t B_t u_t,   out_t = C_t state_t, for each channel by itself.
 """
 
+import importlib.util
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import silu, softplus
+
+if TYPE_CHECKING:
+    from tuner.families import Family
 
 # Where the documents of a packed batch begin, (B, T); set while such a batch is computed.
 _starts: Tensor | None = None
@@ -33,6 +37,20 @@ def use(model: Any) -> bool:
             module.mamba_selective_scan = _on_a_cpu(theirs)
             module.causal_conv1d_fn = _within_documents(module.causal_conv1d_fn)
     return bool(found)
+
+
+def paths(model: Any, family: "Family") -> list[str]:
+    """How the layers that carry a state are computed, in one line; nothing for a model without such layers."""
+    if not family.kernels:
+        return []
+    if model.device.type == "cpu":
+        own = any(
+            hasattr(getattr(sys.modules[type(each).__module__], "mamba_selective_scan", None), "theirs") for each in model.modules()
+        )
+        return [f"recurrent layers: {'a scan compiled for this CPU by numba' if own else 'transformers, in torch'}"]
+    there = {name: importlib.util.find_spec(name) is not None for name in sorted(family.kernels)}
+    said = ", ".join(f"{name} is {'there' if found else 'not installed'}" for name, found in there.items())
+    return [f"recurrent layers: fused kernels where transformers finds them ({said}), else torch, many times slower"]
 
 
 @contextmanager

@@ -27,6 +27,11 @@ def of_answers(model: Any, tokenizer: Any, rows: list[Any], options: Any, evalua
     return {"rows": len(pairs), **mean_scores(evaluate.metrics, pairs)}
 
 
+def scored(options: Any, evaluate: Evaluate) -> list[str]:  # noqa: ARG001 - a task's common signature
+    """Names of the recipe's metrics."""
+    return list(evaluate.metrics)
+
+
 def score(metric: Metric, answer: str, reference: str) -> float:
     """Between 0 and 1. With two empty sets of matches `f1` is 1: nothing was asked for and nothing was added."""
     if metric.kind == "exact":

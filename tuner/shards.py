@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from tuner import kinds
 from tuner.bundle import Bundle
-from tuner.checkpoint import block_linears, quiet
+from tuner.checkpoint import ROUNDED, block_linears, head_of, quiet, rounded
 from tuner.errors import SourceError
 from tuner.families import family_of
 from tuner.source import weight_files
@@ -18,8 +18,6 @@ from tuner.source import weight_files
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-
-ROUNDED = ("nf4", "int8")
 
 
 def merge(adapter: Bundle, folder: Path, dtype: "torch.dtype", *, original: bool = False) -> None:
@@ -58,7 +56,7 @@ def _outline(adapter: Bundle) -> Any:
 
     base, manifest = adapter.base(), adapter.manifest
     head = kinds.load("heads", str(manifest.head))
-    options = {} if base.manifest.head == manifest.head else manifest.serving.get("head_config", {})
+    options = head_of(adapter)["config"]
     config = transformers.AutoConfig.from_pretrained(base.path.resolve(), trust_remote_code=False, **options)
     with torch.device("meta"):
         model = getattr(transformers, head.AUTO).from_config(config, dtype=torch.float32)
@@ -103,7 +101,7 @@ def _tensors(inner: Any, files: list[Path], model_type: str, rounding: str | Non
                     continue
                 tensor = stream.get_tensor(key)
                 if name.removesuffix(".weight") in linears:
-                    tensor = _rounded(tensor, str(rounding))
+                    tensor = rounded(tensor, str(rounding))
                 yield stored, _merged(adapted.pop(name), tensor) if name in adapted else tensor
     yield from left.items()
     lost = sorted(missing - set(left))
@@ -160,22 +158,6 @@ def _merged(layer: Any, weight: "Tensor") -> "Tensor":
     merged: Tensor = linear.weight.data
     linear.weight = empty
     return merged
-
-
-def _rounded(weight: "Tensor", storage: str) -> "Tensor":
-    """The weight in float32 as bitsandbytes' storage leaves it."""
-    from types import SimpleNamespace
-
-    import bitsandbytes
-    from transformers.integrations.bitsandbytes import dequantize_bnb_weight
-
-    if storage == "nf4":
-        kept = bitsandbytes.nn.Params4bit(weight.float(), requires_grad=False, quant_type="nf4", compress_statistics=True)
-    else:
-        kept = bitsandbytes.nn.Int8Params(weight.float(), requires_grad=False, has_fp16_weights=False)
-    kept = kept.to("cpu")
-    found: Tensor = dequantize_bnb_weight(kept, SimpleNamespace(SCB=getattr(kept, "SCB", None)))
-    return found.float()
 
 
 class _Shards:

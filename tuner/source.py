@@ -18,13 +18,16 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tuner import gguf
+from tuner import gguf, kinds
 from tuner.bundle import MANIFEST, Bundle, Manifest, checked_name, fingerprint, open_bundle, sha256, verify, write_bundle
 from tuner.errors import BundleError, SourceError, nearest
+from tuner.families import family_of, head_of
 
 VERSION = 1
 # What a checkpoint is made of. Anything else in a directory or on the hub stays where it is.
-WANTED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
+WANTED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*_Pooling/config.json")
+# As sentence-transformers names them.
+POOLINGS = {"mean": "pooling_mode_mean_tokens", "cls": "pooling_mode_cls_token", "last": "pooling_mode_lasttoken"}
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,12 @@ class Facts:
     """Module name to the shape of its two-dimensional weight: (outputs, inputs) of a linear. Empty where headers do not say."""
     widths: frozenset[int] = frozenset()
     """Inputs of the linears of a model that has yet to be made."""
+    head: str = "causal"
+    """What it answers with: a file in tuner/heads."""
+    labels: tuple[str, ...] = ()
+    """What its head tells apart, in the order of its scores, where it names them."""
+    pooling: str | None = None
+    """How it makes vectors, where it says so: `mean`, `cls` or `last`."""
 
 
 def find(reference: str, revision: str | None = None) -> Source:
@@ -104,6 +113,9 @@ def facts(source: Source) -> Facts:
         kind,
         _has_chat_template(folder),
         {name.removesuffix(".weight"): shape for name, shape in shapes.items() if name.endswith(".weight") and len(shape) == 2},
+        head=head_of(config),
+        labels=tuple(label_names(config)),
+        pooling=_pooling(folder),
     )
 
 
@@ -159,8 +171,6 @@ def _adopted(made: Bundle, path: Path, reference: str, key: str) -> Manifest:
 
 def describe_model(folder: Path, *, stage: str, fingerprint: str, source: Source | None = None, **rest: Any) -> Manifest:
     """A manifest for an ordinary checkpoint directory, its family looked up from config.json."""
-    from tuner.families import family_of, head_of
-
     config = read_config(folder)
     family, architecture = family_of(str(config["model_type"]))
     return Manifest(
@@ -174,6 +184,7 @@ def describe_model(folder: Path, *, stage: str, fingerprint: str, source: Source
             "dtype": str(config.get("dtype") or config.get("torch_dtype") or "float32"),
             "max_tokens": _context(config, folder),
             "heads": sorted(architecture.served),
+            **({"labels": label_names(config)} if getattr(kinds.load("heads", head_of(config)), "LABELLED", False) else {}),
             **rest.pop("serving", {}),
         },
         recipe=rest.pop("recipe", {}) if source is None else {"model": source.reference, **source.identity},
@@ -195,6 +206,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def label_names(config: dict[str, Any]) -> list[str]:
+    """The labels of a model's head, in the order of its scores; empty where its configuration names none."""
+    named = config.get("id2label")
+    return [str(name) for _, name in sorted(named.items(), key=lambda each: int(each[0]))] if isinstance(named, dict) else []
+
+
 def _has_chat_template(folder: Path) -> bool:
     """A file of its own, as transformers writes it now, or a key of the tokenizer's configuration, as it did before."""
     if any((folder / name).is_file() for name in ("chat_template.jinja", "chat_template.json")):
@@ -209,9 +226,23 @@ def _context(config: dict[str, Any], folder: Path) -> int:
     """Longest input in tokens, 0 where the configuration does not say."""
     text = config.get("text_config")
     text = text if isinstance(text, dict) else config
-    return _whole(
+    longest = _whole(
         text.get("max_position_embeddings") or text.get("n_positions") or 0, f"{folder / 'config.json'}: the longest input"
     )
+    with suppress(SourceError):  # of an unknown architecture it is said elsewhere
+        _, architecture = family_of(str(text.get("model_type")))
+        if longest and architecture.positions_from_padding:
+            return longest - 1 - int(text.get("pad_token_id") or 0)
+    return longest
+
+
+def _pooling(folder: Path) -> str | None:
+    """What sentence-transformers reads beside a checkpoint: which hidden states become a vector."""
+    try:
+        modes = json.loads((folder / "1_Pooling/config.json").read_text(encoding="utf-8"))
+        return next((name for name, key in POOLINGS.items() if modes.get(key)), None)
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 def _whole(value: Any, what: str) -> int:
@@ -299,7 +330,7 @@ def _local(reference: str, path: Path, **identity: Any) -> Source:
             found = f"only {pickles[0]}, a pickle, which can run code when it is read" if pickles else "no weights"
             raise SourceError(f"{path}: {found}; save the model as safetensors (model.save_pretrained does)")
         files = [file for pattern in WANTED for file in sorted(path.glob(pattern))]
-        stats = {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
+        stats = {str(file.relative_to(path)): [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
         return Source(reference, path, {**identity, "files": stats})
     if path.suffix != ".gguf":
         raise SourceError(f"{path}: a model is a directory with config.json and safetensors, or a .gguf file")
@@ -363,7 +394,9 @@ def _link(source: Path, folder: Path) -> None:
         for file in sorted(source.glob(pattern)):
             if file.name == MANIFEST:
                 continue
+            there = folder / file.relative_to(source)
+            there.parent.mkdir(exist_ok=True)
             try:
-                (folder / file.name).hardlink_to(file.resolve())
+                there.hardlink_to(file.resolve())
             except OSError:  # another file system, or a file of someone else's
-                (folder / file.name).symlink_to(file.resolve())
+                there.symlink_to(file.resolve())

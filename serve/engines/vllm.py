@@ -111,11 +111,12 @@ def refusal(bundle: Bundle) -> str | None:
     if manifest.kind == "tokenizer":
         return "a tokenizer alone answers nothing; serve a model"
     if manifest.kind == "adapter" and manifest.head != "causal":
-        return "an adapter with a new head cannot be served beside its base; add `- merge: {}` to the recipe and serve that"
+        return "only an adapter that answers with words is served beside its base; add `- merge: {}` to the recipe and serve that"
     if manifest.head != "causal" and manifest.head not in manifest.serving.get("heads", []):
         return f"vLLM was not seen to serve a {manifest.head} head of {manifest.model_type}; transformers opens it as it is"
     if manifest.kind == "adapter" and not manifest.serving.get("live_adapter"):
-        return f"vLLM takes no live adapters for {manifest.model_type}; add `- merge: {{}}` to the recipe and serve that"
+        why = manifest.serving.get("not_live") or f"vLLM takes no live adapters for {manifest.model_type}"
+        return f"{why}; add `- merge: {{}}` to the recipe and serve that"
     if manifest.kind == "adapter":
         rank_bucket(int(manifest.serving["adapter_rank"]))
     return None

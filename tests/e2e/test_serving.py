@@ -1,6 +1,7 @@
 """The whole way with the real model, real data and the real vLLM, in few steps; then what happens when the engine dies."""
 
 import contextlib
+import hashlib
 import json
 import re
 import signal
@@ -224,6 +225,12 @@ def test_an_engine_that_dies_at_start_is_one_sentence_with_its_own_words(out: Pa
     shutil.copytree(out / "merge", broken)
     config = (broken / "config.json").read_text()
     (broken / "config.json").write_text(config.replace('"intermediate_size": 1536', '"intermediate_size": 1537'))
+    done = tuner("serve", broken, "--port", "0", "--name", "broken", timeout=300)
+    assert done.returncode == 2
+    assert "config.json: its sha256 is not the one in bundle.json; the file was changed after it was made" in done.stderr
+    sealed = json.loads((broken / "bundle.json").read_text())
+    sealed["files"]["config.json"]["sha256"] = hashlib.sha256((broken / "config.json").read_bytes()).hexdigest()
+    (broken / "bundle.json").write_text(json.dumps(sealed))
     done = tuner("serve", broken, "--port", "0", "--name", "broken", timeout=300)
     assert done.returncode == 2
     last = done.stderr.strip().splitlines()[-1]

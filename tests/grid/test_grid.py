@@ -50,6 +50,20 @@ TASKS |= {
     "embed-cosine": ({"loss": "cosine", "pooling": "cls", "max_tokens": 32}, SCORED),
     "embed-last": ({"pooling": "last", "max_tokens": 32}, TEXTS),
 }
+LABELS, READ = (
+    {"labels": ["machine", "network"], "max_tokens": 32},
+    ["show the machine", "list the network", "show both", "list none"],
+)
+GIVEN = (["machine"], ["network"], ["machine", "network"], [])
+TASKS |= {
+    "classify-multi": (
+        {"form": "multi", **LABELS}, [{"text": text, "labels": names} for text, names in zip(READ, GIVEN, strict=True)],
+    ),
+    "classify-number": ({"form": "number", "max_tokens": 32}, [{"text": text, "score": len(text) / 10} for text in READ]),
+    "classify-weighted": (
+        {"class_weights": [1.0, 5.0], **LABELS}, [{"text": text, "label": LABELS["labels"][at == 0]} for at, text in enumerate(READ)],
+    ),
+}  # fmt: skip
 TASKS |= {f"preference-{loss}": ({"loss": loss, "max_tokens": 64}, rows) for loss, rows in LOSSES.items()}
 
 
@@ -116,7 +130,7 @@ def test_the_loss_falls_and_every_layer_learns(
     layers = method.layers(model)
     before = {name: [parameter.detach().clone() for parameter in own] for name, own in layers.items()}
     schedule = Schedule(
-        steps=3, batch_size=4, micro_batch_size=2, learning_rate=3.0e-4 if method_name == "full" else 3.0e-3, warmup_fraction=0.0, decay="constant",
+        steps=3, batch_size=4, micro_batch_size=2, learning_rate=3.0e-4, warmup_fraction=0.0, decay="constant",
         weight_decay=0.0, max_grad_norm=1.0, checkpoint_every_steps=100, seed=0,
     )  # fmt: skip
     objective = task.objective(model, tokenizer, options)

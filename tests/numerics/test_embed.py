@@ -182,3 +182,33 @@ def test_texts_that_cannot_be_compared_are_said(tokenizer: Any, options: dict[st
 
 class _Tokenizer:
     pad_token_id = 0
+
+
+def test_a_model_that_gives_one_vector_to_all_texts_or_no_number_finds_nothing() -> None:
+    from tuner.recipe import Evaluate
+
+    found = []
+    for value in (1.0, float("nan")):
+        model = bert()
+        with torch.no_grad():
+            for layer in model.modules():
+                if isinstance(layer, torch.nn.LayerNorm):
+                    layer.weight.zero_()
+                    layer.bias.fill_(value)
+        given = [(Row(f"f:{at}", {}), each) for at, each in enumerate(rows(4))]
+        found.append(embed.scores(model, None, given, embed.Options(), Evaluate())["recall@1"])
+    assert found == [0.0, 0.0]
+
+
+def test_no_step_is_left_with_a_single_row_that_has_nothing_to_be_told_from() -> None:
+    from tuner.data.order import plan
+
+    lengths = [5] * 9
+    assert sorted(map(len, plan(lengths, 8, 0, 0))) == [1, 8]
+    batches = plan(lengths, 8, 0, 0, least=2)
+    assert sorted(map(len, batches)) == [2, 7]
+    assert sorted(index for batch in batches for index in batch) == list(range(9))
+    objective = embed.objective(bert(), type("T", (), {"pad_token_id": 0}), embed.Options())
+    assert objective.least_rows == 2
+    with pytest.raises(DataError, match="batch_size has to be 2 or more"):
+        objective.begin(rows(1, negatives=0), 8)

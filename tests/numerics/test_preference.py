@@ -8,7 +8,7 @@ import torch
 
 from tests.conftest import chat_rows
 from tuner import preference
-from tuner.data.example import IGNORE
+from tuner.data.example import IGNORE, Example
 from tuner.data.rows import Row, Skipped
 from tuner.errors import DataError
 from tuner.tasks import preference as task
@@ -233,3 +233,33 @@ def learned(example: Any) -> list[int]:
 
 def prompt_length(example: Any) -> int:
     return next(at for at, label in enumerate(example.labels) if label != IGNORE)
+
+
+def test_a_model_that_was_not_trained_yet_is_the_one_it_is_compared_with(tokenizer: Any, tmp_path: Any) -> None:
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=330, n_embd=32, n_layer=2, n_head=2, n_positions=64)
+    assert config.resid_pdrop == config.attn_pdrop == 0.1
+    drops = transformers.GPT2LMHeadModel(config)
+    objective = preference.PairLoss(drops, 0, task.Options())
+    pairs = objective.prepared(rows("dpo", tokenizer))
+    objective.train()
+    assert drops.training
+    loss = objective(objective.collate(pairs)) / len(pairs)
+    assert float(loss) == pytest.approx(0.693147, abs=1e-5), "ln 2"
+    ids = torch.arange(3, 30)[None]
+    assert torch.equal(drops(ids).logits, drops(ids).logits)
+
+
+def test_what_kto_compares_with_is_no_longer_than_a_row_may_be(tokenizer: Any) -> None:
+    import transformers
+
+    options = task.Options(loss="kto", max_tokens=20)
+    config = transformers.GPT2Config(vocab_size=330, n_embd=32, n_layer=1, n_head=2, n_positions=20)
+    objective = preference.JudgedLoss(transformers.GPT2LMHeadModel(config), 0, options)
+    long = [Example(list(range(3, 23)), [IGNORE] * at + list(range(3 + at, 23))) for at in (2, 17)]
+    judged = objective.prepared([preference.Judged(each, True) for each in long])
+    assert [len(row.mismatched.ids) for row in judged] == [5, 20]
+    with pytest.raises(DataError, match="kto compares with answers to other prompts, so it needs two rows or more"):
+        objective.prepared([preference.Judged(long[0], True)])

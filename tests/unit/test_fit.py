@@ -234,7 +234,7 @@ def test_the_weights_that_did_best_are_kept(tiny_model: Path, tokenizer: Any, tm
 
     rows = examples(tokenizer)
     model = adapted(tiny_model)
-    measured = watched(model, [5.0, 4.0, 3.0, 3.5, 3.2, 3.1], None, tmp_path / "a", rows)
+    measured = watched(model, [9.0, 5.0, 4.0, 3.0, 3.5, 3.2, 3.1], None, tmp_path / "a", rows)
     assert measured["kept_step"] == 3 and measured["steps"] == 6 and len(measured["watched"]) == 6
     three = adapted(tiny_model)
 
@@ -259,7 +259,7 @@ def test_the_weights_that_did_best_are_kept(tiny_model: Path, tokenizer: Any, tm
 
 
 def test_training_ends_when_nothing_gets_better(tiny_model: Path, tokenizer: Any, tmp_path: Path) -> None:
-    measured = watched(adapted(tiny_model), [5.0, 4.0, 4.5, 4.2], 2, tmp_path, examples(tokenizer))
+    measured = watched(adapted(tiny_model), [9.0, 5.0, 4.0, 4.5, 4.2], 2, tmp_path, examples(tokenizer))
     assert measured["steps"] == 4 and measured["kept_step"] == 2
 
 
@@ -268,3 +268,4 @@ def test_a_score_that_nobody_measures_is_said(tiny_model: Path, tokenizer: Any, 
     watch = Watch(lambda: {"heldout_loss": 1.0, "accuracy": 0.5}, "acuracy", 1, None)
     with pytest.raises(GateError, match='watch.by is "acuracy", and what is measured is heldout_loss, accuracy'):
         fit(NextTokenLoss(model, 0), examples(tokenizer), SCHEDULE, layers=lora.layers(model), work=tmp_path, watch=watch)
+    assert all(not parameter.any() for name, parameter in trained(model).items() if "lora_B" in name), "before the first step"

@@ -13,7 +13,11 @@ from tuner.stages import merge, quantize, tune
 
 
 def metrics(loss: float, **probe: float) -> dict[str, Any]:
-    return {"heldout_loss": loss, "probe": {"difference_from_base": 1.0, "max_difference": 0.0, "mean_difference": 0.0, **probe}}
+    return {
+        "heldout_loss": loss,
+        "probe": {"difference_from_base": 1.0, "max_difference": 0.0, "mean_difference": 0.0, **probe},
+        "training": {},
+    }
 
 
 TUNE = tune.Options(task={"kind": "sft"}, gate={"heldout_loss_drop": 0.5})
@@ -29,6 +33,10 @@ def test_training_must_lower_the_loss_as_far_as_asked() -> None:
 def test_an_adapter_that_changes_no_answer_had_no_effect() -> None:
     with pytest.raises(GateError, match="training had no effect"):
         tune.gate(TUNE, metrics(1.0, difference_from_base=0.0), metrics(2.0))
+    # What rounding the base alone changes is not the adapter's doing.
+    rounded = {**metrics(1.0, difference_from_base=0.01), "training": {"difference_from_base": 0.0}}
+    with pytest.raises(GateError, match="training had no effect"):
+        tune.gate(TUNE, rounded, metrics(2.0))
 
 
 def test_a_merge_must_answer_as_the_tuned_model() -> None:

@@ -100,3 +100,29 @@ def test_the_template_runs_in_a_sandbox(tokenizer: Any) -> None:
     evil.chat_template = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
     with pytest.raises(DataError, match="refuses this conversation"):
         encode({"messages": TURNS}, evil)
+
+
+def test_the_token_that_ends_a_turn_may_be_another_than_the_one_that_ends_a_text(tokenizer: Any) -> None:
+    import copy
+
+    # As in Gemma and Phi-3: eos is of texts, and generation_config.json names what ends a turn beside it.
+    other = copy.deepcopy(tokenizer)
+    other.eos_token = "<|endoftext|>"
+    example = encode({"messages": TURNS}, other)
+    assert learned(example, other).endswith("<|im_end|>\n<|endoftext|>")
+    other.ends_of_turn = [tokenizer.eos_token_id]
+    example = encode({"messages": TURNS}, other)
+    assert learned(example, other) == "az vm list<|im_end|>az vnet show<|im_end|>"
+    assert other.decode(example.ids) == other.apply_chat_template(TURNS, tokenize=False)
+
+
+def test_the_blanks_of_an_answer_are_learned_though_the_tokenizer_gives_them_no_characters(tokenizer: Any) -> None:
+    import copy
+
+    from tokenizers import processors
+
+    trimming: Any = copy.deepcopy(tokenizer)
+    trimming.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    turns = [{"role": "user", "content": "list"}, {"role": "assistant", "content": "az vm:\n        list   it"}]
+    assert any(left == right for left, right in trimming(turns[1]["content"], return_offsets_mapping=True)["offset_mapping"])
+    assert learned(encode({"messages": turns}, trimming), trimming) == turns[1]["content"] + "<|im_end|>"

@@ -38,7 +38,7 @@ def texts(count: int) -> list[list[int]]:
 )
 def test_the_loss_of_labels_is_transformers_own(problem: str, labels: int, targets: list[list[float]]) -> None:
     model = bert("SequenceClassification", num_labels=labels, problem_type=problem)
-    objective = LabelLoss(model, 0)
+    objective = LabelLoss(model, 0, problem)
     batch = objective.collate([Labelled(ids, target) for ids, target in zip(texts(4), targets, strict=True)])
     wanted = batch["target"][:, 0].long() if problem == SINGLE else batch["target"]
     theirs = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=wanted).loss
@@ -50,7 +50,7 @@ def test_class_weights_are_torchs() -> None:
     model = bert("SequenceClassification", num_labels=2, problem_type=SINGLE)
     weights = [0.25, 3.0]
     examples = [Labelled(ids, [float(index % 2)], weights[index % 2]) for index, ids in enumerate(texts(5))]
-    objective = LabelLoss(model, 0)
+    objective = LabelLoss(model, 0, SINGLE)
     batch = objective.collate(examples)
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     theirs = torch.nn.functional.cross_entropy(logits, batch["target"][:, 0].long(), weight=torch.tensor(weights))
@@ -98,16 +98,88 @@ def test_whole_words_are_hidden_together(tokenizer: Any) -> None:
     ((_, block),) = masked.examples(rows, own, masked.Options(whole_words=True, fraction=0.5), "stop", Skipped())
     assert max(map(len, block.words)) > 1
     assert sorted(place for word in block.words for place in word) == list(range(len(block.ids)))
+    objective = masked.objective(bert("MaskedLM"), own, masked.Options())
+    counts = set()
+    for seed in range(50):
+        torch.manual_seed(seed)
+        (tagged,) = objective.begin([block], 1)
+        hidden = {place for place, label in enumerate(tagged.labels) if label != IGNORE}
+        assert all(hidden >= set(word) or not hidden & set(word) for word in block.words)
+        assert 0 < len(hidden) <= max(block.supervised, max(map(len, block.words)))
+        counts.add(tagged.supervised)
+    assert len(counts) > 1, "what is divided by is what was hidden"
 
 
-def test_a_tag_stands_at_the_first_token_of_its_word(tokenizer: Any) -> None:
-    options = tokens.Options(labels=["VERB", "NOUN"])
-    rows = iter([Row("f:1", {"words": ["list", "quagga", "vm"], "tags": ["VERB", "NOUN", "NOUN"]})])
-    ((_, example),) = tokens.examples(rows, tokenizer, options, "stop", Skipped())
-    assert len(example.ids) > 3
-    words = tokenizer(["list", "quagga", "vm"], is_split_into_words=True).word_ids()
-    assert [label for label in example.labels if label != IGNORE] == [0, 1, 1]
-    assert [words[place] for place, label in enumerate(example.labels) if label != IGNORE] == [0, 1, 2]
+def wordpiece() -> Any:
+    """BERT's kind of tokenizer: [CLS] and [SEP] around a text, and no token for what is no visible character."""
+    from transformers import BertTokenizer
+
+    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "list", "vm", "qua", "##gga"]
+    return BertTokenizer(vocab={name: number for number, name in enumerate(names)})
+
+
+def test_a_text_of_which_nothing_can_be_hidden_is_refused() -> None:
+    with pytest.raises(DataError, match="makes no token of this text, so nothing can be hidden"):
+        list(masked.examples(iter([Row("f:1", {"text": "\u200b"})]), wordpiece(), masked.Options(), "stop", Skipped()))
+
+
+def test_a_tag_stands_at_the_first_or_the_last_token_of_its_word(tokenizer: Any) -> None:
+    row = {"words": ["list", "quagga", "vm"], "tags": ["VERB", "NOUN", "NOUN"]}
+    places = {}
+    for at in ("first", "last"):
+        options = tokens.Options(labels=["VERB", "NOUN"], at=at)
+        ((_, example),) = tokens.examples(iter([Row("f:1", row)]), tokenizer, options, "stop", Skipped())
+        assert example.ids == tokenizer("list quagga vm")["input_ids"], "what a client sends as text"
+        assert [label for label in example.labels if label != IGNORE] == [0, 1, 1]
+        places[at] = [place for place, label in enumerate(example.labels) if label != IGNORE]
+    spelt = [piece.replace("Ġ", " ") for piece in tokenizer.convert_ids_to_tokens(example.ids)]
+    # A space is a token of its own, and of no word, or the beginning of the word behind it.
+    assert [spelt[place].strip()[0] for place in places["first"]] == ["l", "q", "v"]
+    assert ["".join(spelt[: place + 1]) for place in places["last"]] == ["list", "list quagga", "list quagga vm"]
+    ((_, example),) = tokens.examples(iter([Row("f:1", row)]), wordpiece(), options, "stop", Skipped())
+    assert example.ids == [2, 5, 7, 8, 6, 3]
+    assert example.labels == [IGNORE, 0, IGNORE, 1, 1, IGNORE]
+
+
+@pytest.mark.parametrize("tags", [["O", "I-PER"], ["B-LOC", "I-PER"], ["B-PER", "B-ORG"]])
+def test_tags_that_go_on_with_nothing_or_that_no_label_names_are_refused_before_there_is_a_tokenizer(tags: list[str]) -> None:
+    options = tokens.Options(labels=["O", "B-PER", "I-PER", "B-LOC"])
+    with pytest.raises(DataError, match=r"tags\[1\]: .*(expected B-PER here|none of the recipe's labels)"):
+        tokens.check_row({"words": ["a", "b"], "tags": tags}, options)
+    tokens.check_row({"words": ["a", "b", "c"], "tags": ["B-PER", "I-PER", "I-PER"]}, options)
+
+
+@pytest.mark.parametrize(
+    ("task", "options", "said"),
+    [
+        (tokens, {"labels": ["O", "B-PER", "S-PER"]}, "S-PER is neither O nor begins with B- or I-"),
+        (tokens, {"labels": ["A", "B", "A"]}, "labels: A stands there twice"),
+        (classify, {"labels": ["a", "b", "a"]}, "labels: a stands there twice"),
+        (classify, {"labels": ["a", "b"], "class_weights": [-1.0, 1.0]}, "greater than 0"),
+    ],
+)
+def test_labels_that_make_no_sense_are_refused(task: Any, options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        task.Options(**options)
+
+
+def test_a_sentence_of_which_no_word_is_left_is_refused() -> None:
+    rows = iter([Row("f:1", {"words": ["\u200b", "vm"], "tags": ["A", "B"]})])
+    options = tokens.Options(labels=["A", "B"], max_tokens=2, cut=True)
+    with pytest.raises(DataError, match="the tokenizer leaves no token of"):
+        list(tokens.examples(rows, wordpiece(), options, "stop", Skipped()))
+
+
+def test_of_several_labels_the_f1_counts_those_that_were_given(tokenizer: Any) -> None:
+    from tuner.recipe import Evaluate
+
+    model = bert("SequenceClassification", num_labels=1)
+    with torch.no_grad():
+        model.classifier.bias.fill_(-9.0)  # it never gives the label
+        model.classifier.weight.zero_()
+    options = classify.Options(form="multi", labels=["spam"])
+    rows = [(Row(f"f:{at}", {}), Labelled(ids, [float(at == 0)])) for at, ids in enumerate(texts(4))]
+    assert classify.scores(model, None, rows, options, Evaluate())["micro F1"] == 0.0
 
 
 # The examples of CoNLL-2003's evaluation: an entity counts only whole and with its type.

@@ -7,7 +7,7 @@ from typing import Any
 from tuner import kinds
 from tuner.bundle import sha256
 from tuner.data.example import Example
-from tuner.data.rows import Row, Skipped, read_rows
+from tuner.data.rows import Row, Skipped, first_of_each, read_rows
 from tuner.errors import DataError
 from tuner.progress import counted
 from tuner.recipe import Recipe
@@ -68,6 +68,13 @@ def heldout_rows(recipe: Recipe, task: Any, tokenizer: Any) -> tuple[list[tuple[
     if not found:
         raise DataError(f"{path}: no row is left to measure on ({skipped.count} were left out)")
     return _of_rows(found, recipe.data.heldout_rows), skipped
+
+
+def questions(recipe: Recipe, task: Any, tokenizer: Any, rows: list[tuple[Row, Example]] | None = None) -> list[dict[str, Any]]:
+    """What the probe asks: the first of the held-out `rows`, each as the task puts it."""
+    found = heldout_rows(recipe, task, tokenizer)[0] if rows is None else rows
+    ask = kinds.load("tasks", task.kind).question
+    return [ask(row.record, tokenizer, task) for row, _ in first_of_each(found)[: recipe.probe.rows]]
 
 
 def _of_rows(found: list[tuple[Row, Example]], rows: int | None) -> list[tuple[Row, Example]]:

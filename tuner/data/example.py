@@ -40,6 +40,7 @@ class Labelled:
 
     ids: list[int]
     target: list[float]
+    """What is learned of it."""
     weight: float = 1.0
     """How much it counts, by its class."""
     cut: bool = False
@@ -65,3 +66,8 @@ class Texts:
     def ids(self) -> list[int]:
         """All, one after the other."""
         return [token for text in self.texts for token in text]
+
+
+def repeated(names: list[str]) -> str | None:
+    """The first of the names that stands there a second time."""
+    return next((name for at, name in enumerate(names) if name in names[:at]), None)

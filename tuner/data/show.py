@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from tuner import kinds
 from tuner.bundle import Bundle
 from tuner.data.example import IGNORE, Example
 from tuner.plan import Plan
@@ -26,13 +27,16 @@ def show(plan: Plan, out_dir: Path, rows: int) -> None:
 
     console = Console(highlight=False)
     tokenizer = _tokenizer(plan, out_dir)
-    examples, data = training_examples(plan.recipe, task_of(plan.recipe), tokenizer)
+    task = task_of(plan.recipe)
+    examples, data = training_examples(plan.recipe, task, tokenizer)
+    shown = getattr(kinds.load("tasks", task.kind), "shown", lambda example, _: [("", example)])
     for number, example in enumerate(examples[:rows], 1):
-        console.rule(f"example {number}: {len(example.ids)} tokens, {example.supervised} learned")
-        console.print(render(example, tokenizer), soft_wrap=True)
+        console.rule(f"example {number}: {len(example.ids)} tokens, {example.supervised:g} learned")
+        for name, part in shown(example, task):
+            console.print(Text(f"{name}: " if name else "", style="bold") + render(part, tokenizer), soft_wrap=True)
     console.rule("counts")
     console.print(
-        f"{data['rows']} rows, {data['tokens']} tokens, {data['supervised_tokens']} learned, {data['skipped_rows']} rows left out"
+        f"{data['rows']} rows, {data['tokens']} tokens, {data['supervised_tokens']:g} learned, {data['skipped_rows']} rows left out"
     )
     for reason in data["skipped"]:
         console.print(f"  {reason}", markup=False, soft_wrap=True)

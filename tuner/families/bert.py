@@ -16,7 +16,7 @@ FAMILY = Family(
     heads=frozenset({"masked", "sequence", "token", "embedding"}),
     architectures={
         "bert": BERT,
-        "roberta": BERT,
+        "roberta": replace(BERT, positions_from_padding=True),
         # vLLM reads its token head as another class.
         "electra": replace(BERT, served=frozenset({"embedding", "sequence"})),
         "distilbert": Architecture(
@@ -34,4 +34,5 @@ FAMILY = Family(
         "decoder": "it is tied to the embedding, and an error in it reaches every token",
         "pooler": "it belongs to the head, which is trained in full",
     },
+    head_parts=frozenset({"pooler"}),
 )

@@ -24,6 +24,7 @@ def hybrid(*extra: str, lacks: frozenset[str] = NO_CLASSES, not_packed: str = CA
 FAMILY = Family(
     name="mamba",
     heads=frozenset({"causal", "sequence", "token"}),
+    kernels=frozenset({"mamba_ssm", "causal_conv1d"}),
     architectures={
         "mamba": MAMBA1,
         "falcon_mamba": MAMBA1,

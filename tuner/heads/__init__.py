@@ -8,6 +8,7 @@ difference(item, answer)       (differences, whether each part is the same) betw
 
 and, where there is something to say:
 
+LABELLED                       True where the head gives a score to each label of a list
 opened(model)                  changes a model that was just opened
 describe(folder, ...)          adds what other programs read beside a checkpoint with this head
 """

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from tuner.source import POOLINGS
+
 AUTO = "AutoModel"
 Pooling = Literal["mean", "cls", "last"]
 # Two vectors whose cosine is above this find the same neighbours.
@@ -86,13 +88,12 @@ def describe(folder: Path, serving: dict[str, Any]) -> None:
         {"idx": 2, "name": "2", "path": "2_Normalize", "type": "sentence_transformers.models.Normalize"},
     ]
     config = json.loads((folder / "config.json").read_text())
-    names = {"mean": "pooling_mode_mean_tokens", "cls": "pooling_mode_cls_token", "last": "pooling_mode_lasttoken"}
     width = config.get("hidden_size") or config.get("dim") or config.get("n_embd")
     for name, value in {
         "modules.json": modules,
         "1_Pooling/config.json": {
             "word_embedding_dimension": width,
-            **{mode: kind == serving["pooling"] for kind, mode in names.items()},
+            **{mode: kind == serving["pooling"] for kind, mode in POOLINGS.items()},
         },
     }.items():
         (folder / name).parent.mkdir(exist_ok=True)

@@ -3,6 +3,7 @@
 Shapes: B batch, T tokens, L labels.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from tuner.data.example import Labelled
 from tuner.objective import Objective
 
 AUTO = "AutoModelForSequenceClassification"
+LABELLED = True
 # transformers' words for what the scores mean; a server picks softmax or sigmoid by them.
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
 # Two numbers predicted by right computations of one model are closer than this.
@@ -30,10 +32,14 @@ def collate(examples: list[Labelled], pad_id: int, device: str | torch.device = 
 
 
 class LabelLoss(Objective):
-    """Sum over a batch of the loss of each text, as transformers defines it for the model's `problem_type`, times its weight.
+    """Sum over a batch of the loss of each text, as transformers defines it for this `problem_type`, times its weight.
 
     Cross entropy for one class, the mean of binary cross entropies for several, squared error for a number.
     """
+
+    def __init__(self, model: Any, pad_id: int, problem: str) -> None:
+        super().__init__(model, pad_id)
+        self.problem = problem
 
     def collate(self, examples: list[Labelled], device: str | torch.device = "cpu") -> dict[str, Tensor]:
         """The batch that `forward` takes."""
@@ -42,17 +48,16 @@ class LabelLoss(Objective):
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         """A scalar."""
         logits_BL = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()
-        problem = self.model.config.problem_type
-        if problem == SINGLE:
+        if self.problem == SINGLE:
             loss_B = nn.functional.cross_entropy(logits_BL, batch["target"][:, 0].long(), reduction="none")
-        elif problem == MULTI:
+        elif self.problem == MULTI:
             loss_B = nn.functional.binary_cross_entropy_with_logits(logits_BL, batch["target"], reduction="none").mean(-1)
         else:
             loss_B = (logits_BL[:, 0] - batch["target"][:, 0]) ** 2
         return (loss_B * batch["weight"]).sum()
 
 
-def scores(model: Any, all_ids: list[list[int]], device: str) -> list[list[float]]:
+def scores(model: Any, all_ids: list[list[int]], problem: str, device: str) -> list[list[float]]:
     """For each text the log-probability (nats) of each label, or the number, in the order of the texts."""
     pad_id = model.config.get_text_config().pad_token_id or 0
     found: list[list[float]] = [[] for _ in all_ids]
@@ -62,26 +67,29 @@ def scores(model: Any, all_ids: list[list[int]], device: str) -> list[list[float
         batch = collate([Labelled(all_ids[index], [0.0]) for index in chosen], pad_id, device)
         with torch.inference_mode():
             logits_BL = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()
-        by_problem = {SINGLE: lambda each: each.log_softmax(-1), MULTI: nn.functional.logsigmoid}
-        values = by_problem.get(model.config.problem_type, lambda each: each)(logits_BL)
+        by_problem: dict[str, Callable[[Tensor], Tensor]] = {
+            SINGLE: lambda each: each.log_softmax(-1),
+            MULTI: nn.functional.logsigmoid,
+            REGRESSION: lambda each: each,
+        }
+        values = by_problem[problem](logits_BL)
         for index, row in zip(chosen, values.tolist(), strict=True):
             found[index] = row
     return found
 
 
 def record(model: Any, tokenizer: Any, questions: list[dict[str, Any]], answer_tokens: int) -> list[dict[str, Any]]:  # noqa: ARG001 - a head's common signature
-    """Each question {"ids", "text"} with `scores` of the labels and the `problem` that says what they mean."""
+    """Each question {"ids", "text", "problem"}, of which the last says what scores mean, with `scores` of the labels."""
     answers = ask(model, questions, str(model.device))
-    problem = model.config.problem_type
     return [
-        {**question, "scores": [round(value, 5) for value in answer["scores"]], "problem": problem}
+        {**question, "scores": [round(value, 5) for value in answer["scores"]]}
         for question, answer in zip(questions, answers, strict=True)
     ]
 
 
 def ask(model: Any, items: list[dict[str, Any]], device: str) -> list[dict[str, Any]]:
     """For each item its `scores` now."""
-    return [{"scores": row} for row in scores(model, [item["ids"] for item in items], device)]
+    return [{"scores": row} for row in scores(model, [item["ids"] for item in items], items[0]["problem"], device)]
 
 
 def difference(item: dict[str, Any], answer: dict[str, Any]) -> tuple[list[float], list[bool]]:

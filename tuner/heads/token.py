@@ -13,6 +13,7 @@ from tuner.heads.causal import collate
 from tuner.objective import Objective
 
 AUTO = "AutoModelForTokenClassification"
+LABELLED = True
 
 
 class TagLoss(Objective):

@@ -6,6 +6,7 @@ check(options, plan)     raises RecipeError where it would train nothing of the 
 storage(options)         how the weights are kept in memory: a key of tuner.checkpoint.COMPUTE
 prepare(model, ..., fresh)      the model with everything else frozen
 layers(model)            the trained modules by name: each must get a gradient
+reopen(bundle)           the model as it was trained, from what was saved
 save(model, folder)      writes what was trained
 serving(options, architecture)
                          facts for an engine

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from tuner.bundle import Bundle
 from tuner.families import Architecture, Family
 from tuner.kinds import Options as BaseOptions
 
@@ -43,6 +44,13 @@ def layers(model: Any) -> dict[str, list["nn.Parameter"]]:
 def save(model: Any, folder: Path) -> None:
     """Write an ordinary checkpoint."""
     model.save_pretrained(folder)
+
+
+def reopen(bundle: Bundle) -> Any:
+    """The model from its checkpoint."""
+    from tuner.checkpoint import load_model
+
+    return load_model(bundle)
 
 
 def serving(options: Options, architecture: Architecture) -> dict[str, Any]:  # noqa: ARG001 - common signature

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from tuner.checkpoint import block_linears
+from tuner.bundle import Bundle
+from tuner.checkpoint import ROUNDED, block_linears, head_of, open_base
 from tuner.errors import RecipeError, nearest
 from tuner.families import Architecture, Family
 from tuner.kinds import Options as BaseOptions
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
 GIVES = "adapter"
 WORDS = ("all-linear", "attention")
-ROUNDED = ("nf4", "int8")
 # vLLM's largest buffer for adapters.
 MAX_LIVE_RANK = 512
 
@@ -50,6 +50,8 @@ def check(options: Options, plan: "Plan") -> None:
     """Raises RecipeError where a pattern in `targets` matches nothing; the words always match what their family lists."""
     if options.storage in ROUNDED and (why := plan.architecture.not_rounded):
         raise RecipeError(f"storage: {options.storage} is not for {plan.facts.model_type}: {why}; use bf16")
+    if options.targets == "attention" and not plan.architecture.attention:
+        raise RecipeError(f'targets: attention means nothing for {plan.facts.model_type}, which has none; use "all-linear"')
     names = list(plan.linears())
     if options.targets not in WORDS and names:
         # A checkpoint may be saved from inside the model that will open it.
@@ -62,7 +64,6 @@ def prepare(model: Any, options: Options, family: Family, architecture: Architec
 
     Raises RecipeError where `targets` matches nothing.
     """
-    import torch
     from peft import LoraConfig, get_peft_model
 
     names = targets(model, options.targets, family, architecture)
@@ -83,14 +84,7 @@ def prepare(model: Any, options: Options, family: Family, architecture: Architec
         modules_to_save=fresh or None,
         task_type="CAUSAL_LM" if model.can_generate() else None,
     )
-    for name in fresh:
-        # What is trained is float32, and the frozen model before it may compute in bfloat16.
-        module = model.get_submodule(name).to(dtype=torch.float32)
-        module.register_forward_pre_hook(lambda module, inputs: tuple(each.float() for each in inputs))  # noqa: ARG005 - torch's signature
-    output = model.get_output_embeddings()
-    if fresh and output is not None:
-        # Tied to the embeddings it is frozen behind a new layer, and computes in their type.
-        output.register_forward_pre_hook(lambda module, inputs: tuple(each.to(module.weight.dtype) for each in inputs))
+    _in_float32(model, fresh)
     adapted = get_peft_model(model, config)
     reached = len(layers(adapted)) - len(fresh)
     if reached != len(names):
@@ -105,8 +99,6 @@ def targets(model: Any, wanted: str, family: Family, architecture: Architecture)
     if wanted not in WORDS:
         return adaptable(matching(known, wanted), wanted, architecture)
     chosen = architecture.linears if wanted == "all-linear" else architecture.attention
-    if not chosen:
-        raise RecipeError(f'targets: {wanted} means nothing here, since the model has none; use "all-linear"')
     return [name for name in block_linears(model, chosen) if name in set(known)]
 
 
@@ -150,9 +142,34 @@ def save(model: Any, folder: Path) -> None:
     (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card
 
 
+def reopen(bundle: Bundle) -> Any:
+    """The adapter from its files, on the base kept and computed as it was in training."""
+    from peft import PeftModel
+
+    model, fresh = open_base(
+        bundle.base(), str(bundle.manifest.head), storage=bundle.manifest.serving["storage"], **head_of(bundle)
+    )
+    _in_float32(model, fresh)
+    return PeftModel.from_pretrained(model, bundle.path.resolve()).eval()
+
+
+def _in_float32(model: Any, fresh: list[str]) -> None:
+    """Let the modules that are trained in full compute in float32, whatever the frozen model around them does."""
+    import torch
+
+    for name in fresh:
+        module = model.get_submodule(name).to(dtype=torch.float32)
+        module.register_forward_pre_hook(lambda module, inputs: tuple(each.float() for each in inputs))  # noqa: ARG005 - torch's signature
+    output = model.get_output_embeddings()
+    if fresh and output is not None:
+        # Tied to the embeddings it is frozen behind a new layer, and computes in their type.
+        output.register_forward_pre_hook(lambda module, inputs: tuple(each.to(module.weight.dtype) for each in inputs))
+
+
 def serving(options: Options, architecture: Architecture) -> dict[str, Any]:
     """Facts for an engine, and for whoever opens the adapter again: how the base was rounded when it was trained."""
-    return {"adapter_rank": options.rank, "live_adapter": not not_live(options, architecture), "storage": options.storage}
+    why = not_live(options, architecture)
+    return {"adapter_rank": options.rank, "live_adapter": not why, "not_live": why, "storage": options.storage}
 
 
 def not_live(options: Options, architecture: Architecture) -> str | None:

@@ -37,8 +37,7 @@ def run(job: Job) -> Manifest:
     """Add each adapter product to its weight in float32, then store as `dtype`."""
     import torch
 
-    from tuner.checkpoint import load_tokenizer
-    from tuner.methods.lora import ROUNDED
+    from tuner.checkpoint import ROUNDED, load_tokenizer
     from tuner.shards import merge
     from tuner.source import describe_model
 
@@ -59,6 +58,11 @@ def run(job: Job) -> Manifest:
     )
 
 
+def decides(options: Options) -> bool:
+    """Held-out rows may decide what comes out."""
+    return options.onto == "auto"
+
+
 def gate(options: Options, metrics: dict[str, Any], before: dict[str, Any]) -> None:
     """Raises GateError where the merged model's probe is not the tuned model's, or onto other weights its loss is higher."""
     if metrics.get("merge", {}).get("onto") == "original":
@@ -71,7 +75,8 @@ def gate(options: Options, metrics: dict[str, Any], before: dict[str, Any]) -> N
         return
     worst = metrics["probe"]["max_difference"]
     if not worst <= options.tolerance:  # also where it is no number
-        raise GateError(f"merging moved a probe token's log-probability by {worst:.4f}; tolerance is {options.tolerance}")
+        hint = "; float32 moves less, and `tolerance` says how much may be lost" if options.dtype != "float32" else ""
+        raise GateError(f"merging moved a probe token's log-probability by {worst:.4f}; tolerance is {options.tolerance}{hint}")
 
 
 def _better(job: Job) -> tuple[str, dict[str, float]]:
@@ -90,10 +95,12 @@ def _better(job: Job) -> tuple[str, dict[str, float]]:
     options = task_of(job.recipe, job.index)
     task, tokenizer = kinds.load("tasks", options.kind), load_tokenizer(job.parent.path)
     rows, _ = heldout_rows(job.recipe, options, tokenizer)
-    losses = {}
+    losses, examples = {}, None
     for onto in ("stored", "original"):
         objective = task.objective(load_model(job.parent, original=onto == "original"), tokenizer, options)
-        losses[onto] = heldout_loss(objective, objective.prepared([example for _, example in rows]))["heldout_loss"]
+        # What a loss compares with is what the adapter was trained on, both times.
+        examples = examples or objective.prepared([example for _, example in rows])
+        losses[onto] = heldout_loss(objective, examples)["heldout_loss"]
         del objective
     best = min(losses, key=lambda onto: losses[onto])
     say(f"merge: held-out loss {losses['stored']:.4f} onto the rounded weights, {losses['original']:.4f} onto the original: {best}")

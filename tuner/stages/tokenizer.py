@@ -15,7 +15,7 @@ from tuner.stages import Job
 TAKES = frozenset({"nothing"})
 RESULT = "tokenizer"
 VERSION = 1
-KEYS = frozenset({"text", "messages", "prompt", "completion"})
+KEYS = frozenset({"text", "messages", "messages.role", "messages.content", "prompt", "completion"})
 
 
 class Options(BaseOptions):

@@ -1,29 +1,35 @@
 """Fine-tune (or pretrain) a model: a task says what is learned, a method says which weights learn it."""
 
+import os
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
 from tuner import kinds, optimizers
-from tuner.bundle import Manifest
-from tuner.errors import DataError, GateError, RecipeError
+from tuner.bundle import Bundle, Manifest
+from tuner.errors import DataError, GateError, RecipeError, nearest
+from tuner.families import family_of
 from tuner.kinds import Options as BaseOptions
 from tuner.stages import Job
+from tuner.tasks import fits
 
 if TYPE_CHECKING:
+    from tuner.fit import Schedule
     from tuner.plan import Plan, Step
 
 TAKES = frozenset({"model"})
 # Also of the task, the method and the loop.
-VERSION = 2
+VERSION = 3
 RESULT = "tuned"
+# The same sums in the same types on the same machine: what is saved loses nothing (nats, or components of vectors).
+REOPENED_TOLERANCE = 1.0e-3
 
 
 class Gate(BaseOptions):
     """What training must have achieved."""
 
     heldout_loss_drop: float = 0.0
-    """Held-out loss must be below the untrained model's by more than this (nats a token)."""
+    """Held-out loss must be below the untrained model's (with a new head: that head's) by more than this (nats a token)."""
 
 
 class Watch(BaseOptions):
@@ -91,6 +97,11 @@ def check(plan: "Plan", step: "Step") -> None:
     options, place = step.options, ("stages", step.index, "tune")
     if options.watch and plan.recipe.data.heldout is None:
         raise plan.recipe.error("there are no held-out rows to watch; name some with data.heldout", *place, "watch")
+    if options.watch:
+        names = ["heldout_loss", *kinds.load("tasks", options.task.kind).scored(options.task, plan.recipe.evaluate)]
+        if options.watch.by not in names:
+            message = f'"{options.watch.by}" is not measured{nearest(options.watch.by, names)}; there is {", ".join(names)}'
+            raise plan.recipe.error(message, *place, "watch", "by")
     head, heads = kinds.load("tasks", options.task.kind).HEAD, plan.family.heads - plan.architecture.lacks
     if head not in heads:
         fitting = [name for name in kinds.names("tasks") if kinds.load("tasks", name).HEAD in heads]
@@ -104,95 +115,80 @@ def check(plan: "Plan", step: "Step") -> None:
     if most and options.task.max_tokens > most:
         message = f"max_tokens {options.task.max_tokens} is more than the {most} that {plan.facts.model_type} reads"
         raise plan.recipe.error(message, *place, "task", "max_tokens")
-    try:
-        kinds.load("methods", options.method.kind).check(options.method, plan)
-    except RecipeError as error:
-        raise plan.recipe.error(str(error), *place, "method") from None
+    _check_labels(plan, step, head)
+    for part, check_part, given in (
+        ("task", getattr(kinds.load("tasks", options.task.kind), "check", None), plan.facts),
+        ("method", kinds.load("methods", options.method.kind).check, plan),
+    ):
+        try:
+            if check_part is not None:
+                check_part(getattr(options, part), given)
+        except RecipeError as error:
+            raise plan.recipe.error(str(error), *place, part) from None
+
+
+def _check_labels(plan: "Plan", step: "Step", head: str) -> None:
+    """Raises RecipeError where the model tells the same labels apart in another order: its scores would change places."""
+    wanted = getattr(step.options.task, "labels", [])
+    own = list(plan.facts.labels)
+    if step.index == 0 and plan.facts.head == head and own != wanted and sorted(own) == sorted(wanted):
+        message = f"the model's head has these labels in another order; write labels: [{', '.join(own)}]"
+        raise plan.recipe.error(message, "stages", step.index, "tune", "task", "labels")
+
+
+def decides(options: Options) -> bool:
+    """Held-out rows decide which weights are kept."""
+    return options.watch is not None
 
 
 def run(job: Job) -> Manifest:
-    """Encode the data, train, save what was trained."""
-    import math
-
+    """Encode the data, train, save what was trained, and see that it answers when it is opened again."""
     import torch
 
-    from tuner import scan
-    from tuner.checkpoint import device, load_tokenizer, open_base
+    from tuner.checkpoint import device, load_tokenizer
     from tuner.data.dataset import training_examples
-    from tuner.families import family_of
-    from tuner.fit import Schedule, fit
+    from tuner.fit import fit
     from tuner.progress import say
     from tuner.source import describe_model, versions
 
     options: Any = job.options
     assert job.parent is not None
     base = job.parent
+    task, method = kinds.load("tasks", options.task.kind), kinds.load("methods", options.method.kind)
     tokenizer = load_tokenizer(base.path)
     examples, data = training_examples(job.recipe, options.task, tokenizer)
     if not examples:
         raise DataError(f"{job.recipe.data.train}: no row is left to train on ({data['skipped_rows']} were left out)")
     counts = f"{data['rows']} rows, {data['tokens']} tokens, {data['supervised_tokens']:g} supervised"
     say(f"{counts}; {data['skipped_rows']} rows left out, {data['cut_rows']} cut")
-    method = kinds.load("methods", options.method.kind)
-    family, architecture = family_of(str(base.manifest.model_type))
+    for remark in getattr(task, "unseen", lambda *_: [])(examples, options.task):
+        say(remark)
     torch.manual_seed(job.recipe.seed)
-    task = kinds.load("tasks", options.task.kind)
-    head_config: dict[str, Any] = {}
-    fresh: list[str] = []
-    if hasattr(task, "head_config"):
-        head_config = {**task.head_config(options.task), "pad_token_id": tokenizer.pad_token_id}
-    new = base.manifest.head != task.HEAD
-    model, fresh = open_base(base, task.HEAD, head_config if new else {}, method.storage(options.method))
-    if new:
-        say(f"a new {task.HEAD} head is trained in full: {', '.join(fresh)}")
-    if scan.use(model):
-        if device() == "cpu":
-            say("Mamba's scan: compiled for this CPU by numba")
-        elif getattr(options.task, "packing", False):
-            # The fused kernels know nothing of documents.
-            message = "packing is not for this architecture on a GPU: its kernel carries the state over from document to document"
-            raise job.recipe.error(message, "stages", job.index, "tune", "task", "packing")
-        else:
-            say("Mamba's scan: transformers' own, by a fused kernel where mamba_ssm is installed")
-    if options.gradient_checkpointing:
-        if not model.supports_gradient_checkpointing:
-            message = f"transformers has no gradient checkpointing for {base.manifest.model_type}"
-            raise job.recipe.error(message, "stages", job.index, "tune", "gradient_checkpointing")
-        model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": scan.computed_again})
-    try:
-        model = method.prepare(model, options.method, family, architecture, fresh)
-    except RecipeError as error:
-        raise job.recipe.error(str(error), "stages", job.index, "tune", "method") from None
+    model, head = _model(job, tokenizer)
     layers = method.layers(model)
     trained = sum(parameter.numel() for parameters in layers.values() for parameter in parameters)
     say(f"{options.method.kind}: {len(layers)} layers, {trained:,} parameters are trained on {device()}")
-    per_epoch = math.ceil(len(examples) / options.batch_size)
-    schedule = Schedule(
-        steps=options.steps or math.ceil((options.epochs or 1) * per_epoch),
-        batch_size=options.batch_size,
-        micro_batch_size=options.micro_batch_size or options.batch_size,
-        learning_rate=options.learning_rate,
-        warmup_fraction=options.warmup_fraction,
-        decay=options.decay,
-        weight_decay=options.weight_decay,
-        max_grad_norm=options.max_grad_norm,
-        optimizer=options.optimizer,
-        checkpoint_every_steps=options.checkpoint_every_steps,
-        seed=job.recipe.seed,
-    )
     objective = task.objective(model, tokenizer, options.task)
     watch = _watch(job, task, objective, tokenizer) if options.watch else None
-    measured = fit(objective, examples, schedule, layers=layers, work=job.work, watch=watch)
+    untrained = {} if fits(base, options.task) else {"heldout_loss_before": _loss_now(job, objective, tokenizer)}
+    measured = fit(
+        objective, examples, _schedule(options, len(examples), job.recipe.seed), layers=layers, work=job.work, watch=watch
+    )
+    answers, effect = _answers(job, task, model, tokenizer)
     method.save(model, job.folder)
     tokenizer.save_pretrained(job.folder)
+    said = base.path / "generation_config.json"
+    if said.is_file() and not (job.folder / said.name).exists():
+        (job.folder / said.name).write_bytes(said.read_bytes())  # where the model's answers end
+    _, architecture = family_of(str(base.manifest.model_type))
     rest: dict[str, Any] = {
         "data": data,
         "recipe": job.told(),
-        "metrics": {"training": {**measured, "layers": len(layers), "trained_parameters": trained}},
+        "metrics": {"training": {**measured, **untrained, **effect, "layers": len(layers), "trained_parameters": trained}},
         "serving": {
             **method.serving(options.method, architecture),
             **(task.serving(options.task) if hasattr(task, "serving") else {}),
-            **({"head_config": head_config} if head_config else {}),
+            **head,
         },
     }
     if task.HEAD != "causal":
@@ -200,18 +196,109 @@ def run(job: Job) -> Manifest:
     if method.GIVES == "model":
         if describe := getattr(kinds.load("heads", task.HEAD), "describe", None):
             describe(job.folder, rest["serving"])
-        return describe_model(job.folder, stage="tune", fingerprint=job.fingerprint, **rest)
-    return Manifest(
-        kind=method.GIVES,
-        stage="tune",
-        fingerprint=job.fingerprint,
-        family=base.manifest.family,
-        head=task.HEAD,
-        model_type=base.manifest.model_type,
-        base="base",  # run.py writes the way there
-        versions=versions(),
-        **rest,
+        manifest = describe_model(job.folder, stage="tune", fingerprint=job.fingerprint, **rest)
+    else:
+        manifest = Manifest(
+            kind=method.GIVES,
+            stage="tune",
+            fingerprint=job.fingerprint,
+            family=base.manifest.family,
+            head=task.HEAD,
+            model_type=base.manifest.model_type,
+            base=os.path.relpath(base.path.resolve(), job.folder.resolve()),
+            versions=versions(),
+            **rest,
+        )
+    # One model in memory at a time.
+    del model, objective, watch, layers
+    manifest.metrics["training"]["reopened"] = _reopened(Bundle(job.folder, manifest), method, answers)
+    return manifest
+
+
+def _model(job: Job, tokenizer: Any) -> tuple[Any, dict[str, Any]]:
+    """The base as the method trains it, and what whoever opens the result has to know of its head."""
+    from tuner import scan
+    from tuner.checkpoint import device, open_base
+    from tuner.progress import say
+
+    options, base = job.options, job.parent
+    assert base is not None
+    task, method = kinds.load("tasks", options.task.kind), kinds.load("methods", options.method.kind)
+    family, architecture = family_of(str(base.manifest.model_type))
+    head: dict[str, Any] = {}
+    if hasattr(task, "head_config"):
+        head["head_config"] = {**task.head_config(options.task), "pad_token_id": tokenizer.pad_token_id}
+    head["new_head"] = not fits(base, options.task)
+    model, fresh = open_base(
+        base, task.HEAD, head.get("head_config", {}), method.storage(options.method), new_head=head["new_head"]
     )
+    if fresh:
+        say(f"{'a new' if head['new_head'] else 'the'} {task.HEAD} head is trained in full: {', '.join(fresh)}")
+    for line in scan.paths(model, family):
+        say(line)
+    if getattr(options.task, "packing", False) and device() != "cpu" and family.kernels:
+        # The fused kernels know nothing of documents.
+        message = "packing is not for this architecture on a GPU: its kernel carries the state over from document to document"
+        raise job.recipe.error(message, "stages", job.index, "tune", "task", "packing")
+    if options.gradient_checkpointing:
+        if not model.supports_gradient_checkpointing:
+            message = f"transformers has no gradient checkpointing for {base.manifest.model_type}"
+            raise job.recipe.error(message, "stages", job.index, "tune", "gradient_checkpointing")
+        model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": scan.computed_again})
+    try:
+        return method.prepare(model, options.method, family, architecture, fresh), head
+    except RecipeError as error:
+        raise job.recipe.error(str(error), "stages", job.index, "tune", "method") from None
+
+
+def _schedule(options: Options, examples: int, seed: int) -> "Schedule":
+    import math
+
+    from tuner.fit import Schedule
+
+    told = {name: getattr(options, name) for name in Schedule.__dataclass_fields__ if hasattr(options, name)}
+    told["steps"] = options.steps or math.ceil((options.epochs or 1) * math.ceil(examples / options.batch_size))
+    told["micro_batch_size"] = options.micro_batch_size or options.batch_size
+    return Schedule(**told, seed=seed)
+
+
+def _loss_now(job: Job, objective: Any, tokenizer: Any) -> float | None:
+    """Held-out loss of a head that has yet to learn anything; None without held-out rows."""
+    from tuner.data.dataset import heldout_rows
+    from tuner.objective import heldout_loss
+
+    if job.recipe.data.heldout is None:
+        return None
+    rows, _ = heldout_rows(job.recipe, job.options.task, tokenizer)
+    objective.eval()
+    return float(heldout_loss(objective, objective.prepared([example for _, example in rows]))["heldout_loss"])
+
+
+def _answers(job: Job, task: Any, model: Any, tokenizer: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The trained model's own answers to the probe, and by how much they differ with its adapter off, if it has one."""
+    from tuner import probe
+    from tuner.data.dataset import questions
+
+    items = kinds.load("heads", task.HEAD).record(
+        model, tokenizer, questions(job.recipe, job.options.task, tokenizer), job.recipe.probe.answer_tokens
+    )
+    if not hasattr(model, "disable_adapter"):
+        return items, {}
+    with model.disable_adapter():
+        return items, {"difference_from_base": probe.asked(task.HEAD, model, items)["mean_difference"]}
+
+
+def _reopened(bundle: Bundle, method: Any, answers: list[dict[str, Any]]) -> dict[str, float]:
+    """How what was saved answers, computed as it was in training. Raises GateError where that is not what was trained."""
+    from tuner import probe
+
+    found = probe.asked(str(bundle.manifest.head), method.reopen(bundle), answers)
+    if not found["max_difference"] <= REOPENED_TOLERANCE:
+        raise GateError(
+            f"tune: what was saved does not answer as what was trained: its probe differs by {found['max_difference']}, "
+            f"{REOPENED_TOLERANCE} is allowed"
+        )
+    return found
 
 
 def _watch(job: Job, task: Any, objective: Any, tokenizer: Any) -> Any:
@@ -235,12 +322,12 @@ def _watch(job: Job, task: Any, objective: Any, tokenizer: Any) -> Any:
 
 def gate(options: Options, metrics: dict[str, Any], before: dict[str, Any]) -> None:
     """Raises GateError where training changed nothing, or held-out loss did not fall as far as the recipe asks."""
-    if metrics["probe"].get("difference_from_base") == 0.0:
+    seen = (metrics["training"].get("difference_from_base"), metrics["probe"].get("difference_from_base"))
+    if next((value for value in seen if value is not None), None) == 0.0:
         raise GateError("the tuned model answers every probe exactly as the base does: training had no effect")
-    if "heldout_loss" in metrics and "heldout_loss" in before:
-        drop = before["heldout_loss"] - metrics["heldout_loss"]
-        if not drop > options.gate.heldout_loss_drop:
-            raise GateError(
-                f"held-out loss went from {before['heldout_loss']:.3f} to {metrics['heldout_loss']:.3f}, a drop of {drop:.3f}; "
-                f"gate.heldout_loss_drop asks for more than {options.gate.heldout_loss_drop}"
-            )
+    start, end = before.get("heldout_loss", metrics["training"].get("heldout_loss_before")), metrics.get("heldout_loss")
+    if start is not None and end is not None and not start - end > options.gate.heldout_loss_drop:
+        raise GateError(
+            f"held-out loss went from {start:.3f} to {end:.3f}, a drop of {start - end:.3f}; "
+            f"gate.heldout_loss_drop asks for more than {options.gate.heldout_loss_drop}"
+        )

@@ -9,10 +9,32 @@ examples(...)                 records to examples, each with `ids` and `supervis
 objective(model, ...)         a module: `collate` makes a batch of examples, calling it gives the sum of their losses
 question(...)                 what the probe asks of a record: `ids`, exactly as an endpoint renders it, and what the head needs
 scores(model, ...)            figures of held-out rows beside their loss
+scored(options, evaluate)     their names
 
 and, where there is something to say:
 
+check(options, facts)         raises RecipeError for a model that it does not suit
+unseen(examples, options)     remarks on what no training example shows
+shown(example, options)       a name and an Example for each part of an example, for `tuner data`; by default the example itself
 serving(options)              facts for an engine
 head_config(options)          what the model's configuration says of its head, such as the names of labels
 reference(record)             the answer that the record gives, for tasks whose answers are text
 """
+
+from typing import Any
+
+from tuner import kinds
+from tuner.bundle import Bundle
+
+
+def fits(bundle: Bundle, options: Any) -> bool:
+    """The bundle has the very head that the task trains: of that kind and, where it gives labels, for these in this order."""
+    task = kinds.load("tasks", options.kind)
+    if bundle.manifest.head != task.HEAD:
+        return False
+    if not hasattr(task, "head_config"):
+        return True
+    from tuner.source import label_names, read_config
+
+    made = bundle.manifest.serving if bundle.manifest.kind == "adapter" else {}
+    return label_names(made.get("head_config") or read_config(bundle.path)) == label_names(task.head_config(options))

@@ -2,11 +2,11 @@
 
 import math
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from tuner.data.example import Labelled
+from tuner.data.example import IGNORE, Example, Labelled, repeated
 from tuner.data.rows import Row, Skipped, usable
 from tuner.errors import DataError, nearest
 from tuner.kinds import Options as BaseOptions
@@ -14,6 +14,8 @@ from tuner.recipe import Evaluate
 
 HEAD = "sequence"
 KEYS = frozenset({"text", "label", "labels", "score"})
+# transformers' words for what a model's scores mean.
+PROBLEMS = {"single": "single_label_classification", "multi": "multi_label_classification", "number": "regression"}
 
 
 class Options(BaseOptions):
@@ -24,7 +26,7 @@ class Options(BaseOptions):
     """The classes, in the order of the model's scores."""
     form: Literal["single", "multi", "number"] = "single"
     """`single`: {"text", "label"}; `multi`: {"text", "labels": [...]}, any number of them; `number`: {"text", "score"}."""
-    class_weights: list[float] | None = None
+    class_weights: list[Annotated[float, Field(gt=0)]] | None = None
     """How much a row of each class counts in the loss; all alike by default. For `single`."""
     max_tokens: int = Field(256, gt=1)
     """Longest text in tokens. A longer row is a bad row unless `cut` says otherwise."""
@@ -37,6 +39,8 @@ class Options(BaseOptions):
             raise ValueError("labels: a number has none; leave them out")
         if self.form != "number" and len(set(self.labels)) < (2 if self.form == "single" else 1):
             raise ValueError('the classes are missing; write them down, such as "labels: [negative, positive]"')
+        if twice := repeated(self.labels):
+            raise ValueError(f"labels: {twice} stands there twice")
         if self.class_weights and (self.form != "single" or len(self.class_weights) != len(self.labels)):
             raise ValueError(f"class_weights: one for each of {len(self.labels)} classes is meant, for form single")
         return self
@@ -97,10 +101,9 @@ def encode(text: str, tokenizer: Any, options: Options) -> tuple[list[int], bool
 
 def head_config(options: Options) -> dict[str, Any]:
     """What the model's configuration has to say about its head."""
-    problem = {"single": "single_label_classification", "multi": "multi_label_classification", "number": "regression"}
     names = options.labels or ["score"]
     return {
-        "problem_type": problem[options.form],
+        "problem_type": PROBLEMS[options.form],
         "num_labels": len(names),
         "id2label": dict(enumerate(names)),
         "label2id": {name: index for index, name in enumerate(names)},
@@ -109,14 +112,42 @@ def head_config(options: Options) -> dict[str, Any]:
 
 def question(record: dict[str, Any], tokenizer: Any, options: Options) -> dict[str, Any]:
     """`ids` of the text, and the text."""
-    return {"ids": encode(record["text"], tokenizer, options)[0], "text": record["text"]}
+    ids, _ = encode(record["text"], tokenizer, options)
+    return {"ids": ids, "text": record["text"], "problem": PROBLEMS[options.form]}
 
 
-def objective(model: Any, tokenizer: Any, options: Options) -> Any:  # noqa: ARG001 - a task's common signature
+def objective(model: Any, tokenizer: Any, options: Options) -> Any:
     """Cross entropy, binary cross entropies or squared error, by form."""
     from tuner.heads.sequence import LabelLoss
 
-    return LabelLoss(model, tokenizer.pad_token_id)
+    return LabelLoss(model, tokenizer.pad_token_id, PROBLEMS[options.form])
+
+
+def scored(options: Options, evaluate: Evaluate) -> list[str]:  # noqa: ARG001 - common signature
+    """Names of the scores, by form."""
+    return {"single": ["accuracy", "macro F1", "MCC"], "multi": ["micro F1"], "number": ["Spearman"]}[options.form]
+
+
+def unseen(examples: list[Labelled], options: Options) -> list[str]:
+    """The classes that no training row has."""
+    multi = options.form == "multi"
+    seen = (
+        {at for each in examples for at, given in enumerate(each.target) if given}
+        if multi
+        else {int(each.target[0]) for each in examples}
+    )
+    return [f'no training row has the label "{name}"' for at, name in enumerate(options.labels) if at not in seen]
+
+
+def shown(example: Labelled, options: Options) -> list[tuple[str, Example]]:
+    """The text, and what it is."""
+    if options.form == "number":
+        said = f"score {example.target[0]:g}"
+    elif options.form == "multi":
+        said = ", ".join(name for name, given in zip(options.labels, example.target, strict=True) if given) or "no label"
+    else:
+        said = options.labels[int(example.target[0])]
+    return [(said, Example(example.ids, [IGNORE] * len(example.ids)))]
 
 
 def scores(
@@ -127,12 +158,13 @@ def scores(
     evaluate: Evaluate,  # noqa: ARG001 - common signature
 ) -> dict[str, float]:
     """Of all held-out rows: accuracy, macro F1 and Matthews correlation; for several classes micro F1; for a number Spearman's."""
+    import numpy as np
     from scipy.stats import spearmanr
     from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
     from tuner.heads import sequence
 
-    found = sequence.scores(model, [example.ids for _, example in rows], str(model.device))
+    found = sequence.scores(model, [example.ids for _, example in rows], PROBLEMS[options.form], str(model.device))
     wanted = [example.target for _, example in rows]
     if options.form == "number":
         # Of one number repeated there is no rank.
@@ -140,7 +172,7 @@ def scores(
         return _rounded(rows, {"Spearman": 0.0 if math.isnan(correlation) else correlation})
     if options.form == "multi":
         chosen = [[value > sequence.LOG_HALF for value in row] for row in found]
-        return _rounded(rows, {"micro F1": f1_score(wanted, chosen, average="micro", zero_division=1.0)})
+        return _rounded(rows, {"micro F1": f1_score(np.ravel(wanted) > 0, np.ravel(chosen), zero_division=1.0)})
     guesses, truth = [row.index(max(row)) for row in found], [int(row[0]) for row in wanted]
     return _rounded(
         rows,

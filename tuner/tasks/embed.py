@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from tuner.data.example import Texts
+from tuner.data.example import IGNORE, Example, Texts
 from tuner.data.rows import Row, Skipped, usable
-from tuner.errors import DataError
+from tuner.errors import DataError, RecipeError
 from tuner.kinds import Options as BaseOptions
 from tuner.recipe import Evaluate
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from tuner.source import Facts
 
 HEAD = "embedding"
 KEYS = frozenset({"anchor", "positive", "negative", "negatives", "sentence1", "sentence2", "score"})
@@ -42,6 +44,12 @@ class Options(BaseOptions):
 def check_row(record: dict[str, Any], options: Options, *, chat_template: bool = True) -> None:  # noqa: ARG001 - a task's common signature
     """Raises DataError unless the record has the texts that the loss compares."""
     texts(record, options)
+
+
+def check(options: Options, known: "Facts") -> None:
+    """Raises RecipeError where the model says how it makes its vectors, and the recipe says nothing."""
+    if known.pooling not in (None, options.pooling) and "pooling" not in options.model_fields_set:
+        raise RecipeError(f"the model makes its vectors with pooling: {known.pooling}; write that down, or another one")
 
 
 def texts(record: dict[str, Any], options: Options) -> list[str]:
@@ -117,6 +125,9 @@ def _objective(model: Any, pad_id: int, options: Options) -> Any:
         2018, arXiv:1807.03748; Henderson et al. 2017, arXiv:1705.00652). Cosine: squared error of the cosine.
         """
 
+        # A single row without negatives has nothing to be told apart from.
+        least_rows = 2 if options.loss == "contrastive" else 1
+
         def __init__(self) -> None:
             super().__init__(model, pad_id)
             self._parts: dict[int, tuple[Any, Tensor, float]] = {}
@@ -127,6 +138,8 @@ def _objective(model: Any, pad_id: int, options: Options) -> Any:
             The vectors are then made again, a micro-batch at a time, with the same dropout (Gao et al. 2021, arXiv:2101.06983).
             """
             self._parts = {}
+            if options.loss == "contrastive" and len(rows) == 1 and len(rows[0].texts) == 2:
+                raise DataError("a step of one row without negatives has nothing to tell apart; batch_size has to be 2 or more")
             if options.loss == "cosine" or len(rows) <= micro_batch_size:
                 return rows
             chunks = [rows[at : at + micro_batch_size] for at in range(0, len(rows), micro_batch_size)]
@@ -215,6 +228,18 @@ def _randomness(state: Any) -> Any:
     return block()
 
 
+def scored(options: Options, evaluate: Evaluate) -> list[str]:  # noqa: ARG001 - common signature
+    """Names of the scores, by loss."""
+    return ["Spearman"] if options.loss == "cosine" else list(retrieval([1]))
+
+
+def shown(example: Texts, options: Options) -> list[tuple[str, Example]]:  # noqa: ARG001 - common signature
+    """The texts that are compared."""
+    scored = example.score is not None
+    names = ["one", f"other, {example.score}"] if scored else ["anchor", "positive", *["negative"] * (len(example.texts) - 2)]
+    return [(name, Example(ids, [IGNORE] * len(ids))) for name, ids in zip(names, example.texts, strict=True)]
+
+
 def scores(
     model: Any,
     tokenizer: Any,  # noqa: ARG001 - common signature
@@ -238,7 +263,8 @@ def scores(
     similar_BC = first_BD @ candidates_CD.T
     place = {text: at for at, text in enumerate(candidates)}
     own = [place[tuple(example.texts[1])] for _, example in rows]
-    ranks = [int((row_C > row_C[at]).sum()) + 1 for row_C, at in zip(similar_BC, own, strict=True)]
+    # As good as its own counts against it, and so does what is no number: a model that gives one vector to all finds nothing.
+    ranks = [int((~(row_C < row_C[at])).sum()) for row_C, at in zip(similar_BC, own, strict=True)]
     return {"rows": len(rows), **retrieval(ranks)}
 
 

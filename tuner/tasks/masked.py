@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
+from tuner.data.example import IGNORE, Example
 from tuner.data.rows import Row, Skipped, usable
 from tuner.errors import DataError
 from tuner.kinds import Options as BaseOptions
@@ -41,7 +42,7 @@ class Maskable:
 
     @property
     def supervised(self) -> int:
-        """How many tokens are guessed: known before they are drawn, so that a step can be divided by their number."""
+        """How many tokens are to be guessed."""
         return max(1, round(self.fraction * sum(map(len, self.words))))
 
 
@@ -62,7 +63,10 @@ def examples(
         if tokenizer.mask_token_id is None:
             raise DataError("the model's tokenizer has no mask token, so nothing can be hidden")
         found = tokenizer(row.record["text"], truncation=True, max_length=options.max_tokens, return_overflowing_tokens=True)
-        return [_maskable(ids, found.word_ids(block), options) for block, ids in enumerate(found["input_ids"])]
+        made = [_maskable(ids, found.word_ids(block), options) for block, ids in enumerate(found["input_ids"])]
+        if not made[0].words:
+            raise DataError("the tokenizer makes no token of this text, so nothing can be hidden")
+        return [block for block in made if block.words]
 
     for row, made in usable(rows, blocks, on_bad_row, skipped):
         yield from ((row, block) for block in made)
@@ -90,7 +94,7 @@ def objective(model: Any, tokenizer: Any, options: Options) -> Any:  # noqa: ARG
 def _objective(model: Any, tokenizer: Any) -> Any:
     import torch
 
-    from tuner.data.example import IGNORE, Tagged
+    from tuner.data.example import Tagged
     from tuner.heads.causal import collate
     from tuner.heads.masked import hidden_log_likelihood
     from tuner.objective import Objective
@@ -110,10 +114,10 @@ def _objective(model: Any, tokenizer: Any) -> Any:
             ids, labels = list(example.ids), [IGNORE] * len(example.ids)
             places: list[int] = []
             for word in torch.randperm(len(example.words)).tolist():
-                places += example.words[word]
-                if len(places) >= example.supervised:
-                    break
-            for place in places[: example.supervised]:
+                # Words of several tokens are hidden whole or not at all, so a few tokens fewer may be hidden than were asked for.
+                if not places or len(places) + len(example.words[word]) <= example.supervised:
+                    places += example.words[word]
+            for place in places:
                 labels[place], draw = ids[place], torch.rand(()).item()
                 if draw < 0.8:
                     ids[place] = tokenizer.mask_token_id
@@ -126,6 +130,16 @@ def _objective(model: Any, tokenizer: Any) -> Any:
             return -hidden_log_likelihood(self.model, batch)[0].sum()
 
     return HiddenLoss(model, tokenizer.pad_token_id)
+
+
+def scored(options: Options, evaluate: Evaluate) -> list[str]:  # noqa: ARG001 - common signature
+    """None beside the loss."""
+    return []
+
+
+def shown(example: Maskable, options: Options) -> list[tuple[str, Example]]:  # noqa: ARG001 - common signature
+    """The block, and how much of it is hidden: what, is drawn anew each time."""
+    return [(f"{example.supervised} of its tokens are hidden", Example(example.ids, [IGNORE] * len(example.ids)))]
 
 
 def scores(

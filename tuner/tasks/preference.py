@@ -17,7 +17,7 @@ from tuner.recipe import Evaluate
 from tuner.tasks import sft
 
 HEAD = "causal"
-KEYS = frozenset({"messages", "prompt", "chosen", "rejected", "completion", "label"})
+KEYS = frozenset({"messages", "messages.role", "messages.content", "prompt", "chosen", "rejected", "completion", "label"})
 # Nats that float sums in another order can make; a model that was not trained yet prefers neither answer.
 TIE = 1.0e-3
 BETA = {"dpo": 0.1, "kto": 0.1, "orpo": 0.1, "simpo": 2.0}
@@ -39,6 +39,13 @@ class Options(BaseOptions):
     """How much a bad answer counts, for `kto`. Where one kind is rarer, weigh it more: the sums should differ by 1.33 at most."""
     max_tokens: int = Field(512, gt=1)
     """Longest prompt and answer in tokens. A longer row is a bad row."""
+
+    @model_validator(mode="after")
+    def _read(self) -> "Options":
+        for key, loss in (("margin", "simpo"), ("good_weight", "kto"), ("bad_weight", "kto")):
+            if key in self.model_fields_set and self.loss != loss:
+                raise ValueError(f"{key} is for loss: {loss}, and {self.loss} does not read it")
+        return self
 
     @model_validator(mode="before")
     @classmethod
@@ -101,6 +108,18 @@ def objective(model: Any, tokenizer: Any, options: Options) -> Any:
     from tuner.preference import JudgedLoss, PairLoss
 
     return (JudgedLoss if options.loss == "kto" else PairLoss)(model, tokenizer.pad_token_id, options)
+
+
+def scored(options: Options, evaluate: Evaluate) -> list[str]:  # noqa: ARG001 - common signature
+    """Names of the scores."""
+    return ["preferred", "margin", *evaluate.metrics]
+
+
+def shown(example: Any, options: Options) -> list[tuple[str, Example]]:
+    """The answers that are compared, or the one that is judged."""
+    if options.loss == "kto":
+        return [("good" if example.good else "bad", example.answer)]
+    return [("chosen", example.chosen), ("rejected", example.rejected)]
 
 
 def scores(model: Any, tokenizer: Any, rows: list[tuple[Row, Any]], options: Options, evaluate: Evaluate) -> dict[str, float]:

@@ -10,8 +10,9 @@ from tuner.data.rows import Row, Skipped, usable
 from tuner.errors import DataError
 from tuner.kinds import Options as BaseOptions
 from tuner.score import of_answers as scores
+from tuner.score import scored
 
-__all__ = ["HEAD", "KEYS", "Options", "check_row", "examples", "objective", "question", "reference", "scores"]
+__all__ = ["HEAD", "KEYS", "Options", "check_row", "examples", "objective", "question", "reference", "scored", "scores"]
 
 HEAD = "causal"
 KEYS = frozenset({"text"})

@@ -8,16 +8,18 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from tuner.checkpoint import ends_of_turn
 from tuner.data.example import IGNORE, Example
 from tuner.data.rows import Row, Skipped, usable
 from tuner.errors import DataError
 from tuner.kinds import Options as BaseOptions
 from tuner.score import of_answers as scores
+from tuner.score import scored
 
-__all__ = ["HEAD", "KEYS", "Options", "check_row", "examples", "objective", "question", "reference", "scores"]
+__all__ = ["HEAD", "KEYS", "Options", "check_row", "examples", "objective", "question", "reference", "scored", "scores"]
 
 HEAD = "causal"
-KEYS = frozenset({"messages", "prompt", "completion"})
+KEYS = frozenset({"messages", "messages.role", "messages.content", "prompt", "completion"})
 ROLES = ("system", "user", "assistant")
 
 
@@ -119,27 +121,32 @@ def encode(record: dict[str, Any], tokenizer: Any) -> Example:
     if ids[: len(prompt)] != prompt:
         raise DataError("the chat template joins the question and the answer into one token, which no server would send")
     labels = [
-        token if any(start <= left and right <= end and left < right for start, end in spans) else IGNORE
+        token if any(_within(left, right, *span) for span in spans) else IGNORE
         for token, (left, right) in zip(ids, encoded["offset_mapping"], strict=True)
     ]
-    return _end_turns(ids, labels, tokenizer.eos_token_id)
+    return _end_turns(ids, labels, tokenizer)
 
 
-def _end_turns(ids: list[int], labels: list[int], eos_id: int) -> Example:
+def _within(left: int, right: int, start: int, end: int) -> bool:
+    """A token with these characters belongs to an answer with those. Some tokenizers give blanks no characters of their own."""
+    return start <= left and right <= end and (left < right or start < left)
+
+
+def _end_turns(ids: list[int], labels: list[int], tokenizer: Any) -> Example:
     """Learn nothing after the token that ends a turn (templates put a newline there that no one generates).
 
     Where the template ends the last answer with no such token it is added, or the model would never learn to stop.
     """
-    ended = False
+    ended, ends, eos_id = False, ends_of_turn(tokenizer), tokenizer.eos_token_id
     for index, label in enumerate(labels):
         if label == IGNORE:
             ended = False
         elif ended:
             labels[index] = IGNORE
         else:
-            ended = label == eos_id
+            ended = label in ends
     learned = [index for index, label in enumerate(labels) if label != IGNORE]
-    if learned and ids[learned[-1]] != eos_id:
+    if learned and ids[learned[-1]] not in ends:
         end = learned[-1] + 1
         ids, labels = [*ids[:end], eos_id], [*labels[:end], eos_id]
     return Example(ids, labels)

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from tuner.data.example import IGNORE, Tagged
+from tuner.data.example import IGNORE, Example, Tagged, repeated
 from tuner.data.rows import Row, Skipped, usable
 from tuner.errors import DataError, nearest
 from tuner.kinds import Options as BaseOptions
@@ -26,8 +26,19 @@ class Options(BaseOptions):
     cut: bool = False
     """Cut longer sentences off at max_tokens; how many is in the report. Words behind the cut get no tag."""
 
+    at: Literal["first", "last"] = "first"
+    """Which token of a word carries its tag. `last` is for models that read from left to right, such as GPT: at a word's first
+    token they have not seen the rest of it."""
+
     @model_validator(mode="after")
-    def _bio_is_whole(self) -> "Options":
+    def _labels_fit(self) -> "Options":
+        if twice := repeated(self.labels):
+            raise ValueError(f"labels: {twice} stands there twice")
+        other = [label for label in self.labels if label != "O" and not label.startswith(("B-", "I-"))]
+        if self.is_bio and other:
+            raise ValueError(
+                f"labels: {other[0]} is neither O nor begins with B- or I-, as the others do; only BIO tags are scored as entities"
+            )
         for label in self.labels:
             if label.startswith("I-") and "B-" + label[2:] not in self.labels:
                 raise ValueError(f"labels: {label} continues an entity that no B-{label[2:]} begins")
@@ -48,46 +59,60 @@ def check_row(record: dict[str, Any], options: Options, *, chat_template: bool =
         raise DataError(
             f"{len(record['words'])} words and {len(record['tags'])} tags, expected one tag for each of one or more words"
         )
+    before = "O"
+    for at, tag in enumerate(record["tags"]):
+        if tag not in options.labels:
+            raise DataError(f"tags[{at}]: {tag!r:.60} is none of the recipe's labels{nearest(tag, options.labels)}")
+        if options.is_bio and tag.startswith("I-") and before[2:] != tag[2:]:
+            raise DataError(
+                f"tags[{at}]: {tag} goes on with an entity that did not begin; found {before} before it, expected B-{tag[2:]} here"
+            )
+        before = tag
 
 
 def examples(
     rows: Iterator[Row], tokenizer: Any, options: Options, on_bad_row: str, skipped: Skipped
 ) -> Iterator[tuple[Row, Tagged]]:
-    """Each sentence with the number of the tag at the first token of each word; bad rows stop the run, or are counted."""
+    """Each sentence with the number of each word's tag at one of its tokens; bad rows stop the run, or are counted."""
 
     def tagged(row: Row) -> Tagged:
         check_row(row.record, options)
-        for tag in row.record["tags"]:
-            if tag not in options.labels:
-                raise DataError(f'"tags": {tag!r:.60} is none of the recipe\'s labels{nearest(tag, options.labels)}')
-        ids, first = encode(row.record["words"], tokenizer, options)
+        ids, places = encode(row.record["words"], tokenizer, options)
         labels = [IGNORE] * len(ids)
-        for word, position in first.items():
+        for word, position in places.items():
             labels[position] = options.labels.index(row.record["tags"][word])
-        return Tagged(ids, labels, len(first) < len(row.record["words"]))
+        return Tagged(ids, labels, len(places) < len(row.record["words"]))
 
     return usable(rows, tagged, on_bad_row, skipped)
 
 
 def encode(words: list[str], tokenizer: Any, options: Options) -> tuple[list[int], dict[int, int]]:
-    """(ids, number of each word to the position of its first token). A tag stands there alone, as is usual since BERT's paper."""
-    encoded = tokenizer(words, is_split_into_words=True)
-    ids, word_ids = list(encoded["input_ids"]), encoded.word_ids()
-    if len(ids) > options.max_tokens:
+    """(ids of the words with spaces between them, as a client would send them; number of each word to the position of its tag).
+
+    A tag stands at one token of its word alone, as is usual since BERT's paper. Raises DataError for a sentence that is too long,
+    or a word of which no token is left.
+    """
+    text = " ".join(words)
+    encoded = tokenizer(text, return_offsets_mapping=True)
+    if len(encoded["input_ids"]) > options.max_tokens:
         if not options.cut:
             raise DataError(
-                f"{len(ids)} tokens, expected at most max_tokens: {options.max_tokens}; `cut: true` cuts longer sentences off"
+                f"{len(encoded['input_ids'])} tokens, expected at most max_tokens: {options.max_tokens}; "
+                "`cut: true` cuts longer sentences off"
             )
-        encoded = tokenizer(words, is_split_into_words=True, truncation=True, max_length=options.max_tokens)
-        ids, word_ids = list(encoded["input_ids"]), encoded.word_ids()
-    first: dict[int, int] = {}
-    for position, word in enumerate(word_ids):
-        if word is not None:
-            first.setdefault(word, position)
-    if not options.cut and len(first) < len(words):
-        lost = next(word for word in range(len(words)) if word not in first)
-        raise DataError(f"words[{lost}]: the tokenizer makes no token of {words[lost]!r:.40}")
-    return ids, first
+        encoded = tokenizer(text, return_offsets_mapping=True, truncation=True, max_length=options.max_tokens)
+    # The word that each character belongs to; spaces between words belong to none.
+    word_of = [number for index, word in enumerate(words) for number in [*[index] * len(word), None]]
+    places: dict[int, int] = {}
+    for position, (left, right) in enumerate(encoded["offset_mapping"]):
+        # A token may begin with the space before its word.
+        word = next((number for number in word_of[left:right] if number is not None), None)
+        if word is not None and (options.at == "last" or word not in places):
+            places[word] = position
+    if not places or (not options.cut and len(places) < len(words)):
+        lost = next(word for word in range(len(words)) if word not in places)
+        raise DataError(f"words[{lost}]: the tokenizer leaves no token of {words[lost]!r:.40}")
+    return list(encoded["input_ids"]), places
 
 
 def head_config(options: Options) -> dict[str, Any]:
@@ -100,9 +125,9 @@ def head_config(options: Options) -> dict[str, Any]:
 
 
 def question(record: dict[str, Any], tokenizer: Any, options: Options) -> dict[str, Any]:
-    """`ids` of the sentence and the `positions` of its words' first tokens."""
-    ids, first = encode(record["words"], tokenizer, options)
-    return {"ids": ids, "positions": sorted(first.values())}
+    """`ids` of the sentence, its `text`, and the `positions` of its words' tags."""
+    ids, places = encode(record["words"], tokenizer, options)
+    return {"ids": ids, "text": " ".join(record["words"]), "positions": sorted(places.values())}
 
 
 def objective(model: Any, tokenizer: Any, options: Options) -> Any:  # noqa: ARG001 - a task's common signature
@@ -110,6 +135,22 @@ def objective(model: Any, tokenizer: Any, options: Options) -> Any:  # noqa: ARG
     from tuner.heads.token import TagLoss
 
     return TagLoss(model, tokenizer.pad_token_id)
+
+
+def scored(options: Options, evaluate: Evaluate) -> list[str]:  # noqa: ARG001 - common signature
+    """Names of the scores: of BIO tags whole entities count, too."""
+    return ["accuracy", "entity F1"] if options.is_bio else ["accuracy"]
+
+
+def unseen(examples: list[Tagged], options: Options) -> list[str]:
+    """The tags that no word of the training rows has."""
+    seen = {label for each in examples for label in each.labels}
+    return [f'no training row has the tag "{name}"' for at, name in enumerate(options.labels) if at not in seen]
+
+
+def shown(example: Tagged, options: Options) -> list[tuple[str, Example]]:
+    """The tags in order, and the sentence, where the tokens that carry them are what is learned."""
+    return [(" ".join(options.labels[label] for label in example.labels if label != IGNORE), Example(example.ids, example.labels))]
 
 
 def scores(

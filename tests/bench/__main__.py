@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.conftest import command
+from tuner.source import base_bundle, find
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "recipes/data"
@@ -41,13 +42,14 @@ TAGS = [
 ]
 CLASSES = {"kind": "classify", "labels": ["negative", "positive"], **SHORT, "cut": True}
 WORDS = {"kind": "tokens", "labels": TAGS, **SHORT, "cut": True}
+LAST = {**WORDS, "at": "last"}  # for a model that reads from left to right
 # What is tuned: name, model, task, rows. "" is a new model, "=NAME" what another cell made.
 CELLS: list[tuple[str, str, dict[str, Any], str]] = [
     ("llama-pretrain", LLAMA, {"kind": "pretrain", **SHORT}, "speeches"),
     ("llama-sft", LLAMA, {"kind": "sft", **SHORT}, "azure-cli"),
     ("llama-preference", LLAMA, {"kind": "preference", **SHORT}, "pairs"),
     ("llama-classify", LLAMA, CLASSES, "movie-reviews"),
-    ("llama-tokens", LLAMA, WORDS, "porttinari"),
+    ("llama-tokens", LLAMA, LAST, "porttinari"),
     ("llama-embed", LLAMA, {"kind": "embed", "pooling": "last", **SHORT, "cut": True}, "wordnet"),
     ("bert-masked", BERT, {"kind": "masked", **SHORT}, "movie-reviews"),
     ("bert-classify", BERT, CLASSES, "movie-reviews"),
@@ -73,7 +75,7 @@ STEPS, BATCH = 10, 8
 def methods(name: str) -> list[str]:
     """Quantized training is measured where it saves something."""
     new = name.endswith("-pretrain") and name.startswith("mamba")
-    return ["full"] if new else ["full", "lora", "qlora"] if name == "llama-sft" else ["full", "lora"]
+    return ["full"] if new else ["full", "lora", "qlora"] if name in ("llama-sft", "mamba-sft") else ["full", "lora"]
 
 
 def pairs(folder: Path) -> None:
@@ -137,12 +139,15 @@ def main(wanted: str) -> None:
         folder = Path(place)
         if (DATA / "wordnet/definitions/train.jsonl").is_file():
             pairs(folder / "pairs")
+        # Unpacked once, and not by every cell.
+        unpacked = str(base_bundle(find(LLAMA), folder).path)
         for name, model, task, data in CELLS:
             if wanted not in name and f"={name}" not in [other[1] for other in CELLS if wanted in other[0]]:
                 continue
             for method in methods(name):
                 file, out = folder / f"{name}-{method}.json", folder / f"{name}-{method}"
-                file.write_text(json.dumps(recipe(name, model, task, data, method, folder)))
+                given = unpacked if model == LLAMA else model
+                file.write_text(json.dumps(recipe(name, given, task, data, method, folder)))
                 done = subprocess.run(command("run", file, "--out", out), capture_output=True, text=True, check=False)
                 if done.returncode:
                     print(

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from tuner.data.example import IGNORE, Example, Labelled, repeated
 from tuner.data.rows import Row, Skipped, usable
+from tuner.data.text import encode
 from tuner.errors import DataError, nearest
 from tuner.kinds import Options as BaseOptions
 from tuner.recipe import Evaluate
@@ -82,21 +83,11 @@ def examples(
     def labelled(row: Row) -> Labelled:
         check_row(row.record, options)
         wanted = target(row.record, options)
-        ids, cut = encode(row.record["text"], tokenizer, options)
+        ids, cut = encode(row.record["text"], tokenizer, max_tokens=options.max_tokens, cut=options.cut)
         weight = options.class_weights[int(wanted[0])] if options.class_weights else 1.0
         return Labelled(ids, wanted, weight, cut)
 
     return usable(rows, labelled, on_bad_row, skipped)
-
-
-def encode(text: str, tokenizer: Any, options: Options) -> tuple[list[int], bool]:
-    """(ids with the tokenizer's own special tokens, whether they were cut). Raises DataError where that is not allowed."""
-    ids = list(tokenizer(text)["input_ids"])
-    if len(ids) <= options.max_tokens:
-        return ids, False
-    if not options.cut:
-        raise DataError(f"{len(ids)} tokens, expected at most max_tokens: {options.max_tokens}; `cut: true` cuts longer texts off")
-    return list(tokenizer(text, truncation=True, max_length=options.max_tokens)["input_ids"]), True
 
 
 def head_config(options: Options) -> dict[str, Any]:
@@ -112,7 +103,7 @@ def head_config(options: Options) -> dict[str, Any]:
 
 def question(record: dict[str, Any], tokenizer: Any, options: Options) -> dict[str, Any]:
     """`ids` of the text, and the text."""
-    ids, _ = encode(record["text"], tokenizer, options)
+    ids, _ = encode(record["text"], tokenizer, max_tokens=options.max_tokens, cut=options.cut)
     return {"ids": ids, "text": record["text"], "problem": PROBLEMS[options.form]}
 
 

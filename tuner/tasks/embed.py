@@ -12,6 +12,7 @@ from pydantic import Field
 
 from tuner.data.example import IGNORE, Example, Texts
 from tuner.data.rows import Row, Skipped, usable
+from tuner.data.text import encode
 from tuner.errors import DataError, RecipeError
 from tuner.kinds import Options as BaseOptions
 from tuner.recipe import Evaluate
@@ -79,26 +80,21 @@ def examples(
     """Each row's texts as tokens; bad rows stop the run with a DataError, or are counted in `skipped`."""
 
     def made(row: Row) -> Texts:
-        pieces = [_encode(text, tokenizer, options) for text in texts(row.record, options)]
+        pieces = [encode(text, tokenizer, max_tokens=options.max_tokens, cut=options.cut) for text in texts(row.record, options)]
         score = float(row.record["score"]) if options.loss == "cosine" else None
         return Texts([ids for ids, _ in pieces], score, any(cut for _, cut in pieces))
 
     return usable(rows, made, on_bad_row, skipped)
 
 
-def _encode(text: str, tokenizer: Any, options: Options) -> tuple[list[int], bool]:
-    ids = list(tokenizer(text)["input_ids"])
-    if len(ids) <= options.max_tokens:
-        return ids, False
-    if not options.cut:
-        raise DataError(f"{len(ids)} tokens, expected at most max_tokens: {options.max_tokens}; `cut: true` cuts longer texts off")
-    return list(tokenizer(text, truncation=True, max_length=options.max_tokens)["input_ids"]), True
-
-
 def question(record: dict[str, Any], tokenizer: Any, options: Options) -> dict[str, Any]:
     """`ids` of the first text, and how its vector is made."""
     text = texts(record, options)[0]
-    return {"ids": _encode(text, tokenizer, options)[0], "text": text, "pooling": options.pooling}
+    return {
+        "ids": encode(text, tokenizer, max_tokens=options.max_tokens, cut=options.cut)[0],
+        "text": text,
+        "pooling": options.pooling,
+    }
 
 
 def serving(options: Options) -> dict[str, Any]:

@@ -146,3 +146,30 @@ def test_a_base_that_lacks_a_weight_is_refused_by_name(checkpoints: Any, tmp_pat
     broken = Bundle(made.path, replace(made.manifest, base=os.path.relpath(base.path, made.path.resolve())))
     with pytest.raises(SourceError, match=f"has no weights for {lost}"):
         merge(broken, tmp_path, torch.float32)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "mamba"])
+def test_embeddings_that_were_resized_survive_a_merge(checkpoints: Any, tmp_path: Path, model_type: str) -> None:
+    import torch
+    import transformers
+
+    from tuner.checkpoint import load_model
+    from tuner.shards import merge
+
+    small: Bundle = checkpoints(model_type)
+    grown = transformers.AutoModelForCausalLM.from_pretrained(small.path)
+    before = grown.get_input_embeddings().weight.shape[0]
+    grown.resize_token_embeddings(before + 13)
+    grown.save_pretrained(tmp_path / "base")
+    base = Bundle(tmp_path / "base", replace(small.manifest, files={}))
+    write_json(base.path / "bundle.json", asdict(base.manifest))
+    made = adapter(base, tmp_path / "adapter", "pretrain", "lora")
+    (tmp_path / "merged").mkdir()
+    merge(made, tmp_path / "merged", torch.float32)
+    opened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    assert opened.config.vocab_size == before + 13
+    for part in ("get_input_embeddings", "get_output_embeddings"):
+        assert torch.equal(getattr(opened, part)().weight, getattr(grown, part)().weight)
+    ids = torch.tensor([[3, before + 12, 5]])
+    torch.testing.assert_close(opened(ids).logits, load_model(made)(ids).logits, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(opened(ids).logits, grown.eval()(ids).logits, atol=1e-3)

@@ -263,3 +263,29 @@ def test_what_kto_compares_with_is_no_longer_than_a_row_may_be(tokenizer: Any) -
     assert [len(row.mismatched.ids) for row in judged] == [5, 20]
     with pytest.raises(DataError, match="kto compares with answers to other prompts, so it needs two rows or more"):
         objective.prepared([preference.Judged(long[0], True)])
+
+
+@pytest.mark.parametrize("loss", ["orpo", "simpo"])
+def test_orpo_and_simpo_through_the_whole_model_are_made_of_transformers_own_losses(
+    tiny_model: Any, tokenizer: Any, loss: str
+) -> None:
+    """transformers' loss of a row is the mean over its labels: each answer's own, as the papers have it, not the batch's."""
+    now, pairs = model(tiny_model, 1), rows(loss, tokenizer)
+    options = task.Options(loss=loss, beta=0.3)  # type: ignore[arg-type]
+    objective = preference.PairLoss(now, 0, options)
+
+    def mean(example: Example) -> torch.Tensor:
+        return -now(input_ids=torch.tensor([example.ids]), labels=torch.tensor([example.labels])).loss
+
+    with torch.no_grad():
+        ours = objective(objective.collate(pairs))
+        expected = torch.zeros(())
+        for pair in pairs:
+            good, bad = mean(pair.chosen), mean(pair.rejected)
+            if loss == "orpo":
+                odds = torch.log(good.exp() / (1 - good.exp())) - torch.log(bad.exp() / (1 - bad.exp()))
+                expected += -good - 0.3 * torch.log(torch.sigmoid(odds))
+            else:
+                expected += -torch.log(torch.sigmoid(0.3 * (good - bad) - options.margin))
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+    assert len({len(pair.chosen.ids) for pair in pairs} | {len(pair.rejected.ids) for pair in pairs}) > 1, "rows are padded"

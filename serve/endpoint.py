@@ -221,6 +221,7 @@ def arrange(folders: list[Path], settings: Settings, say: Callable[[str], None])
         model, model_name = bundle, name
         if bundle.manifest.kind == "adapter":
             model = bundle.base()
+            verify(model)
             model_name = default_name(model)
             claim(name, bundle)
             adapters.setdefault(model.path.resolve(), {})[name] = bundle

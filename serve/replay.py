@@ -102,6 +102,8 @@ async def _tags(client: httpx.AsyncClient, model: str, bundle: Bundle, dtype: st
     differences: list[float] = []
     same: list[bool] = []
     for item in bundle.manifest.probe:
+        if "text" in item:
+            await _check_tokens(client, model, item)
         (answer,) = (await _post(client, "/pooling", {"model": model, "input": [item["ids"]]}))["data"]
         for position, scores in zip(item["positions"], item["scores"], strict=True):
             now, recorded = answer["data"][position], [math.exp(value) for value in scores]

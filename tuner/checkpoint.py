@@ -28,7 +28,7 @@ def load_tokenizer(folder: Path) -> Any:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token_id = tokenizer.eos_token_id
     tokenizer.padding_side = "right"
-    with suppress(OSError, ValueError):
+    with suppress(FileNotFoundError):
         named = json.loads((folder / "generation_config.json").read_text(encoding="utf-8")).get("eos_token_id")
         tokenizer.ends_of_turn = named if isinstance(named, list) else [named]
     return tokenizer
@@ -56,7 +56,7 @@ def load_model(bundle: Bundle, storage: str = "fp32", *, original: bool = False)
     if manifest.kind == "adapter":
         from peft import PeftModel
 
-        model, _ = open_base(bundle.base(), str(manifest.head), **head_of(bundle))
+        model, _ = open_base(bundle.base(), str(manifest.head), **head_options(bundle))
         stored = manifest.serving.get("storage")
         if stored in ROUNDED and not original:
             _round(model, str(manifest.model_type), stored)
@@ -73,7 +73,7 @@ def load_model(bundle: Bundle, storage: str = "fp32", *, original: bool = False)
     return model.to(device()).eval()
 
 
-def head_of(adapter: Bundle) -> dict[str, Any]:
+def head_options(adapter: Bundle) -> dict[str, Any]:
     """What `open_base` has to know of the head that an adapter was trained with."""
     serving = adapter.manifest.serving
     new = serving.get("new_head", adapter.base().manifest.head != adapter.manifest.head)
@@ -102,12 +102,12 @@ def rounded(weight: Any, storage: str) -> Any:
     import torch
     from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
-    short = weight.to(torch.bfloat16)
+    short = weight.to("cpu", torch.bfloat16)  # moving them from there is what makes bitsandbytes round
     if storage == "nf4":
         kept = bitsandbytes.nn.Params4bit(short, requires_grad=False, quant_type="nf4", compress_statistics=True)
     else:
         kept = bitsandbytes.nn.Int8Params(short, requires_grad=False, has_fp16_weights=False)
-    kept = kept.to(weight.device)
+    kept = kept.to(weight.device) if weight.is_cuda else kept.to("cpu")
     return dequantize_bnb_weight(kept, SimpleNamespace(SCB=getattr(kept, "SCB", None))).float()
 
 
@@ -143,7 +143,7 @@ def _open(bundle: Bundle, head: str, options: dict[str, Any], storage: str, *, n
     if storage in ROUNDED:
         options = {**options, "quantization_config": _rounding(opener, path, bundle, storage)}
     # The files' own head may have the names of a new one, for other labels.
-    renewed = new_head and getattr(kinds.load("heads", str(bundle.manifest.head)), "LABELLED", False)
+    renewed = new_head and all(getattr(kinds.load("heads", each), "LABELLED", False) for each in (str(bundle.manifest.head), head))
     model, info = opener.from_pretrained(
         path,
         dtype=getattr(torch, COMPUTE[storage]),

@@ -212,11 +212,12 @@ class _Order:
     def __init__(self, examples: list[Any], schedule: Schedule, least_rows: int) -> None:
         self._lengths = [len(each.ids) for each in examples]
         self._schedule, self._least = schedule, least_rows
-        self._epoch, self._batches = -1, [[0]]
+        self._batches = plan(self._lengths, schedule.batch_size, schedule.seed, 0, least_rows)
+        self._epoch = 0
 
     def rows(self, step: int) -> list[int]:
         """Indices for optimizer step 0, 1, ..."""
-        epoch, within = divmod(step, math.ceil(len(self._lengths) / self._schedule.batch_size))
+        epoch, within = divmod(step, len(self._batches))  # as many in every epoch
         if epoch != self._epoch:
             size, seed = self._schedule.batch_size, self._schedule.seed
             self._epoch, self._batches = epoch, plan(self._lengths, size, seed, epoch, self._least)

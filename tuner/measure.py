@@ -11,6 +11,7 @@ from tuner.bundle import Bundle, add_results, fingerprint, sha256
 from tuner.checkpoint import load_model, load_tokenizer
 from tuner.data.dataset import heldout_rows, questions
 from tuner.objective import heldout_loss
+from tuner.progress import timed
 from tuner.recipe import Recipe
 from tuner.tasks import fits
 
@@ -32,7 +33,10 @@ def measured(bundle: Bundle, recipe: Recipe, *, task: Any, reference: Bundle | N
     model = load_model(bundle)
     module, head = kinds.load("tasks", task.kind), kinds.load("heads", str(bundle.manifest.head))
     items = head.record(model, tokenizer, questions(recipe, task, tokenizer, rows), recipe.probe.answer_tokens)
-    metrics: dict[str, Any] = {"key": key, **dict.fromkeys(("base", "heldout_loss", "heldout_tokens", "heldout_skipped", "scores"))}
+    metrics: dict[str, Any] = {
+        "key": key,
+        **dict.fromkeys(("base", "before", "heldout_loss", "heldout_tokens", "heldout_skipped", "scores")),
+    }
     metrics["task"] = told(task)
     if reference is not None:
         metrics["probe"] = probe.asked(module.HEAD, model, reference.manifest.probe)
@@ -61,16 +65,22 @@ def measured(bundle: Bundle, recipe: Recipe, *, task: Any, reference: Bundle | N
     return add_results(bundle, metrics=metrics, probe=items)
 
 
-def loss_before(base: Bundle, recipe: Recipe, task: Any) -> dict[str, Any]:
-    """`heldout_loss` of the model before tuning by this task, where it has its head; it may have been measured by another one."""
-    if recipe.data.heldout is None or not fits(base, task):
-        return {}
+def with_loss_before(bundle: Bundle, base: Bundle, recipe: Recipe, task: Any) -> Bundle:
+    """The tuned bundle with `metrics.before`: the held-out loss of the model before tuning by this task, where it has its head.
+
+    That model may have been measured by another task.
+    """
+    if bundle.manifest.metrics.get("before") or recipe.data.heldout is None or not fits(base, task):
+        return bundle
     if base.manifest.metrics.get("task") == told(task):
-        return base.manifest.metrics
-    tokenizer = load_tokenizer(base.path)
-    rows, _ = heldout_rows(recipe, task, tokenizer)
-    objective = kinds.load("tasks", task.kind).objective(load_model(base), tokenizer, task)
-    return heldout_loss(objective, objective.prepared([example for _, example in rows]))
+        return add_results(bundle, metrics={"before": {"heldout_loss": base.manifest.metrics["heldout_loss"]}})
+    with timed("measuring the model before, by this task"):
+        tokenizer = load_tokenizer(base.path)
+        rows, _ = heldout_rows(recipe, task, tokenizer)
+        objective = kinds.load("tasks", task.kind).objective(load_model(base), tokenizer, task)
+        return add_results(
+            bundle, metrics={"before": heldout_loss(objective, objective.prepared([example for _, example in rows]))}
+        )
 
 
 def told(task: Any) -> str:

@@ -52,8 +52,12 @@ def heldout_loss(objective: Objective, examples: list[Any]) -> dict[str, Any]:
     # What is drawn while measuring (which tokens are masked) is drawn alike each time, and training draws as if nothing had been.
     with torch.random.fork_rng(), torch.inference_mode(), track("held-out loss", len(order)) as advance:
         torch.manual_seed(0)
-        for at in range(0, len(order), BATCH_ROWS):
-            batch = objective.begin(order[at : at + BATCH_ROWS], BATCH_ROWS)
+        batches = [order[at : at + BATCH_ROWS] for at in range(0, len(order), BATCH_ROWS)]
+        if len(batches) > 1 and len(batches[-1]) < objective.least_rows:
+            short = batches.pop()
+            batches[-1] += short
+        for rows in batches:
+            batch = objective.begin(rows, len(rows))
             total += objective(objective.collate(batch, objective.model.device)).item()
             count += sum(example.supervised for example in batch)
             advance(len(batch))

@@ -72,11 +72,8 @@ class Plan:
         task = task_of(self.recipe)
         if self.recipe.evaluate.metrics and not hasattr(kinds.load("tasks", task.kind), "reference"):
             said.append(f"evaluate.metrics scores answers in words, and {task.kind} gives none")
-        said += [
-            f"tokens learns each tag at its word's first token, and {self.facts.model_type} has not read the rest there: at: last"
-            for options in tasks_of(self.recipe)
-            if getattr(options, "at", None) == "first" and "causal" in self.family.heads
-        ]
+        for options in tasks_of(self.recipe):
+            said += getattr(kinds.load("tasks", options.kind), "remarks", lambda *_: [])(options, self.family)
         if self.unread:
             said.append(f"rows also have {', '.join(self.unread)}, which nothing reads")
         return said

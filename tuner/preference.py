@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from tuner.data.example import IGNORE, Example
-from tuner.errors import DataError
 from tuner.heads.causal import collate, supervised_log_likelihood
 from tuner.objective import BATCH_ROWS, Objective
 from tuner.progress import track
@@ -92,7 +91,7 @@ class Comparison(Objective):
     def train(self, mode: bool = True) -> "Comparison":
         """Training mode, in which only an adapter's dropout drops anything."""
         super().train(mode)
-        for name, module in self.named_modules():
+        for name, module in self.named_modules() if self.compares else ():
             for key, value in vars(module).items():
                 # The rate is a Dropout's `p`, or what attention passes on to a function.
                 if "lora_dropout" not in name and isinstance(value, float) and ("drop" in key or isinstance(module, nn.Dropout)):
@@ -160,7 +159,9 @@ class JudgedLoss(Comparison):
         """Each answer with a mismatched one, and the log-likelihoods of both by the model as it is."""
         # Half the rows away: neighbours may be two answers to one prompt.
         if len(examples) < 2:
-            raise DataError("kto compares with answers to other prompts, so it needs two rows or more")
+            # There is no other prompt, so nothing says how far the model has moved there.
+            alone = reference(self.model, [row.answer for row in examples], self.pad_id)
+            return [replace(row, reference=(value, 0.0)) for row, value in zip(examples, alone, strict=True)]
         away, most = len(examples) // 2, self.options.max_tokens
         mixed = [_swapped(row.answer, examples[at - away].answer, most) for at, row in enumerate(examples)]
         found = reference(self.model, [row.answer for row in examples] + mixed, self.pad_id)
@@ -171,7 +172,7 @@ class JudgedLoss(Comparison):
         """Measures the divergence, of which no gradient is taken: the mean over the rows, not below zero."""
         mixed = [row.mismatched for row in rows if row.mismatched is not None]
         now = answers(self.model, mixed, self.pad_id, micro_batch_size)
-        moved = sum(value - row.reference[1] for value, row in zip(now, rows, strict=True)) / len(rows)
+        moved = sum(value - row.reference[1] for value, row in zip(now, rows, strict=bool(mixed))) / len(rows)
         self._divergence = torch.tensor(max(0.0, moved))
         return rows
 

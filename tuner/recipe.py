@@ -170,6 +170,9 @@ class Recipe:
                 return str(self.error('the key "kind" is missing: it says which one is meant', *location))
             case "missing":
                 return str(self.error(f'the key "{found["loc"][-1]}" is missing', *location))
+            case "string_type" if isinstance(found["input"], bool):
+                # YAML 1.1 reads these words as true and false.
+                return str(self.error('yes, no, on, off, true and false are no text in YAML; put them in quotes: "yes"', *location))
             case "float_type" | "int_type" if isinstance(found["input"], str):
                 short = re.fullmatch(r"[+-]?\d+[eE][+-]?\d+", found["input"])
                 advice = " (YAML reads 2e-4 as text: write 2.0e-4)" if short else ""

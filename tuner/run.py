@@ -37,7 +37,7 @@ def run(plan: Plan, out_dir: Path) -> list[Bundle]:
 
     Raises GateError where a result is not good enough to go on with; what was finished stays.
     """
-    from tuner.measure import base_on_probe, loss_before, measured
+    from tuner.measure import base_on_probe, measured, with_loss_before
 
     bundles: list[Bundle] = []
     reference: Bundle | None = None  # the tuned model, whose probe the later ones should answer alike
@@ -74,7 +74,8 @@ def run(plan: Plan, out_dir: Path) -> list[Bundle]:
                 bundle = add_results(bundle, serving={"serve_max_tokens": plan.served_tokens()})
             earlier = before.manifest.metrics if before else {}
             if step.trains and before:
-                earlier = loss_before(before, plan.recipe, task)
+                bundle = with_loss_before(bundle, before, plan.recipe, task)
+                earlier = bundle.manifest.metrics.get("before") or {}
             _gate(step, bundle, earlier)
             reference = bundle if step.trains else reference
             bundles.append(_named(out_dir, _link_name(plan, step), bundle))
@@ -86,8 +87,10 @@ def stage_fingerprint(plan: Plan, step: Step, parent: Bundle | None) -> str:
     data = plan.recipe.data
     told = step.options.model_dump(mode="json", exclude={"gate", "tolerance", "checkpoint_every_steps"})
     decided: list[Any] = []
-    if data.heldout is not None and getattr(step.stage, "decides", lambda _: False)(step.options):
-        decided = [sha256(Path(data.heldout)), data.heldout_rows, plan.recipe.evaluate.model_dump(mode="json")]
+    figure = getattr(step.stage, "decided_by", lambda *_: None)(step.options, parent)
+    if data.heldout is not None and figure:
+        decided = [sha256(Path(data.heldout)), data.heldout_rows]
+        decided += [] if figure == "heldout_loss" else [plan.recipe.evaluate.model_dump(mode="json")]
     return fingerprint(
         step.name,
         step.stage.VERSION,

@@ -11,14 +11,11 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import silu, softplus
-
-if TYPE_CHECKING:
-    from tuner.families import Family
 
 # Where the documents of a packed batch begin, (B, T); set while such a batch is computed.
 _starts: Tensor | None = None
@@ -39,16 +36,16 @@ def use(model: Any) -> bool:
     return bool(found)
 
 
-def paths(model: Any, family: "Family") -> list[str]:
-    """How the layers that carry a state are computed, in one line; nothing for a model without such layers."""
-    if not family.kernels:
+def paths(model: Any, kernels: frozenset[str]) -> list[str]:
+    """How the layers that carry a state are computed, in one line; nothing without such layers, which are those with `kernels`."""
+    if not kernels:
         return []
     if model.device.type == "cpu":
         own = any(
             hasattr(getattr(sys.modules[type(each).__module__], "mamba_selective_scan", None), "theirs") for each in model.modules()
         )
         return [f"recurrent layers: {'a scan compiled for this CPU by numba' if own else 'transformers, in torch'}"]
-    there = {name: importlib.util.find_spec(name) is not None for name in sorted(family.kernels)}
+    there = {name: importlib.util.find_spec(name) is not None for name in sorted(kernels)}
     said = ", ".join(f"{name} is {'there' if found else 'not installed'}" for name, found in there.items())
     return [f"recurrent layers: fused kernels where transformers finds them ({said}), else torch, many times slower"]
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from tuner import kinds
 from tuner.bundle import Bundle
-from tuner.checkpoint import ROUNDED, block_linears, head_of, quiet, rounded
+from tuner.checkpoint import ROUNDED, block_linears, head_options, quiet, rounded
 from tuner.errors import SourceError
 from tuner.families import family_of
 from tuner.source import weight_files
@@ -56,7 +56,7 @@ def _outline(adapter: Bundle) -> Any:
 
     base, manifest = adapter.base(), adapter.manifest
     head = kinds.load("heads", str(manifest.head))
-    options = head_of(adapter)["config"]
+    options = head_options(adapter)["config"]
     config = transformers.AutoConfig.from_pretrained(base.path.resolve(), trust_remote_code=False, **options)
     with torch.device("meta"):
         model = getattr(transformers, head.AUTO).from_config(config, dtype=torch.float32)

@@ -206,9 +206,23 @@ def test_no_step_is_left_with_a_single_row_that_has_nothing_to_be_told_from() ->
     lengths = [5] * 9
     assert sorted(map(len, plan(lengths, 8, 0, 0))) == [1, 8]
     batches = plan(lengths, 8, 0, 0, least=2)
-    assert sorted(map(len, batches)) == [2, 7]
+    assert sorted(map(len, batches)) == [9]
+    assert sorted(map(len, plan(lengths, 2, 0, 0, least=2))) == [2, 2, 2, 3]
+    assert sorted(map(len, plan([5] * 10, 8, 0, 0, least=2))) == [2, 8]
     assert sorted(index for batch in batches for index in batch) == list(range(9))
     objective = embed.objective(bert(), type("T", (), {"pad_token_id": 0}), embed.Options())
     assert objective.least_rows == 2
+    objective.train()
     with pytest.raises(DataError, match="batch_size has to be 2 or more"):
         objective.begin(rows(1, negatives=0), 8)
+
+
+def test_the_last_heldout_rows_are_told_apart_from_others_however_few_they_are() -> None:
+    from tuner.objective import heldout_loss
+
+    objective = embed.objective(bert(), type("T", (), {"pad_token_id": 0}), embed.Options())
+    assert heldout_loss(objective, rows(1, negatives=0))["heldout_loss"] == 0.0
+    seventeen = heldout_loss(objective, rows(17, negatives=0))["heldout_loss"]
+    batch = objective.collate(sorted(rows(17, negatives=0), key=lambda row: len(row.ids)))
+    with torch.no_grad():
+        assert seventeen == pytest.approx(float(objective(batch)) / 17, abs=1e-4)

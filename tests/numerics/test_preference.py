@@ -261,8 +261,10 @@ def test_what_kto_compares_with_is_no_longer_than_a_row_may_be(tokenizer: Any) -
     long = [Example(list(range(3, 23)), [IGNORE] * at + list(range(3 + at, 23))) for at in (2, 17)]
     judged = objective.prepared([preference.Judged(each, True) for each in long])
     assert [len(row.mismatched.ids) for row in judged] == [5, 20]
-    with pytest.raises(DataError, match="kto compares with answers to other prompts, so it needs two rows or more"):
-        objective.prepared([preference.Judged(long[0], True)])
+    (alone,) = objective.begin(objective.prepared([preference.Judged(long[0], True)]), 1)
+    # It has no other prompt to compare with, so sigmoid(0) is all that there is before training.
+    objective.eval()
+    assert float(objective(objective.collate([alone]))) == pytest.approx(0.5, abs=1e-5)
 
 
 @pytest.mark.parametrize("loss", ["orpo", "simpo"])

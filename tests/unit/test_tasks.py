@@ -170,6 +170,15 @@ def test_a_sentence_of_which_no_word_is_left_is_refused() -> None:
         list(tokens.examples(rows, wordpiece(), options, "stop", Skipped()))
 
 
+def test_a_word_that_the_cut_went_through_has_no_last_token() -> None:
+    row = {"words": ["list", "quagga", "vm"], "tags": ["A", "B", "A"]}
+    for at, places in (("last", [1]), ("first", [1, 2])):
+        options = tokens.Options(labels=["A", "B"], max_tokens=4, cut=True, at=at)  # [CLS] list qua [SEP]
+        ((_, example),) = tokens.examples(iter([Row("f:1", row)]), wordpiece(), options, "stop", Skipped())
+        assert [place for place, label in enumerate(example.labels) if label != IGNORE] == places
+        assert example.cut
+
+
 def test_of_several_labels_the_f1_counts_those_that_were_given(tokenizer: Any) -> None:
     from tuner.recipe import Evaluate
 

@@ -59,7 +59,7 @@ def read_rows(path: Path, made_by: str | None, on_bad_row: str, skipped: Skipped
                 raise DataError(message) from None
             skipped.add(message)
     if not found:
-        raise DataError(f'{path}:1: the file is empty; expected one JSON object a line, such as {{"messages": [...]}}')
+        raise DataError(f"{path}:1: the file is empty; expected one JSON object a line")
 
 
 def usable(rows: Iterator[Row], use: Callable[[Row], T], on_bad_row: str, skipped: Skipped) -> Iterator[tuple[Row, T]]:
@@ -113,5 +113,5 @@ def _parse(text: str) -> dict[str, Any]:
         shown = text.strip()[:40]
         raise DataError(f"not JSON ({getattr(error, 'msg', error)}), found {shown!r}; expected one object a line") from None
     if not isinstance(record, dict):
-        raise DataError(f'found a {type(record).__name__}, expected an object such as {{"messages": [...]}}')
+        raise DataError(f'found a {type(record).__name__}, expected an object such as {{"text": "..."}}')
     return record

@@ -23,15 +23,21 @@ def show(plan: Plan, out_dir: Path, rows: int) -> None:
 
     A recipe that trains its own tokenizer is shown with the one in `out_dir`. Raises RecipeError where there is none yet.
     """
-    from tuner.data.dataset import task_of, training_examples
+    from tuner.data.dataset import task_of, tasks_of
+
+    tokenizer = _tokenizer(plan, out_dir)
+    for task in tasks_of(plan.recipe) or [task_of(plan.recipe)]:
+        _show_task(plan, task, tokenizer, rows)
+
+
+def _show_task(plan: Plan, task: Any, tokenizer: Any, rows: int) -> None:
+    from tuner.data.dataset import training_examples
 
     console = Console(highlight=False)
-    tokenizer = _tokenizer(plan, out_dir)
-    task = task_of(plan.recipe)
     examples, data = training_examples(plan.recipe, task, tokenizer)
     shown = getattr(kinds.load("tasks", task.kind), "shown", lambda example, _: [("", example)])
     for number, example in enumerate(examples[:rows], 1):
-        console.rule(f"example {number}: {len(example.ids)} tokens, {example.supervised:g} learned")
+        console.rule(f"{task.kind}, example {number}: {len(example.ids)} tokens, {example.supervised:g} learned")
         for name, part in shown(example, task):
             console.print(Text(f"{name}: " if name else "", style="bold") + render(part, tokenizer), soft_wrap=True)
     console.rule("counts")

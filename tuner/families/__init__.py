@@ -40,6 +40,8 @@ class Architecture:
     """Heads of the family that transformers does not have for it."""
     left_out: dict[str, str] = field(default_factory=dict)
     """Linears in a block that are not adapted, each with the reason."""
+    kernels: frozenset[str] = frozenset()
+    """Packages with the fused kernels that its recurrent layers are fast with on a GPU; empty where there are no such layers."""
     positions_from_padding: bool = False
     """Positions are numbered from behind the padding token's id, so the longest text is that much shorter."""
 
@@ -54,10 +56,8 @@ class Family:
     architectures: dict[str, Architecture]
     keep: dict[str, str] = field(default_factory=dict)
     """Modules outside the blocks that are neither adapted nor quantized, each with the reason."""
-    kernels: frozenset[str] = frozenset()
-    """Packages with the fused kernels that its recurrent layers are fast with on a GPU; empty where there are no such layers."""
     head_parts: frozenset[str] = frozenset()
-    """Those of them that only a head for labels reads: trained in full with it."""
+    """Those in `keep` that only a head for labels reads: trained in full with it."""
 
 
 def family_of(model_type: str) -> tuple[Family, Architecture]:

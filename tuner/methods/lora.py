@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from tuner.bundle import Bundle
-from tuner.checkpoint import ROUNDED, block_linears, head_of, open_base
+from tuner.checkpoint import ROUNDED, block_linears, head_options, open_base
 from tuner.errors import RecipeError, nearest
 from tuner.families import Architecture, Family
 from tuner.kinds import Options as BaseOptions
@@ -147,7 +147,7 @@ def reopen(bundle: Bundle) -> Any:
     from peft import PeftModel
 
     model, fresh = open_base(
-        bundle.base(), str(bundle.manifest.head), storage=bundle.manifest.serving["storage"], **head_of(bundle)
+        bundle.base(), str(bundle.manifest.head), storage=bundle.manifest.serving["storage"], **head_options(bundle)
     )
     _in_float32(model, fresh)
     return PeftModel.from_pretrained(model, bundle.path.resolve()).eval()

@@ -10,7 +10,8 @@ run(job)            fills `job.folder` and returns the manifest
 and, where there is something to say, what else is asked of it:
 
 gate(...)           raises GateError where the measured result is not good enough to go on with
-decides(options)    whether held-out rows decide what comes out, beside measuring it
+decided_by(options, parent)
+                    the held-out figure that decides what comes out, beside measuring it; None where none does
 check(plan, step)   raises RecipeError where the stage cannot work in this recipe
 check_row(record, options, *, chat_template)
                     raises DataError for a row that it cannot read; a stage whose options have a `task` leaves that to the task

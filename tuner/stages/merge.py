@@ -5,13 +5,14 @@ from typing import Any, Literal
 from pydantic import Field
 
 from tuner import kinds
-from tuner.bundle import Manifest
+from tuner.bundle import Bundle, Manifest
+from tuner.checkpoint import ROUNDED
 from tuner.errors import GateError
 from tuner.kinds import Options as BaseOptions
 from tuner.stages import Job
 
 TAKES = frozenset({"adapter"})
-VERSION = 2
+VERSION = 3
 RESULT = "merged"
 
 
@@ -37,7 +38,7 @@ def run(job: Job) -> Manifest:
     """Add each adapter product to its weight in float32, then store as `dtype`."""
     import torch
 
-    from tuner.checkpoint import ROUNDED, load_tokenizer
+    from tuner.checkpoint import load_tokenizer
     from tuner.shards import merge
     from tuner.source import describe_model
 
@@ -58,9 +59,10 @@ def run(job: Job) -> Manifest:
     )
 
 
-def decides(options: Options) -> bool:
-    """Held-out rows may decide what comes out."""
-    return options.onto == "auto"
+def decided_by(options: Options, parent: Bundle | None) -> str | None:
+    """Held-out loss decides onto which weights an adapter of rounded ones goes."""
+    rounded = parent is not None and parent.manifest.serving.get("storage") in ROUNDED
+    return "heldout_loss" if options.onto == "auto" and rounded else None
 
 
 def gate(options: Options, metrics: dict[str, Any], before: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ from tuner.errors import DataError, GateError, RecipeError, nearest
 from tuner.families import family_of
 from tuner.kinds import Options as BaseOptions
 from tuner.stages import Job
-from tuner.tasks import fits
+from tuner.tasks import fits, labels_of
 
 if TYPE_CHECKING:
     from tuner.fit import Schedule
@@ -129,16 +129,25 @@ def check(plan: "Plan", step: "Step") -> None:
 
 def _check_labels(plan: "Plan", step: "Step", head: str) -> None:
     """Raises RecipeError where the model tells the same labels apart in another order: its scores would change places."""
-    wanted = getattr(step.options.task, "labels", [])
-    own = list(plan.facts.labels)
-    if step.index == 0 and plan.facts.head == head and own != wanted and sorted(own) == sorted(wanted):
+    from tuner.data.dataset import tasks_of
+
+    earlier = tasks_of(plan.recipe, step.index - 1)[-1:] if step.index else []
+    if earlier and head == kinds.load("tasks", earlier[0].kind).HEAD:
+        _same_order(plan.recipe, step.index, getattr(earlier[0], "labels", []))
+    elif not earlier and plan.facts.head == head:
+        _same_order(plan.recipe, step.index, list(plan.facts.labels))
+
+
+def _same_order(recipe: Any, index: int, own: list[str]) -> None:
+    wanted = getattr(recipe.stages[index][1].task, "labels", [])
+    if own != wanted and sorted(own) == sorted(wanted):
         message = f"the model's head has these labels in another order; write labels: [{', '.join(own)}]"
-        raise plan.recipe.error(message, "stages", step.index, "tune", "task", "labels")
+        raise recipe.error(message, "stages", index, "tune", "task", "labels")
 
 
-def decides(options: Options) -> bool:
-    """Held-out rows decide which weights are kept."""
-    return options.watch is not None
+def decided_by(options: Options, parent: Bundle | None) -> str | None:  # noqa: ARG001 - a stage's common signature
+    """Held-out rows decide which weights are kept, by this figure."""
+    return options.watch.by if options.watch else None
 
 
 def run(job: Job) -> Manifest:
@@ -149,7 +158,6 @@ def run(job: Job) -> Manifest:
     from tuner.data.dataset import training_examples
     from tuner.fit import fit
     from tuner.progress import say
-    from tuner.source import describe_model, versions
 
     options: Any = job.options
     assert job.parent is not None
@@ -178,41 +186,44 @@ def run(job: Job) -> Manifest:
     method.save(model, job.folder)
     tokenizer.save_pretrained(job.folder)
     said = base.path / "generation_config.json"
-    if said.is_file() and not (job.folder / said.name).exists():
+    if said.is_file() and task.HEAD == "causal" and not (job.folder / said.name).exists():
         (job.folder / said.name).write_bytes(said.read_bytes())  # where the model's answers end
-    _, architecture = family_of(str(base.manifest.model_type))
-    rest: dict[str, Any] = {
-        "data": data,
-        "recipe": job.told(),
-        "metrics": {"training": {**measured, **untrained, **effect, "layers": len(layers), "trained_parameters": trained}},
-        "serving": {
-            **method.serving(options.method, architecture),
-            **(task.serving(options.task) if hasattr(task, "serving") else {}),
-            **head,
-        },
-    }
-    if task.HEAD != "causal":
-        rest["serving"].pop("live_adapter", None)
-    if method.GIVES == "model":
-        if describe := getattr(kinds.load("heads", task.HEAD), "describe", None):
-            describe(job.folder, rest["serving"])
-        manifest = describe_model(job.folder, stage="tune", fingerprint=job.fingerprint, **rest)
-    else:
-        manifest = Manifest(
-            kind=method.GIVES,
-            stage="tune",
-            fingerprint=job.fingerprint,
-            family=base.manifest.family,
-            head=task.HEAD,
-            model_type=base.manifest.model_type,
-            base=os.path.relpath(base.path.resolve(), job.folder.resolve()),
-            versions=versions(),
-            **rest,
-        )
+    training = {**measured, **untrained, **effect, "layers": len(layers), "trained_parameters": trained}
+    manifest = _manifest(job, task, method, head, data=data, metrics={"training": training})
     # One model in memory at a time.
     del model, objective, watch, layers
     manifest.metrics["training"]["reopened"] = _reopened(Bundle(job.folder, manifest), method, answers)
     return manifest
+
+
+def _manifest(job: Job, task: Any, method: Any, head: dict[str, Any], **rest: Any) -> Manifest:
+    """Of what was saved: a model that anything can open, or an adapter that needs its base."""
+    from tuner.source import describe_model, versions
+
+    options, base = job.options, job.parent
+    assert base is not None
+    _, architecture = family_of(str(base.manifest.model_type))
+    serving = {
+        **method.serving(options.method, architecture),
+        **(task.serving(options.task) if hasattr(task, "serving") else {}),
+        **head,
+    }
+    if task.HEAD != "causal":
+        serving.pop("live_adapter", None)
+    rest |= {"stage": "tune", "fingerprint": job.fingerprint, "recipe": job.told(), "serving": serving}
+    if method.GIVES == "model":
+        if describe := getattr(kinds.load("heads", task.HEAD), "describe", None):
+            describe(job.folder, serving)
+        return describe_model(job.folder, **rest)
+    return Manifest(
+        kind=method.GIVES,
+        family=base.manifest.family,
+        head=task.HEAD,
+        model_type=base.manifest.model_type,
+        base=os.path.relpath(base.path.resolve(), job.folder.resolve()),
+        versions=versions(),
+        **rest,
+    )
 
 
 def _model(job: Job, tokenizer: Any) -> tuple[Any, dict[str, Any]]:
@@ -228,15 +239,17 @@ def _model(job: Job, tokenizer: Any) -> tuple[Any, dict[str, Any]]:
     head: dict[str, Any] = {}
     if hasattr(task, "head_config"):
         head["head_config"] = {**task.head_config(options.task), "pad_token_id": tokenizer.pad_token_id}
+        if base.manifest.head == task.HEAD:
+            _same_order(job.recipe, job.index, labels_of(base))
     head["new_head"] = not fits(base, options.task)
     model, fresh = open_base(
         base, task.HEAD, head.get("head_config", {}), method.storage(options.method), new_head=head["new_head"]
     )
     if fresh:
         say(f"{'a new' if head['new_head'] else 'the'} {task.HEAD} head is trained in full: {', '.join(fresh)}")
-    for line in scan.paths(model, family):
+    for line in scan.paths(model, architecture.kernels):
         say(line)
-    if getattr(options.task, "packing", False) and device() != "cpu" and family.kernels:
+    if getattr(options.task, "packing", False) and device() != "cpu" and architecture.kernels:
         # The fused kernels know nothing of documents.
         message = "packing is not for this architecture on a GPU: its kernel carries the state over from document to document"
         raise job.recipe.error(message, "stages", job.index, "tune", "task", "packing")

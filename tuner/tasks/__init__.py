@@ -14,8 +14,10 @@ scored(options, evaluate)     their names
 and, where there is something to say:
 
 check(options, facts)         raises RecipeError for a model that it does not suit
+remarks(options, family)      what is allowed for this family and probably not meant
 unseen(examples, options)     remarks on what no training example shows
 shown(example, options)       a name and an Example for each part of an example, for `tuner data`; by default the example itself
+unnamed(options)              whether the one output of its head has no name that would matter
 serving(options)              facts for an engine
 head_config(options)          what the model's configuration says of its head, such as the names of labels
 reference(record)             the answer that the record gives, for tasks whose answers are text
@@ -27,6 +29,14 @@ from tuner import kinds
 from tuner.bundle import Bundle
 
 
+def labels_of(bundle: Bundle) -> list[str]:
+    """What the bundle's head tells apart, in the order of its scores."""
+    from tuner.source import label_names, read_config
+
+    made = bundle.manifest.serving if bundle.manifest.kind == "adapter" else {}
+    return label_names(made.get("head_config") or read_config(bundle.path))
+
+
 def fits(bundle: Bundle, options: Any) -> bool:
     """The bundle has the very head that the task trains: of that kind and, where it gives labels, for these in this order."""
     task = kinds.load("tasks", options.kind)
@@ -34,7 +44,7 @@ def fits(bundle: Bundle, options: Any) -> bool:
         return False
     if not hasattr(task, "head_config"):
         return True
-    from tuner.source import label_names, read_config
+    from tuner.source import label_names
 
-    made = bundle.manifest.serving if bundle.manifest.kind == "adapter" else {}
-    return label_names(made.get("head_config") or read_config(bundle.path)) == label_names(task.head_config(options))
+    own, wanted = labels_of(bundle), label_names(task.head_config(options))
+    return len(own) == 1 if getattr(task, "unnamed", lambda _: False)(options) else own == wanted

@@ -101,6 +101,11 @@ def head_config(options: Options) -> dict[str, Any]:
     }
 
 
+def unnamed(options: Options) -> bool:
+    """A number is a number, whatever it is called."""
+    return options.form == "number"
+
+
 def question(record: dict[str, Any], tokenizer: Any, options: Options) -> dict[str, Any]:
     """`ids` of the text, and the text."""
     ids, _ = encode(record["text"], tokenizer, max_tokens=options.max_tokens, cut=options.cut)

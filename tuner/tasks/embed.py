@@ -134,7 +134,8 @@ def _objective(model: Any, pad_id: int, options: Options) -> Any:
             The vectors are then made again, a micro-batch at a time, with the same dropout (Gao et al. 2021, arXiv:2101.06983).
             """
             self._parts = {}
-            if options.loss == "contrastive" and len(rows) == 1 and len(rows[0].texts) == 2:
+            alone = options.loss == "contrastive" and len(rows) == 1 and len(rows[0].texts) == 2
+            if self.model.training and alone:
                 raise DataError("a step of one row without negatives has nothing to tell apart; batch_size has to be 2 or more")
             if options.loss == "cosine" or len(rows) <= micro_batch_size:
                 return rows

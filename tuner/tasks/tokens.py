@@ -1,7 +1,7 @@
 """Token classification: a label for each word, such as a part of speech or, in BIO form, the entity that it belongs to."""
 
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -10,6 +10,9 @@ from tuner.data.rows import Row, Skipped, usable
 from tuner.errors import DataError, nearest
 from tuner.kinds import Options as BaseOptions
 from tuner.recipe import Evaluate
+
+if TYPE_CHECKING:
+    from tuner.families import Family
 
 HEAD = "token"
 KEYS = frozenset({"words", "tags"})
@@ -94,7 +97,8 @@ def encode(words: list[str], tokenizer: Any, options: Options) -> tuple[list[int
     """
     text = " ".join(words)
     encoded = tokenizer(text, return_offsets_mapping=True)
-    if len(encoded["input_ids"]) > options.max_tokens:
+    long = len(encoded["input_ids"]) > options.max_tokens
+    if long:
         if not options.cut:
             raise DataError(
                 f"{len(encoded['input_ids'])} tokens, expected at most max_tokens: {options.max_tokens}; "
@@ -109,10 +113,20 @@ def encode(words: list[str], tokenizer: Any, options: Options) -> tuple[list[int
         word = next((number for number in word_of[left:right] if number is not None), None)
         if word is not None and (options.at == "last" or word not in places):
             places[word] = position
+    ends = [right for _, right in encoded["offset_mapping"]]
+    if long and options.at == "last" and places and max(ends) < len(" ".join(words[: max(places) + 1])):
+        del places[max(places)]  # the cut went through it
     if not places or (not options.cut and len(places) < len(words)):
         lost = next(word for word in range(len(words)) if word not in places)
         raise DataError(f"words[{lost}]: the tokenizer leaves no token of {words[lost]!r:.40}")
     return list(encoded["input_ids"]), places
+
+
+def remarks(options: Options, family: "Family") -> list[str]:
+    """What is probably not meant."""
+    if options.at == "first" and "causal" in family.heads:
+        return ["a tag is learned at its word's first token, where this model has not read the rest of it; write `at: last`"]
+    return []
 
 
 def head_config(options: Options) -> dict[str, Any]:

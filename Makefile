@@ -11,7 +11,7 @@ help:
 	@echo "make test      install, then the fast tests"
 	@echo "make check     lint and types"
 	@echo "make test-all  every test, the slow ones too"
-	@echo "make bench     speed, memory and loss of every cell of the grid (two thirds of an hour on two cores)"
+	@echo "make bench     speed, memory and loss of every cell of the grid (twenty minutes on two cores)"
 	@echo "make install   only the environment, from requirements/*.lock"
 
 install:

@@ -111,7 +111,8 @@ class Plan:
 
     def serving(self) -> str:
         """One line on how the result can be served."""
-        served = "the adapter is served live on its base" if self.result == "adapter" else f"the {self.result} is served by itself"
+        what = {"adapter": "the adapter is served live on its base", "quantized": "the quantized model is served by itself"}
+        served = what.get(self.result, f"the {self.result} is served by itself")
         return self.not_served() or served
 
     def served_tokens(self) -> int:

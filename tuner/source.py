@@ -82,7 +82,7 @@ class Facts:
 def find(reference: str, revision: str | None = None) -> Source:
     """The model that a recipe names. Raises SourceError, with the nearest name that exists, where there is none."""
     path = Path(reference)
-    here = path.exists() or reference.startswith((".", "/"))
+    here = path.exists() or reference.startswith((".", "/")) or ".." in path.parts
     if revision and (here or reference.startswith("pkg://")):
         raise SourceError(f"revision {revision}: only a model on the hub has revisions, and {reference} is not there")
     if reference.startswith("pkg://"):

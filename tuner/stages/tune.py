@@ -1,5 +1,6 @@
 """Fine-tune (or pretrain) a model: a task says what is learned, a method says which weights learn it."""
 
+import gc
 import os
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -190,8 +191,9 @@ def run(job: Job) -> Manifest:
         (job.folder / said.name).write_bytes(said.read_bytes())  # where the model's answers end
     training = {**measured, **untrained, **effect, "layers": len(layers), "trained_parameters": trained}
     manifest = _manifest(job, task, method, head, data=data, metrics={"training": training})
-    # One model in memory at a time.
+    # One model in memory at a time; peft's layers point back at each other, so they wait for the collector.
     del model, objective, watch, layers
+    gc.collect()
     manifest.metrics["training"]["reopened"] = _reopened(Bundle(job.folder, manifest), method, answers)
     return manifest
 

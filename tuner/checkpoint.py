@@ -107,7 +107,7 @@ def rounded(weight: Any, storage: str) -> Any:
         kept = bitsandbytes.nn.Params4bit(short, requires_grad=False, quant_type="nf4", compress_statistics=True)
     else:
         kept = bitsandbytes.nn.Int8Params(short, requires_grad=False, has_fp16_weights=False)
-    kept = kept.to(weight.device) if weight.is_cuda else kept.to("cpu")
+    kept = kept.to(weight.device)
     return dequantize_bnb_weight(kept, SimpleNamespace(SCB=getattr(kept, "SCB", None))).float()
 
 

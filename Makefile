@@ -4,7 +4,7 @@ BIN := .venv/bin
 export OMP_WAIT_POLICY = passive
 export PYTHONUNBUFFERED = 1
 
-.PHONY: help install data data-all bench demo check test test-all format clean
+.PHONY: help install data data-all browser bench demo check test test-all format clean
 
 help:
 	@echo "make demo      install, prepare data, train, merge, quantize, serve, ask, and print one table"
@@ -13,6 +13,7 @@ help:
 	@echo "make test-all  every test, the slow ones too"
 	@echo "make bench     speed, memory and loss of every cell of the grid (twenty minutes on two cores)"
 	@echo "make install   only the environment, from requirements/*.lock"
+	@echo "make browser   Debian's Chromium, which one test opens a page in (as root)"
 
 install:
 	@$(PYTHON) requirements/install.py
@@ -25,6 +26,9 @@ data-all: data
 	@for each in movie_reviews porttinari spam_assassin speeches wordnet; do \
 		test -f recipes/data/$$(echo $$each | tr _ -)/heldout.jsonl || $(BIN)/python recipes/data/$$each.py || exit 1; \
 	done
+
+browser:
+	@command -v chromium >/dev/null || { apt-get update -qq && apt-get install -y -qq chromium >/dev/null; }
 
 bench: data-all
 	$(BIN)/python -m tests.bench

@@ -1,9 +1,12 @@
 """Small real things: a tokenizer trained on a few lines, a Llama of 100,000 parameters, rows, recipes, and the command line."""
 
+import atexit
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,9 @@ import pytest
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# What is worked out of data here is of no use to anyone, and must not be found again by accident.
+os.environ["TUNER_CACHE"] = tempfile.mkdtemp(prefix="tuner-cache-")
+atexit.register(shutil.rmtree, os.environ["TUNER_CACHE"], ignore_errors=True)
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"

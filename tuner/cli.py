@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -46,15 +47,42 @@ Out = Annotated[Path | None, typer.Option("--out", help="Where results go; runs/
 
 
 @app.command()
+def new(
+    data: Annotated[str, typer.Option(help="A file, folder, pattern or URL of rows.")],
+    base: Annotated[str, typer.Option(help="The model: a hub id, a directory, a bundle, a .gguf file, or pkg://MODULE/PATH.")],
+    out: Annotated[Path, typer.Option(help="The recipe to write.")] = Path("recipe.yaml"),
+    columns: Annotated[
+        list[str] | None, typer.Option("--map", help="What your columns are called: text=review. Can be repeated.")
+    ] = None,
+) -> None:
+    """Look at rows, a model and this machine, and write a commented recipe that passes `tuner check`."""
+    from tuner.new import new as write_recipe
+    from tuner.plan import make_plan
+    from tuner.recipe import read_recipe
+
+    named = dict(each.partition("=")[::2] for each in columns or [])
+    if not all(named.values()):
+        raise typer.BadParameter("--map is KEY=COLUMN, such as text=review")
+    for line in write_recipe(data, base, out, named):
+        print(line)
+    for remark in make_plan(read_recipe(out), Path("runs") / out.stem).remarks():
+        print(f"note: {remark}")
+
+
+@app.command()
 def check(recipe: RecipePath, overrides: Overrides = None, out: Out = None) -> None:
     """Say whether a recipe will work, without loading a weight."""
+    from tuner.data.shapes import told as shapes_told
     from tuner.plan import CHECKED_ROWS
 
     plan, _ = _plan(recipe, overrides, out)
     source = plan.recipe.model or "a new model"
     print(f"model:   {source} ({plan.facts.model_type}, about {plan.facts.parameters / 1e6:.0f}M parameters)")
-    for name, count in plan.rows.items():
-        print(f"data:    {count} {name} rows can be read{' (the first; the run reads all)' if count == CHECKED_ROWS else ''}")
+    for name, count in plan.data.rows.items():
+        skipped = plan.data.skipped[name]
+        first = " (the first; the run reads all)" if count + skipped == CHECKED_ROWS else ""
+        left_out = f", {skipped} are left out" if skipped else ""
+        print(f"data:    {count} {name} rows can be read{left_out}{first}: {shapes_told(plan.data.shapes[name])}")
     print("         how long they are in tokens is looked at by `tuner data` and by the run")
     for remark in plan.remarks():
         print(f"note:    {remark}")
@@ -104,15 +132,32 @@ def prove(recipe: RecipePath, overrides: Overrides = None, out: Out = None) -> N
 
 @app.command()
 def data(
-    recipe: RecipePath,
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE|FILE", help="A recipe, or a file or folder of rows without one.")],
     overrides: Overrides = None,
     out: Out = None,
     rows: Annotated[int, typer.Option(min=0, help="Examples to show.")] = 3,
+    html: Annotated[Path | None, typer.Option(help="Write it as a page, too, with 20 examples or more.")] = None,
 ) -> None:
-    """Show training examples as the model reads them, what is learned in colour, and how long they are."""
-    from tuner.data.show import show
+    """Show rows as the model reads them, what is learned in colour, how long they are, and what is wrong with the data."""
+    from tuner.data.page import PAGE_EXAMPLES, page
+    from tuner.data.quality import examine
+    from tuner.data.show import pictured, show
+    from tuner.recipe import rows_only
 
-    show(*_plan(recipe, overrides, out), rows)
+    examples = max(rows, PAGE_EXAMPLES) if html else rows
+    if recipe.suffix in (".yaml", ".yml"):
+        plan, out_dir = _plan(recipe, overrides, out)
+        read, tasks = plan.recipe, pictured(plan, out_dir, examples)
+    else:
+        read, tasks = rows_only(recipe, overrides), []
+    quality = examine(read)
+    show([replace(task, examples=task.examples[:rows]) for task in tasks], quality)
+    if html:
+        try:
+            html.write_text(page(str(recipe), tasks, quality))
+        except OSError as error:
+            raise typer.BadParameter(f"{html}: nothing can be written there: {error.strerror}") from None
+        print(html)
 
 
 @app.command()

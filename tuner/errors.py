@@ -32,6 +32,11 @@ class RecipeError(TunerError):
 class DataError(TunerError):
     """A row or a file of the data is not what the task reads."""
 
+    def __init__(self, message: str, kind: str | None = None) -> None:
+        """`kind` says what is wrong with a row, as a key of `data.on_bad_row`; a file that is wrong as a whole has none."""
+        super().__init__(message)
+        self.kind = kind
+
 
 class SourceError(TunerError):
     """The model that the recipe names cannot be found or read."""

@@ -3,7 +3,7 @@
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,7 +65,7 @@ class Schedule:
 
 def fit(
     objective: Objective,
-    examples: list[Any],
+    examples: Sequence[Any],
     schedule: Schedule,
     *,
     layers: dict[str, list[nn.Parameter]],
@@ -209,8 +209,8 @@ def _measured(state: dict[str, Any]) -> dict[str, Any]:
 class _Order:
     """Which rows an optimizer step learns from: a function of the seed and the step alone, so a resume needs no state."""
 
-    def __init__(self, examples: list[Any], schedule: Schedule, least_rows: int) -> None:
-        self._lengths = [len(each.ids) for each in examples]
+    def __init__(self, examples: Sequence[Any], schedule: Schedule, least_rows: int) -> None:
+        self._lengths = getattr(examples, "lengths", None) or [len(each.ids) for each in examples]
         self._schedule, self._least = schedule, least_rows
         self._batches = plan(self._lengths, schedule.batch_size, schedule.seed, 0, least_rows)
         self._epoch = 0

@@ -3,13 +3,13 @@
 What was trained in one process is opened again here, so a save that lost something shows as a number.
 """
 
-from pathlib import Path
 from typing import Any
 
 from tuner import kinds, probe
-from tuner.bundle import Bundle, add_results, fingerprint, sha256
+from tuner.bundle import Bundle, add_results, fingerprint
 from tuner.checkpoint import load_model, load_tokenizer
 from tuner.data.dataset import heldout_rows, questions
+from tuner.data.reading import state
 from tuner.objective import heldout_loss
 from tuner.progress import timed
 from tuner.recipe import Recipe
@@ -47,7 +47,7 @@ def measured(bundle: Bundle, recipe: Recipe, *, task: Any, reference: Bundle | N
         )
     if base is not None and base.manifest.probe and fits(base, task):
         metrics["probe"]["difference_from_base"] = probe.asked(module.HEAD, model, base.manifest.probe)["mean_difference"]
-    if recipe.data.heldout is not None:
+    if recipe.data.holds_out:
         objective, examples = module.objective(model, tokenizer, task), [example for _, example in rows]
         if objective.compares and base is not None and bundle.manifest.kind != "adapter":
             # One model in memory at a time; an adapter is simply switched off.
@@ -60,7 +60,7 @@ def measured(bundle: Bundle, recipe: Recipe, *, task: Any, reference: Bundle | N
         rows = [(row, example) for (row, _), example in zip(rows, examples, strict=True)]
         metrics |= heldout_loss(objective, examples)
         cut = sum(getattr(example, "cut", False) for example in examples)
-        metrics["heldout_skipped"] = {"count": skipped.count, "listed": skipped.listed, "cut": cut}
+        metrics["heldout_skipped"] = {"count": skipped["skipped_rows"], "listed": skipped["skipped"], "cut": cut}
         metrics["scores"] = module.scores(model, tokenizer, rows, task, recipe.evaluate) or None
     return add_results(bundle, metrics=metrics, probe=items)
 
@@ -70,7 +70,7 @@ def with_loss_before(bundle: Bundle, base: Bundle, recipe: Recipe, task: Any) ->
 
     That model may have been measured by another task.
     """
-    if bundle.manifest.metrics.get("before") or recipe.data.heldout is None or not fits(base, task):
+    if bundle.manifest.metrics.get("before") or not recipe.data.holds_out or not fits(base, task):
         return bundle
     if base.manifest.metrics.get("task") == told(task):
         return add_results(bundle, metrics={"before": {"heldout_loss": base.manifest.metrics["heldout_loss"]}})
@@ -96,12 +96,10 @@ def base_on_probe(bundle: Bundle, base: Bundle, task: Any) -> Bundle:
 
 
 def _key(recipe: Recipe, task: Any, reference: Bundle | None, base: Bundle | None) -> str:
-    rows = Path(recipe.data.heldout or recipe.data.train)
     return fingerprint(
         VERSION,
-        sha256(rows),
+        state(recipe, "heldout" if recipe.data.holds_out else "train"),
         recipe.data.heldout_rows,
-        recipe.data.on_bad_row,
         task.model_dump(mode="json"),
         recipe.evaluate.model_dump(mode="json"),
         recipe.probe.model_dump(mode="json"),

@@ -1,5 +1,6 @@
 """What the loop asks of an objective: batches, a sum of losses, and what depends on more rows than one batch."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ class Objective(nn.Module):
         """The sum of the examples' losses, a scalar. The loop divides it by the sum of their `supervised`."""
         raise NotImplementedError
 
-    def prepared(self, examples: list[Any]) -> list[Any]:
+    def prepared(self, examples: Sequence[Any]) -> Sequence[Any]:
         """The examples with what the model says of them before it is trained. Called once, before the first step."""
         return examples
 
@@ -45,7 +46,7 @@ class Objective(nn.Module):
         return rows
 
 
-def heldout_loss(objective: Objective, examples: list[Any]) -> dict[str, Any]:
+def heldout_loss(objective: Objective, examples: Sequence[Any]) -> dict[str, Any]:
     """Mean loss of what is learned in held-out rows (nats a token, a row, ...), and how many tokens, rows, ... there are."""
     total, count = 0.0, 0
     order = sorted(examples, key=lambda example: len(example.ids))

@@ -3,14 +3,17 @@ before gives."""
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from tuner import kinds
+from tuner.data import reading
 from tuner.data.dataset import task_of, tasks_of
-from tuner.data.rows import Row, Skipped, read_rows, usable
+from tuner.data.rows import BadRows, Row, usable
 from tuner.errors import DataError, RecipeError, SourceError, TunerError
 from tuner.families import Architecture, Family, family_of
 from tuner.optimizers import STATE_BYTES
@@ -44,6 +47,24 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Looked:
+    """What a look at the first rows has shown."""
+
+    rows: dict[str, int] = field(default_factory=dict)
+    """Rows that were looked at and can be used, of `train` and `heldout`."""
+    skipped: dict[str, int] = field(default_factory=dict)
+    """And those that were left out."""
+    shapes: dict[str, Counter[str]] = field(default_factory=dict)
+    """The forms that they were written in."""
+    copied: int = 0
+    """Held-out rows among them that are training rows, too."""
+    unread: list[str] = field(default_factory=list)
+    """Keys of rows that no task reads."""
+    passed_over: list[str] = field(default_factory=list)
+    """Files in the data's folders that are no data."""
+
+
+@dataclass(frozen=True)
 class Plan:
     """A recipe that can be run."""
 
@@ -53,29 +74,27 @@ class Plan:
     family: Family
     architecture: Architecture
     steps: list[Step]
-    rows: dict[str, int]
-    """Rows that were looked at and can be used, for each file."""
-    copied: int
-    """Held-out rows among them that are training rows, too."""
-    unread: list[str]
-    """Keys of rows that no task reads."""
+    data: Looked
 
     def remarks(self) -> list[str]:
         """What is allowed and probably not meant."""
         said = []
-        if self.copied:
-            said.append(f"{self.copied} held-out rows are training rows, too: what is measured on them is too good")
+        if self.data.copied:
+            said.append(f"{self.data.copied} held-out rows are training rows, too: what is measured on them is too good")
         if any(step.gives == "adapter" for step in self.steps):
             said += [f"{name} gets no adapter: {why}" for name, why in self.architecture.left_out.items()]
-        if self.recipe.data.heldout is None:
+        if not self.recipe.data.holds_out:
             said.append("no data.heldout: the probe asks training rows, and no held-out loss is measured or gated")
         task = task_of(self.recipe)
         if self.recipe.evaluate.metrics and not hasattr(kinds.load("tasks", task.kind), "reference"):
             said.append(f"evaluate.metrics scores answers in words, and {task.kind} gives none")
         for options in tasks_of(self.recipe):
             said += getattr(kinds.load("tasks", options.kind), "remarks", lambda *_: [])(options, self.family)
-        if self.unread:
-            said.append(f"rows also have {', '.join(self.unread)}, which nothing reads")
+        if self.data.unread:
+            said.append(f"rows also have {', '.join(self.data.unread)}, which nothing reads")
+        if self.data.passed_over:
+            more = f" and {len(self.data.passed_over) - 3} more" if len(self.data.passed_over) > 3 else ""
+            said.append(f"not read, since their endings are those of no data: {', '.join(self.data.passed_over[:3])}{more}")
         return said
 
     @property
@@ -150,7 +169,7 @@ def make_plan(recipe: Recipe, out_dir: Path) -> Plan:
         family, architecture = family_of(known.model_type)
     except SourceError as error:
         raise recipe.error(str(error), *_model_place(recipe)) from None
-    plan = Plan(recipe, source, known, family, architecture, steps, *check_rows(recipe, known))
+    plan = Plan(recipe, source, known, family, architecture, steps, check_rows(recipe, known))
     for step in steps:
         if check := getattr(step.stage, "check", None):
             check(plan, step)
@@ -159,41 +178,43 @@ def make_plan(recipe: Recipe, out_dir: Path) -> Plan:
     return plan
 
 
-def check_rows(recipe: Recipe, known: Facts) -> tuple[dict[str, int], int, list[str]]:
-    """Rows that the tasks can read, per file, without a tokenizer; how many held-out rows are training rows; keys nobody reads.
+def check_rows(recipe: Recipe, known: Facts) -> Looked:
+    """Looks at the first rows without a tokenizer.
 
-    Raises DataError with the place of the first row that they cannot read, and where nothing is held out in truth.
+    Raises DataError with the place of the first row that the tasks cannot read, and where nothing is held out in truth.
     """
     readers = _readers(recipe)
     seen: dict[str, set[int]] = {"train": set(), "heldout": set()}
-    counts = {}
+    looked = Looked()
     read = frozenset().union(*(reader.KEYS for reader, _ in readers))
     unread: set[str] = set()
     for key in seen:
-        name = getattr(recipe.data, key)
-        if name is None:
+        if key == "heldout" and not recipe.data.holds_out:
             continue
+        shapes = looked.shapes.setdefault(key, Counter())
 
-        def checked(row: Row, key: str = key) -> None:
+        def checked(row: Row, key: str = key, shapes: Counter[str] = shapes) -> None:
             for reader, options in readers:
                 reader.check_row(row.record, options, chat_template=known.chat_template)
             unread.update(set(_keys(row.record)) - read)
-            seen[key].add(hash(json.dumps(row.record, sort_keys=True)))
+            seen[key].add(hash(json.dumps(row.record, sort_keys=True, default=str)))
+            shapes[row.shape] += 1
 
-        skipped = Skipped()
         try:
-            rows = _first(read_rows(Path(name), recipe.data.made_by, recipe.data.on_bad_row, skipped))
-            counts[key] = sum(1 for _ in usable(rows, checked, recipe.data.on_bad_row, skipped))
+            reading.found(recipe, key)
         except DataError as error:
-            if Path(name).is_file():
-                raise
             raise recipe.error(str(error), "data", key) from None
-        if not counts[key]:
-            raise DataError(f"{name}: none of its rows can be used; the first: {skipped.listed[0]}")
+        bad = BadRows(recipe.data.on_bad_row)
+        looked.rows[key] = sum(1 for _ in usable(islice(reading.read(recipe, key), CHECKED_ROWS), checked, bad))
+        looked.skipped[key] = bad.count
+        if not looked.rows[key]:
+            why = f"none of its rows can be used; the first: {bad.listed[0]}" if bad.listed else "heldout_fraction leaves no row"
+            raise DataError(f"{reading.named(recipe, key)}: {why}")
+        looked.passed_over.extend(each for each in reading.passed_over(recipe, key) if each not in looked.passed_over)
     copied = len(seen["heldout"] & seen["train"])
     if copied and copied == len(seen["heldout"]):
         raise recipe.error("the held-out rows are all training rows, so nothing would be measured", "data", "heldout")
-    return counts, copied, sorted(unread)
+    return replace(looked, copied=copied, unread=sorted(unread))
 
 
 def _keys(record: dict[str, Any]) -> Iterator[str]:
@@ -210,13 +231,6 @@ def _readers(recipe: Recipe) -> list[tuple[Any, Any]]:
         return [(kinds.load("tasks", task.kind), task) for task in tasks_of(recipe) or [task_of(recipe)]]
     stages = [(kinds.load("stages", name), options) for name, options in recipe.stages]
     return [(stage, options) for stage, options in stages if hasattr(stage, "check_row")]
-
-
-def _first(rows: Iterator[Row]) -> Iterator[Row]:
-    for number, row in enumerate(rows):
-        if number == CHECKED_ROWS:
-            return
-        yield row
 
 
 def _start(recipe: Recipe) -> tuple[Source | None, Facts | None]:

@@ -33,6 +33,11 @@ class Pair:
         return self.chosen.ids + self.rejected.ids
 
     @property
+    def cut(self) -> bool:
+        """One of them was longer than the task allows."""
+        return self.chosen.cut or self.rejected.cut
+
+    @property
     def labels(self) -> list[int]:
         """What is learned of both."""
         return self.chosen.labels + self.rejected.labels
@@ -53,6 +58,11 @@ class Judged:
     def ids(self) -> list[int]:
         """Prompt and answer."""
         return self.answer.ids
+
+    @property
+    def cut(self) -> bool:
+        """It was longer than the task allows."""
+        return self.answer.cut
 
     @property
     def labels(self) -> list[int]:
@@ -107,7 +117,7 @@ class PairLoss(Comparison):
         self.options = options
         self.compares = options.loss == "dpo"
 
-    def prepared(self, examples: list[Pair]) -> list[Pair]:
+    def prepared(self, examples: Sequence[Pair]) -> Sequence[Pair]:
         """The pairs with the log-likelihoods of the model as it is, an adapter switched off."""
         if not self.compares:
             return examples
@@ -155,7 +165,7 @@ class JudgedLoss(Comparison):
         self.options = options
         self._divergence = torch.zeros(())
 
-    def prepared(self, examples: list[Judged]) -> list[Judged]:
+    def prepared(self, examples: Sequence[Judged]) -> Sequence[Judged]:
         """Each answer with a mismatched one, and the log-likelihoods of both by the model as it is."""
         # Half the rows away: neighbours may be two answers to one prompt.
         if len(examples) < 2:

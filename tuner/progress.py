@@ -1,7 +1,7 @@
 """What a person sees while long work runs: bars in a terminal, one line a stage elsewhere."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Protocol, TypeVar
 
@@ -26,7 +26,7 @@ def say(text: str) -> None:
 
 
 @contextmanager
-def track(title: str, total: int, done: int = 0) -> Iterator[Advance]:
+def track(title: str, total: int | None, done: int = 0) -> Iterator[Advance]:
     """A bar with count, note, elapsed and remaining time while the block runs; nothing when not a terminal."""
     columns = (
         TextColumn("{task.description}", markup=False),
@@ -41,12 +41,13 @@ def track(title: str, total: int, done: int = 0) -> Iterator[Advance]:
         yield lambda count=1, note="": progress.update(task, advance=count, note=note)
 
 
-def counted(title: str, items: list[T]) -> Iterator[T]:
-    """The items, with a bar that moves as they are taken."""
-    with track(title, len(items)) as advance:
-        for item in items:
+def counted(title: str, items: Iterable[T]) -> Iterator[T]:
+    """The items, with a count that moves as they are taken; how many there are need not be known."""
+    with track(title, None) as advance:
+        for number, item in enumerate(items, 1):
             yield item
-            advance()
+            if number % 100 == 0:
+                advance(100)
 
 
 @contextmanager

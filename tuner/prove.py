@@ -84,7 +84,7 @@ def prove(recipe: Recipe, bundles: list[Bundle], url: str, out_dir: Path) -> dic
         raise GateError(f"the endpoint at {url} failed while it was asked held-out questions: {error}") from None
     logprobs = [value for each in read[: len(alone)] for value in each["logprobs"]]
     metrics: dict[str, Any] = {}
-    if recipe.data.heldout is not None and alone:
+    if recipe.data.holds_out and alone:
         metrics = {"heldout_loss": round(-sum(logprobs) / len(logprobs), 5), "heldout_tokens": len(logprobs)}
     metrics["probe"] = probe.compare(module.HEAD, items, read[len(alone) :])
     if recipe.evaluate.metrics:

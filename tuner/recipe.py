@@ -7,34 +7,66 @@ import typing
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, create_model, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, create_model, model_validator
 from yaml.constructor import SafeConstructor
 
 from tuner import kinds
+from tuner.data.files import Source
+from tuner.data.rows import OnBadRow, Policy
 from tuner.errors import RecipeError, nearest
 from tuner.kinds import Options
 
 Location = tuple[str | int, ...]
 
 
+def _as_sources(value: Any) -> Any:
+    """`train: rows.jsonl` is `train: [{path: rows.jsonl}]`."""
+    each = value if isinstance(value, list) else [value]
+    return [{"path": one} if isinstance(one, str) else one for one in each]
+
+
+Sources = Annotated[
+    list[Source], Field(min_length=1), BeforeValidator(_as_sources, json_schema_input_type=str | Source | list[str | Source])
+]
+
+
 class Data(Options):
     """Where the rows come from. Paths are relative to the recipe's own file."""
 
-    train: str
-    """JSON lines to train on, or a text file for `pretrain`."""
-    heldout: str | None = None
-    """Rows of the same form, never trained on: every stage is measured on them."""
+    train: Sources
+    """Rows to train on: a file, folder, pattern or URL, a source with more to say about it, or several of them."""
+    heldout: Sources | None = None
+    """Rows that are never trained on: every stage is measured on them."""
+    heldout_fraction: float | None = Field(None, gt=0, lt=1)
+    """Instead of `heldout`: hold out this share of the training rows, chosen by their content, so that equal rows stay together."""
+    test: Sources | None = None
+    """Rows of a benchmark that must not be among the training rows: `tuner data` looks for them, and nothing else reads them."""
+    map: dict[str, str | int] = Field(default_factory=dict)
+    """What the rows' columns are called where they differ, {text: review, label: stars}; a source's own `map` comes first."""
     made_by: str | None = None
     """A script that writes the files; named in the error when they are not there."""
     train_rows: int | None = Field(None, gt=0)
     """Train on this many rows, drawn with the recipe's seed; all by default."""
     heldout_rows: int | None = Field(None, gt=0)
     """Measure on this many rows, the first ones of the file; all by default."""
-    on_bad_row: Literal["stop", "skip"] = "stop"
-    """`skip` leaves out rows that cannot be used, counts them and lists them in the report."""
+    on_bad_row: Policy = OnBadRow()
+    """`error`, or `skip`: leave out rows that cannot be used, count and list them; or one for each kind, {too_long: truncate}."""
+
+    @model_validator(mode="after")
+    def _one_way_to_hold_out(self) -> "Data":
+        if self.heldout and self.heldout_fraction:
+            raise ValueError("heldout and heldout_fraction both say which rows are held out; give one")
+        if any(source.weight != 1.0 for source in self.heldout or []):
+            raise ValueError("heldout: every held-out row is measured once; weight is for training rows")
+        return self
+
+    @property
+    def holds_out(self) -> bool:
+        """There are rows to measure on."""
+        return self.heldout is not None or self.heldout_fraction is not None
 
 
 class Metric(Options):
@@ -121,6 +153,8 @@ class Recipe:
 
     def __init__(self, path: Path, tree: Any, places: dict[Location, str]) -> None:
         self.path, self._tree, self._places = path, tree, places
+        self.seen: dict[Any, Any] = {}
+        """What was found of its data (tuner/data/reading.py): a run goes by what it saw first."""
         try:
             values: Any = recipe_type().model_validate(tree)
         except ValidationError as error:
@@ -189,6 +223,14 @@ def read_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
     for override in overrides or []:
         _override(tree, places, override)
     return Recipe(path, tree, places)
+
+
+def rows_only(path: Path, overrides: list[str] | None = None) -> Recipe:
+    """A recipe that reads the rows of a file or folder and does nothing with them."""
+    tree: dict[str, Any] = {"data": {"train": str(path)}, "stages": [{"tokenizer": {}}]}
+    for override in overrides or []:
+        _override(tree, {}, override)
+    return Recipe(path, tree, {})
 
 
 def json_schema() -> str:
@@ -270,13 +312,27 @@ def _walk(node: yaml.Node, location: Location, path: Path) -> Iterator[tuple[Loc
 
 def _anchor(tree: dict[str, Any], folder: Path) -> None:
     """Make the paths in a recipe independent of where the command is run."""
-    data = tree.get("data")
-    for key in ("train", "heldout", "made_by"):
-        if isinstance(data, dict) and isinstance(data.get(key), str):
-            data[key] = str(folder / data[key])
+    data: dict[str, Any] = tree["data"] if isinstance(tree.get("data"), dict) else {}
+    for key in ("train", "heldout", "test", "made_by"):
+        several = isinstance(data.get(key), list)
+        each = [_anchored(value, folder) for value in (data[key] if several else [data.get(key)])]
+        if key in data:
+            data[key] = each if several else each[0]
     model = tree.get("model")
     if isinstance(model, str) and "://" not in model and (model.startswith((".", "/")) or (folder / model).exists()):
         tree["model"] = str(folder / model)
+
+
+def _anchored(source: Any, folder: Path) -> Any:
+    """A path, or a source with one in it, from the recipe's folder on."""
+    if isinstance(source, str):
+        return source if "://" in source else str(folder / source)
+    if isinstance(source, dict):
+        here = {key: _anchored(source[key], folder) for key in ("path", "function") if isinstance(source.get(key), str)}
+        if isinstance(source.get("hub"), str) and source["hub"].startswith("."):
+            here["hub"] = str(folder / source["hub"])
+        return {**source, **here}
+    return source
 
 
 def _merge(parent: Any, child: Any) -> Any:
@@ -366,6 +422,8 @@ def _member(kind: Any, tree: Any) -> Any:
     """Of a union, the type that the value at hand is meant to be: the one whose `kind` it has, else the first that is no None."""
     while typing.get_origin(kind) is typing.Annotated:
         kind = typing.get_args(kind)[0]
+    if typing.get_origin(kind) is list and isinstance(tree, dict):
+        return _member(typing.get_args(kind)[0], tree)  # one source where several may stand
     if typing.get_origin(kind) not in (typing.Union, types.UnionType):
         return kind
     members = [_member(each, tree) for each in typing.get_args(kind) if each is not type(None)]

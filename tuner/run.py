@@ -22,8 +22,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tuner.bundle import Bundle, Manifest, add_results, fingerprint, open_bundle, sha256, verify, write_bundle
+from tuner.bundle import Bundle, Manifest, add_results, fingerprint, open_bundle, verify, write_bundle
 from tuner.data.dataset import task_of
+from tuner.data.reading import state
 from tuner.errors import BundleError, GateError, RecipeError
 from tuner.plan import Plan, Step
 from tuner.progress import say, timed
@@ -88,8 +89,8 @@ def stage_fingerprint(plan: Plan, step: Step, parent: Bundle | None) -> str:
     told = step.options.model_dump(mode="json", exclude={"gate", "tolerance", "checkpoint_every_steps"})
     decided: list[Any] = []
     figure = getattr(step.stage, "decided_by", lambda *_: None)(step.options, parent)
-    if data.heldout is not None and figure:
-        decided = [sha256(Path(data.heldout)), data.heldout_rows]
+    if data.holds_out and figure:
+        decided = [state(plan.recipe, "heldout"), data.heldout_rows]
         decided += [] if figure == "heldout_loss" else [plan.recipe.evaluate.model_dump(mode="json")]
     return fingerprint(
         step.name,
@@ -97,7 +98,7 @@ def stage_fingerprint(plan: Plan, step: Step, parent: Bundle | None) -> str:
         told,
         parent.manifest.fingerprint if parent else None,
         plan.recipe.seed,
-        [sha256(Path(data.train)), data.train_rows, data.on_bad_row, *decided],
+        [state(plan.recipe, "train"), [source.weight for source in data.train], data.train_rows, *decided],
     )
 
 

@@ -36,7 +36,7 @@ def trained(task_name: str, checkpoint: Path, micro_batch_size: int, work: Path)
 
     from tuner.bundle import open_bundle
     from tuner.checkpoint import load_tokenizer, open_base
-    from tuner.data.rows import Row, Skipped
+    from tuner.data.rows import BadRows, Row
     from tuner.fit import Schedule, fit
     from tuner.methods import full
 
@@ -54,7 +54,7 @@ def trained(task_name: str, checkpoint: Path, micro_batch_size: int, work: Path)
     records = [record for _ in range(3) for record in TASKS[task_name][1]]
     records += [LONGER[task_name]] if task_name in LONGER else []
     rows = (Row(f"rows:{number}", record) for number, record in enumerate(records, 1))
-    examples = [example for _, example in task.examples(rows, tokenizer, options, "stop", Skipped())]
+    examples = [example for _, example in task.examples(rows, tokenizer, options, BadRows())]
     schedule = Schedule(micro_batch_size=micro_batch_size, **SCHEDULE)
     with patch("tuner.optimizers.optimizer", lambda _, trained, *, learning_rate, **rest: torch.optim.SGD(trained, learning_rate)):
         measured = fit(task.objective(model, tokenizer, options), examples, schedule, layers=full.layers(model), work=work)

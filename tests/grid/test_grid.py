@@ -9,7 +9,7 @@ from tests.conftest import chat_rows
 from tests.grid.architectures import SMALL
 from tuner import kinds
 from tuner.bundle import Bundle
-from tuner.data.rows import Row, Skipped
+from tuner.data.rows import BadRows, Row
 from tuner.families import family_of
 from tuner.methods import lora
 
@@ -126,7 +126,7 @@ def test_the_loss_falls_and_every_layer_learns(
     model, fresh = open_base(base, task.HEAD, config, method.storage(way))
     model = method.prepare(model, way, family, architecture, fresh)
     rows = (Row(f"rows:{number}", record) for number, record in enumerate(records, 1))
-    examples = [example for _, example in task.examples(rows, tokenizer, options, "stop", Skipped())]
+    examples = [example for _, example in task.examples(rows, tokenizer, options, BadRows())]
     layers = method.layers(model)
     before = {name: [parameter.detach().clone() for parameter in own] for name, own in layers.items()}
     schedule = Schedule(

@@ -439,10 +439,12 @@ ON = {"masked": "bert", "classify": "bert", "tokens": "bert"}
 def test_what_is_read_and_what_is_learned_can_be_looked_at(
     checkpoints: Any, tmp_path: Path, task: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from tuner.data.show import show
+    from tuner.data.quality import examine
+    from tuner.data.show import pictured, show
 
     model = checkpoints(ON.get(task.partition("-")[0], "llama")).path
-    show(make_plan(read_recipe(recipe(tmp_path, model, task, [])), tmp_path / "out"), tmp_path / "out", 2)
+    plan = make_plan(read_recipe(recipe(tmp_path, model, task, [])), tmp_path / "out")
+    show(pictured(plan, tmp_path / "out", 2), examine(plan.recipe))
     said = capsys.readouterr().out
     assert "example 2" in said and "rows left out" in said
     names = {

@@ -13,11 +13,12 @@ import pytest
 from tests.conftest import chat_rows, write_rows
 
 TEXTS = [{"text": f"list the virtual machine my{number} of group {number * 7919 % 101} az vm"} for number in range(18)]
-# 18 rows in steps of 8 are three steps an epoch; a checkpoint comes after every second, the end in the fifth of the second epoch.
-CASES: dict[str, tuple[str, dict[str, Any], list[dict[str, Any]]]] = {
-    "gpt": ("llama", {"kind": "sft", "max_tokens": 64, "packing": True}, chat_rows(18)),
-    "bert": ("bert", {"kind": "masked", "max_tokens": 64, "whole_words": True}, TEXTS),
-    "mamba": ("mamba", {"kind": "pretrain", "max_tokens": 96, "packing": True}, TEXTS),
+# 18 rows in steps of 8, and 6 packed ones in steps of 2, are three steps an epoch; a checkpoint comes after every second, the end in
+# the fifth, in the second epoch.
+CASES: dict[str, tuple[str, dict[str, Any], list[dict[str, Any]], int]] = {
+    "gpt": ("llama", {"kind": "sft", "max_tokens": 120, "packing": True}, chat_rows(18), 2),
+    "bert": ("bert", {"kind": "masked", "max_tokens": 64, "whole_words": True}, TEXTS, 8),
+    "mamba": ("mamba", {"kind": "pretrain", "max_tokens": 60, "packing": True}, TEXTS, 2),
 }
 DYING = """
 import os, signal, sys
@@ -52,10 +53,10 @@ def test_killed_in_the_second_epoch_and_resumed_ends_with_the_same_bytes(checkpo
     from tuner.recipe import read_recipe
     from tuner.run import run
 
-    model_type, task, rows = CASES[family]
+    model_type, task, rows, batch_size = CASES[family]
     write_rows(tmp_path / "train.jsonl", rows)
     tune = {
-        "task": task, "method": {"kind": "lora", "rank": 4, "dropout": 0.2}, "epochs": 3, "batch_size": 8, "micro_batch_size": 2,
+        "task": task, "method": {"kind": "lora", "rank": 4, "dropout": 0.2}, "epochs": 3, "batch_size": batch_size, "micro_batch_size": batch_size // 2,
         "learning_rate": 0.01, "checkpoint_every_steps": 2,
     }  # fmt: skip
     recipe = tmp_path / "recipe.yaml"

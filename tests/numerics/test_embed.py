@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tuner.data.example import Texts
-from tuner.data.rows import Row, Skipped
+from tuner.data.rows import BadRows, Row
 from tuner.errors import DataError
 from tuner.heads import embedding
 from tuner.tasks import embed
@@ -176,7 +176,7 @@ def test_sentence_transformers_opens_the_result_and_makes_the_same_vectors(tmp_p
 )
 def test_texts_that_cannot_be_compared_are_said(tokenizer: Any, options: dict[str, Any], record: dict[str, Any], said: str) -> None:
     with pytest.raises(DataError) as error:
-        list(embed.examples(iter([Row("f:1", record)]), tokenizer, embed.Options(**options), "stop", Skipped()))
+        list(embed.examples(iter([Row("f:1", record)]), tokenizer, embed.Options(**options), BadRows()))
     assert said in str(error.value)
 
 

@@ -9,7 +9,7 @@ import torch
 from tests.conftest import chat_rows
 from tuner import preference
 from tuner.data.example import IGNORE, Example
-from tuner.data.rows import Row, Skipped
+from tuner.data.rows import BadRows, Row
 from tuner.errors import DataError
 from tuner.tasks import preference as task
 
@@ -57,7 +57,7 @@ def rows(loss: str, tokenizer: Any) -> list[Any]:
         ]
     options = task.Options(loss=loss)  # type: ignore[arg-type]
     places = (Row(f"f:{number}", record) for number, record in enumerate(records, 1))
-    return [example for _, example in task.examples(places, tokenizer, options, "stop", Skipped())]
+    return [example for _, example in task.examples(places, tokenizer, options, BadRows())]
 
 
 def model(folder: Any, seed: int) -> Any:
@@ -222,7 +222,7 @@ def test_a_row_without_anything_to_prefer_is_said(options: dict[str, Any], recor
 def test_only_the_last_answer_is_learned(tokenizer: Any) -> None:
     earlier = chat_rows(1)[0]["messages"]
     record = {"messages": [*earlier, {"role": "user", "content": "and now"}], "chosen": "az vm", "rejected": "az vnet"}
-    ((_, pair),) = task.examples(iter([Row("f:1", record)]), tokenizer, task.Options(), "stop", Skipped())
+    ((_, pair),) = task.examples(iter([Row("f:1", record)]), tokenizer, task.Options(), BadRows())
     assert tokenizer.decode(learned(pair.chosen)) == "az vm<|im_end|>"
     assert earlier[-1]["content"] in tokenizer.decode(pair.chosen.ids)
 

@@ -10,7 +10,7 @@ import torch
 
 from tests.conftest import chat_rows
 from tuner import optimizers
-from tuner.data.rows import Row, Skipped
+from tuner.data.rows import BadRows, Row
 from tuner.errors import GateError, RecipeError
 from tuner.families import family_of
 from tuner.fit import Schedule, Watch, fit
@@ -41,7 +41,7 @@ def adapted(folder: Path, **options: Any) -> Any:
 
 def examples(tokenizer: Any) -> list[Any]:
     rows = (Row(f"x:{number}", record) for number, record in enumerate(chat_rows(20)))
-    return [example for _, example in sft.examples(rows, tokenizer, sft.Options(), "stop", Skipped())]
+    return [example for _, example in sft.examples(rows, tokenizer, sft.Options(), BadRows())]
 
 
 def trained(model: Any) -> dict[str, torch.Tensor]:

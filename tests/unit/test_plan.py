@@ -93,7 +93,7 @@ def test_held_out_rows_that_were_trained_on_are_counted_and_refused_where_all_ar
     train, heldout = tmp_path / "train.jsonl", tmp_path / "heldout.jsonl"
     first = train.read_text().splitlines(keepends=True)[:3]
     heldout.write_text(heldout.read_text() + first[0])
-    assert make_plan(read_recipe(recipe), tmp_path / "out").copied == 1
+    assert make_plan(read_recipe(recipe), tmp_path / "out").data.copied == 1
     heldout.write_text("".join(first))
     with pytest.raises(RecipeError, match="the held-out rows are all training rows"):
         make_plan(read_recipe(recipe), tmp_path / "out")
@@ -126,8 +126,8 @@ def test_what_is_served_has_room_for_the_rows_and_their_answers(recipe_file: Cal
 def test_keys_of_rows_that_nothing_reads_are_named(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
     recipe = recipe_file()
     row = json.loads((tmp_path / "train.jsonl").read_text().splitlines()[0])
-    write_rows(tmp_path / "train.jsonl", [{**row, "tools": [], "id": 1}])
-    assert make_plan(read_recipe(recipe), tmp_path / "out").remarks() == ["rows also have id, tools, which nothing reads"]
+    write_rows(tmp_path / "train.jsonl", [{**row, "mood": "good", "id": 1}])
+    assert make_plan(read_recipe(recipe), tmp_path / "out").remarks() == ["rows also have id, mood, which nothing reads"]
 
 
 def test_each_result_is_measured_by_the_last_task_trained_by_then(recipe_file: Callable[..., Path]) -> None:

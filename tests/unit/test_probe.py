@@ -80,10 +80,10 @@ def test_a_checkpoints_own_sampling_habits_do_not_change_its_answers(model: Any,
 
 def test_held_out_loss_is_transformers_own(model: Any, tokenizer: Any) -> None:
     from tests.conftest import chat_rows
-    from tuner.data.rows import Row, Skipped
+    from tuner.data.rows import BadRows, Row
 
     rows = (Row(str(number), record) for number, record in enumerate(chat_rows(5)))
-    examples = [example for _, example in sft.examples(rows, tokenizer, sft.Options(), "stop", Skipped())]
+    examples = [example for _, example in sft.examples(rows, tokenizer, sft.Options(), BadRows())]
     total, count = 0.0, 0
     for example in examples:
         supervised = example.supervised

@@ -42,7 +42,7 @@ def test_a_recipe_is_read_with_its_defaults(tmp_path: Path) -> None:
 
 
 def test_paths_are_relative_to_the_recipe(tmp_path: Path) -> None:
-    assert Path(read(tmp_path, GOOD).data.train) == tmp_path / "train.jsonl"
+    assert read(tmp_path, GOOD).data.train[0].path == str(tmp_path / "train.jsonl")
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_a_child_recipe_changes_its_parent_and_keeps_the_places(tmp_path: Path) 
     (tmp_path / "parent.yaml").write_text(GOOD.replace("learning_rate", "learning_rat"))
     (tmp_path / "good.yaml").write_text(GOOD)
     child = read(tmp_path, "extends: good.yaml\nseed: 7\ndata:\n  train_rows: 5\n")
-    assert (child.seed, child.data.train_rows, Path(child.data.train).name) == (7, 5, "train.jsonl")
+    assert (child.seed, child.data.train_rows, Path(child.data.train[0].path).name) == (7, 5, "train.jsonl")
     assert "parent.yaml:7:" in complaint(tmp_path, "extends: parent.yaml\n")
     assert "extends itself" in complaint(tmp_path, "extends: r.yaml\n")
 

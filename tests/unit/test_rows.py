@@ -7,11 +7,22 @@ from typing import Any
 import pytest
 
 from tests.conftest import chat_rows, write_rows
+from tuner.data import formats
 from tuner.data.dataset import training_examples
-from tuner.data.rows import Skipped, read_rows
+from tuner.data.files import Source, parts
 from tuner.errors import DataError, TunerError
 from tuner.plan import make_plan
 from tuner.recipe import read_recipe
+
+
+def rows_in(path: Path, **source: Any) -> list[Any]:
+    """The rows of one file; the first that is damaged is raised."""
+    found = [row for part in parts(Source(path=str(path), **source))[0] for row in formats.rows(part)]
+    for row in found:
+        if isinstance(row, DataError):
+            raise row
+    return found
+
 
 GOOD = chat_rows(1)[0]
 SAID = {"role": "assistant", "content": "hello"}
@@ -66,7 +77,7 @@ def test_a_row_that_is_too_long_is_named_with_its_length(recipe_file: Callable[.
 def test_an_empty_and_a_missing_file_are_told_apart(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
     recipe = recipe_file(lambda tree: tree["data"].update(made_by="make_it.py"))
     (tmp_path / "train.jsonl").write_text("\n")
-    with pytest.raises(DataError, match=r"train\.jsonl:1: the file is empty; expected one JSON object a line"):
+    with pytest.raises(DataError, match=r"train\.jsonl:1: the file is empty; expected rows, one JSON object a line"):
         make_plan(read_recipe(recipe), tmp_path / "out")
     (tmp_path / "train.jsonl").rename(tmp_path / "trains.jsonl")
     with pytest.raises(TunerError, match=r'train\.jsonl: there is no such file; did you mean "trains\.jsonl"\?'):
@@ -88,16 +99,16 @@ def test_a_file_of_bad_rows_only_is_refused_even_where_they_are_skipped(recipe_f
 def test_text_files_have_a_document_a_paragraph(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("one\ntwo\n\n\nthree\n")
-    rows = list(read_rows(path, None, "stop", Skipped()))
+    rows = rows_in(path)
     assert [(row.place, row.record["text"]) for row in rows] == [(f"{path}:1", "one\ntwo\n"), (f"{path}:5", "three\n")]
 
 
 def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "x"}\r\n')
-    assert [row.record for row in read_rows(tmp_path / "a.jsonl", None, "stop", Skipped())] == [{"text": "x"}]
+    assert [row.record for row in rows_in(tmp_path / "a.jsonl")] == [{"text": "x"}]
 
 
 def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(DataError, match="not UTF-8"):
-        list(read_rows(tmp_path / "a.jsonl", None, "stop", Skipped()))
+        rows_in(tmp_path / "a.jsonl")

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from tuner.data.example import IGNORE, Example
-from tuner.data.rows import Row, Skipped
+from tuner.data.rows import BadRows, Row
 from tuner.errors import DataError
 from tuner.tasks import sft
 
@@ -24,7 +24,7 @@ BARE_TEMPLATE = (
 
 
 def encode(record: dict[str, Any], tokenizer: Any) -> Example:
-    ((_, example),) = sft.examples(iter([Row("x:1", record)]), tokenizer, sft.Options(), "stop", Skipped())
+    ((_, example),) = sft.examples(iter([Row("x:1", record)]), tokenizer, sft.Options(), BadRows())
     return example
 
 

@@ -8,23 +8,29 @@ import pytest
 
 from tests.conftest import tuner
 from tuner.data.example import IGNORE, Example
-from tuner.data.show import histogram, render
+from tuner.data.show import bins, pieces, render
 
 
 def test_the_pieces_joined_are_what_the_model_reads_and_what_is_learned_is_marked(tokenizer: Any) -> None:
     ids = tokenizer("list the machine az vm", add_special_tokens=False)["input_ids"]
-    text = render(Example(ids, [IGNORE] * 3 + ids[3:]), tokenizer)
+    text = render(pieces(Example(ids, [IGNORE] * 3 + ids[3:]), tokenizer))
     assert text.plain == tokenizer.decode(ids)
     learned = [text.plain[span.start : span.end] for span in text.spans if "green" in str(span.style)]
-    assert learned == [tokenizer.decode(ids[3:])]
+    assert learned == [tokenizer.decode(each) for each in ids[3:]]
+
+
+def test_a_character_of_several_tokens_is_one_piece(tokenizer: Any) -> None:
+    ids = tokenizer("vm 日本", add_special_tokens=False)["input_ids"]
+    found = [text for text, _ in pieces(Example(ids, ids), tokenizer)]
+    assert "".join(found) == "vm 日本"
+    assert not any("\ufffd" in text for text in found)
 
 
 def test_a_histogram_counts_every_length_once() -> None:
     lengths = [3, 3, 4, 17, 40, 41]
-    lines = histogram(lengths)
-    assert sum(int(line.split()[-1]) for line in lines) == len(lengths)
-    assert lines[0].split()[0] == "3-6"
-    assert histogram([]) == []
+    assert sum(count for _, count in bins(lengths)) == len(lengths)
+    assert bins(lengths)[0] == ("3-6", 3)
+    assert bins([]) == []
 
 
 def test_tuner_data_shows_the_template_the_counts_and_the_lengths(recipe_file: Callable[..., Path]) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tuner.data.example import IGNORE, Labelled, Tagged
-from tuner.data.rows import Row, Skipped
+from tuner.data.rows import BadRows, OnBadRow, Row
 from tuner.errors import DataError
 from tuner.heads.sequence import MULTI, REGRESSION, SINGLE, LabelLoss
 from tuner.heads.token import TagLoss
@@ -95,7 +95,7 @@ def test_whole_words_are_hidden_together(tokenizer: Any) -> None:
     own = copy.deepcopy(tokenizer)
     own.add_special_tokens({"mask_token": "<|mask|>"})
     rows = iter([Row("f:1", {"text": "zebra list quagga machine okapi network"})])
-    ((_, block),) = masked.examples(rows, own, masked.Options(whole_words=True, fraction=0.5), "stop", Skipped())
+    ((_, block),) = masked.examples(rows, own, masked.Options(whole_words=True, fraction=0.5), BadRows())
     assert max(map(len, block.words)) > 1
     assert sorted(place for word in block.words for place in word) == list(range(len(block.ids)))
     objective = masked.objective(bert("MaskedLM"), own, masked.Options())
@@ -120,7 +120,7 @@ def wordpiece() -> Any:
 
 def test_a_text_of_which_nothing_can_be_hidden_is_refused() -> None:
     with pytest.raises(DataError, match="makes no token of this text, so nothing can be hidden"):
-        list(masked.examples(iter([Row("f:1", {"text": "\u200b"})]), wordpiece(), masked.Options(), "stop", Skipped()))
+        list(masked.examples(iter([Row("f:1", {"text": "\u200b"})]), wordpiece(), masked.Options(), BadRows()))
 
 
 def test_a_tag_stands_at_the_first_or_the_last_token_of_its_word(tokenizer: Any) -> None:
@@ -128,7 +128,7 @@ def test_a_tag_stands_at_the_first_or_the_last_token_of_its_word(tokenizer: Any)
     places = {}
     for at in ("first", "last"):
         options = tokens.Options(labels=["VERB", "NOUN"], at=at)
-        ((_, example),) = tokens.examples(iter([Row("f:1", row)]), tokenizer, options, "stop", Skipped())
+        ((_, example),) = tokens.examples(iter([Row("f:1", row)]), tokenizer, options, BadRows())
         assert example.ids == tokenizer("list quagga vm")["input_ids"], "what a client sends as text"
         assert [label for label in example.labels if label != IGNORE] == [0, 1, 1]
         places[at] = [place for place, label in enumerate(example.labels) if label != IGNORE]
@@ -136,7 +136,7 @@ def test_a_tag_stands_at_the_first_or_the_last_token_of_its_word(tokenizer: Any)
     # A space is a token of its own, and of no word, or the beginning of the word behind it.
     assert [spelt[place].strip()[0] for place in places["first"]] == ["l", "q", "v"]
     assert ["".join(spelt[: place + 1]) for place in places["last"]] == ["list", "list quagga", "list quagga vm"]
-    ((_, example),) = tokens.examples(iter([Row("f:1", row)]), wordpiece(), options, "stop", Skipped())
+    ((_, example),) = tokens.examples(iter([Row("f:1", row)]), wordpiece(), options, BadRows())
     assert example.ids == [2, 5, 7, 8, 6, 3]
     assert example.labels == [IGNORE, 0, IGNORE, 1, 1, IGNORE]
 
@@ -165,16 +165,16 @@ def test_labels_that_make_no_sense_are_refused(task: Any, options: dict[str, Any
 
 def test_a_sentence_of_which_no_word_is_left_is_refused() -> None:
     rows = iter([Row("f:1", {"words": ["\u200b", "vm"], "tags": ["A", "B"]})])
-    options = tokens.Options(labels=["A", "B"], max_tokens=2, cut=True)
+    options = tokens.Options(labels=["A", "B"], max_tokens=2)
     with pytest.raises(DataError, match="the tokenizer leaves no token of"):
-        list(tokens.examples(rows, wordpiece(), options, "stop", Skipped()))
+        list(tokens.examples(rows, wordpiece(), options, CUTTING))
 
 
 def test_a_word_that_the_cut_went_through_has_no_last_token() -> None:
     row = {"words": ["list", "quagga", "vm"], "tags": ["A", "B", "A"]}
     for at, places in (("last", [1]), ("first", [1, 2])):
-        options = tokens.Options(labels=["A", "B"], max_tokens=4, cut=True, at=at)  # [CLS] list qua [SEP]
-        ((_, example),) = tokens.examples(iter([Row("f:1", row)]), wordpiece(), options, "stop", Skipped())
+        options = tokens.Options(labels=["A", "B"], max_tokens=4, at=at)  # [CLS] list qua [SEP]
+        ((_, example),) = tokens.examples(iter([Row("f:1", row)]), wordpiece(), options, CUTTING)
         assert [place for place, label in enumerate(example.labels) if label != IGNORE] == places
         assert example.cut
 
@@ -214,6 +214,7 @@ def test_entity_f1_is_the_harmonic_mean_over_whole_entities() -> None:
     assert tokens.entity_f1(truth, truth) == 1.0
 
 
+CUTTING = BadRows(OnBadRow(too_long="truncate"))
 LABELS = {"labels": ["good", "bad"]}
 
 
@@ -228,7 +229,8 @@ LABELS = {"labels": ["good", "bad"]}
         (
             {**LABELS, "max_tokens": 2},
             {"text": "list the vm", "label": "good"},
-            "expected at most max_tokens: 2; `cut: true` cuts longer texts off",
+            "3 tokens, expected at most max_tokens: 2; `data.on_bad_row: {too_long: skip}` leaves such rows out and counts them, "
+            "`{too_long: truncate}` cuts them off",
         ),
     ],
 )
@@ -236,13 +238,13 @@ def test_a_row_that_cannot_be_classified_is_said(
     tokenizer: Any, options: dict[str, Any], record: dict[str, Any], said: str
 ) -> None:
     with pytest.raises(DataError) as error:
-        list(classify.examples(iter([Row("f:1", record)]), tokenizer, classify.Options(**options), "stop", Skipped()))
+        list(classify.examples(iter([Row("f:1", record)]), tokenizer, classify.Options(**options), BadRows()))
     assert said in str(error.value)
 
 
 def test_a_cut_text_is_counted(tokenizer: Any) -> None:
     rows = iter([Row("f:1", {"text": "list the vm", "label": "bad"}), Row("f:2", {"text": "vm", "label": "bad"})])
-    found = list(classify.examples(rows, tokenizer, classify.Options(**LABELS, max_tokens=2, cut=True), "stop", Skipped()))
+    found = list(classify.examples(rows, tokenizer, classify.Options(**LABELS, max_tokens=2), CUTTING))
     assert [example.cut for _, example in found] == [True, False]
     assert len(found[0][1].ids) == 2
 

@@ -1,13 +1,24 @@
-"""The recipe's rows as examples for training, and as held-out rows for measuring."""
+"""The recipe's rows as examples for training, and as held-out rows for measuring.
 
+They are worked out once and kept on the disk (tuner/data/cache.py), one row at a time, so that neither text nor tokens need fit in
+memory; the order in which they are learned from follows from the seed.
+"""
+
+import hashlib
+import json
 import random
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from tuner import kinds
-from tuner.bundle import sha256
+from tuner.bundle import fingerprint
+from tuner.data import reading
+from tuner.data.cache import Stored, stored
 from tuner.data.example import Example
-from tuner.data.rows import Row, Skipped, first_of_each, read_rows
+from tuner.data.rows import BadRows, Row, first_of_each
 from tuner.errors import DataError
 from tuner.progress import counted
 from tuner.recipe import Recipe
@@ -28,46 +39,67 @@ def task_of(recipe: Recipe, index: int | None = None) -> Any:
     return trained[-1] if trained else next(iter(tasks_of(recipe)), None) or kinds.load("tasks", "sft").Options()
 
 
-def training_examples(recipe: Recipe, task: Any, tokenizer: Any, rows: int | None = None) -> tuple[list[Example], dict[str, Any]]:
+class Chosen(Sequence[Any]):
+    """Some of the stored examples, in another order."""
+
+    def __init__(self, examples: Stored, indices: list[int]) -> None:
+        self._examples, self._indices = examples, indices
+        lengths = examples.column("length")
+        self.lengths: list[int] = [lengths[index] for index in indices]
+        """Tokens of each, without reading any."""
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: Any) -> Any:
+        found = self._indices[index]
+        return [self._examples[each] for each in found] if isinstance(index, slice) else self._examples[found]
+
+
+def training_examples(recipe: Recipe, task: Any, tokenizer: Any, rows: int | None = None) -> tuple[Chosen, dict[str, Any]]:
     """Examples to train on, drawn with the recipe's seed, and what there is to say about them.
 
     `rows` asks for that many at most, beside the recipe's own `data.train_rows`. Raises DataError at a bad row, unless
     the recipe leaves those out.
     """
-    path, skipped = Path(recipe.data.train), Skipped()
-    records = list(read_rows(path, recipe.data.made_by, recipe.data.on_bad_row, skipped))
-    examples_of = kinds.load("tasks", task.kind).examples
-    found = list(examples_of(counted("encoding rows", records), tokenizer, task, recipe.data.on_bad_row, skipped))
-    random.Random(recipe.seed).shuffle(found)
+    examples = _encoded(recipe, "train", task, tokenizer)
+    places, sources = examples.column("place"), examples.column("source")
+    draw = random.Random(recipe.seed)
+    found = _weighed(recipe, places, sources)
+    draw.shuffle(found)
     limits = [limit for limit in (rows, recipe.data.train_rows) if limit is not None]
-    chosen = _of_rows(found, min(limits, default=None))
-    examples = [example for _, example in chosen]
-    lengths = [len(each.ids) for each in examples]
-    return examples, {
-        "path": recipe.data.train,
-        "sha256": sha256(path),
-        "rows": len({row.place for row, _ in chosen}),
-        "examples": len(examples),
-        "tokens": sum(lengths),
-        "supervised_tokens": sum(each.supervised for each in examples),
-        "longest_tokens": max(lengths, default=0),
-        "cut_rows": sum(getattr(each, "cut", False) for each in examples),
-        "skipped_rows": skipped.count,
-        "skipped": skipped.listed,
+    if limits:
+        wanted = set(list(dict.fromkeys(places[index] for index in found))[: min(limits)])
+        found = [index for index in found if places[index] in wanted]
+    supervised, cut = examples.column("supervised"), examples.column("cut")
+    chosen = Chosen(examples, found)
+    return chosen, {
+        **reading.identity(recipe, "train"),
+        "shapes": examples.info["shapes"],
+        "rows": len({places[index] for index in found}),
+        "examples": len(chosen),
+        "tokens": sum(chosen.lengths),
+        "supervised_tokens": sum(supervised[index] for index in found),
+        "longest_tokens": max(chosen.lengths, default=0),
+        "cut_rows": sum(cut[index] for index in found),
+        **{key: examples.info[key] for key in ("skipped_rows", "skipped_by_kind", "skipped")},
     }
 
 
-def heldout_rows(recipe: Recipe, task: Any, tokenizer: Any) -> tuple[list[tuple[Row, Example]], Skipped]:
-    """The held-out rows that are usable, in the order of the file, and those left out; training rows where there are none.
+def heldout_rows(recipe: Recipe, task: Any, tokenizer: Any) -> tuple[list[tuple[Row, Example]], dict[str, Any]]:
+    """The held-out rows that are usable, in the order of the file, and what to say of those left out; training rows where none are.
 
     Raises DataError where no row is left.
     """
-    path, skipped = Path(recipe.data.heldout or recipe.data.train), Skipped()
-    rows = read_rows(path, recipe.data.made_by, recipe.data.on_bad_row, skipped)
-    found = list(kinds.load("tasks", task.kind).examples(rows, tokenizer, task, recipe.data.on_bad_row, skipped))
-    if not found:
-        raise DataError(f"{path}: no row is left to measure on ({skipped.count} were left out)")
-    return _of_rows(found, recipe.data.heldout_rows), skipped
+    which = "heldout" if recipe.data.holds_out else "train"
+    examples = _encoded(recipe, which, task, tokenizer, records=True)
+    if not len(examples):
+        left_out = examples.info["skipped_rows"]
+        raise DataError(f"{reading.named(recipe, which)}: no row is left to measure on ({left_out} were left out)")
+    places, records = examples.column("place"), examples.column("record")
+    wanted = set(list(dict.fromkeys(places))[: recipe.data.heldout_rows])
+    found = [index for index, place in enumerate(places) if place in wanted]
+    return [(Row(places[index], json.loads(records[index])), examples[index]) for index in found], examples.info
 
 
 def questions(recipe: Recipe, task: Any, tokenizer: Any, rows: list[tuple[Row, Example]] | None = None) -> list[dict[str, Any]]:
@@ -77,8 +109,52 @@ def questions(recipe: Recipe, task: Any, tokenizer: Any, rows: list[tuple[Row, E
     return [ask(row.record, tokenizer, task) for row, _ in first_of_each(found)[: recipe.probe.rows]]
 
 
-def _of_rows(found: list[tuple[Row, Example]], rows: int | None) -> list[tuple[Row, Example]]:
-    """Every example of the first so many rows: a long document has several."""
-    places = list(dict.fromkeys(row.place for row, _ in found))[:rows]
-    wanted = set(places)
-    return [(row, example) for row, example in found if row.place in wanted]
+def _encoded(recipe: Recipe, which: str, task: Any, tokenizer: Any, *, records: bool = False) -> Stored:
+    """Every usable row's examples; with the rows' `records` where they are asked for."""
+
+    def make(info: dict[str, Any]) -> Iterator[tuple[str, str | None, int, Any]]:
+        bad, shapes, last = BadRows(recipe.data.on_bad_row), Counter[str](), ""
+        rows = counted("encoding rows", reading.read(recipe, which))
+        for row, example in kinds.load("tasks", task.kind).examples(rows, tokenizer, task, bad):
+            shapes[row.shape] += row.place != last
+            last = row.place
+            yield row.place, json.dumps(row.record, default=str) if records else None, row.source, example
+        info |= {**bad.told(), "shapes": dict(shapes)}
+
+    rows = reading.state(recipe, which, places=True)
+    return stored(fingerprint(_code(), rows, records, task.model_dump(mode="json"), _said_by(tokenizer)), make)
+
+
+def _weighed(recipe: Recipe, places: list[str], sources: list[int]) -> list[int]:
+    """The index of each example as often as its source's weight says; of a fraction the rows that the seed draws."""
+    weights = [source.weight for source in reading.sources(recipe, "train")]
+    if all(weight == 1.0 for weight in weights):
+        return list(range(len(places)))
+
+    def times(index: int) -> int:
+        whole, rest = divmod(weights[sources[index]], 1.0)
+        return int(whole) + (random.Random(f"{recipe.seed}:{places[index]}").random() < rest)
+
+    return [index for index in range(len(places)) for _ in range(times(index))]
+
+
+@cache
+def _code() -> str:
+    """Changes with this project's code and the libraries that make tokens, so that what older ones made is not found."""
+    from importlib.metadata import version
+
+    digest = hashlib.sha256(" ".join(version(name) for name in ("transformers", "tokenizers", "pyarrow", "jinja2")).encode())
+    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _said_by(tokenizer: Any) -> str:
+    """Changes with anything that decides which tokens a text becomes."""
+    from tuner.checkpoint import ends_of_turn
+
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    # The last call's settings, which the next one replaces.
+    rest = {key: value for key, value in backend.items() if key not in ("truncation", "padding")}
+    names = {key: str(value) for key, value in tokenizer.special_tokens_map.items()}
+    return fingerprint(rest, tokenizer.chat_template, names, sorted(ends_of_turn(tokenizer)))

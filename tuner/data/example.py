@@ -12,11 +12,40 @@ class Example:
 
     ids: list[int]
     labels: list[int]
+    cut: bool = False
+    """It was longer than the task allows."""
 
     @property
     def supervised(self) -> int:
         """How many tokens are learned. The first has nothing before it to predict it from."""
         return sum(label != IGNORE for label in self.labels[1:])
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Documents that share a row, of which each reads itself alone."""
+
+    documents: list[Example]
+
+    @property
+    def ids(self) -> list[int]:
+        """All, one after the other."""
+        return [token for each in self.documents for token in each.ids]
+
+    @property
+    def labels(self) -> list[int]:
+        """What is learned; nothing before its own first token predicts a document."""
+        return [label for each in self.documents for label in [IGNORE, *each.labels[1:]]]
+
+    @property
+    def positions(self) -> list[int]:
+        """The place of each token in its document."""
+        return [place for each in self.documents for place in range(len(each.ids))]
+
+    @property
+    def supervised(self) -> int:
+        """How many tokens are learned."""
+        return sum(each.supervised for each in self.documents)
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,23 @@
-"""Reads rows of data, each with the place it came from, so that every complaint can say `file:line`."""
+"""A row with its place, and what happens to rows that cannot be used."""
 
-import difflib
-import json
+import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BeforeValidator
 
 from tuner.errors import DataError, nearest
+from tuner.kinds import Options
 
 T = TypeVar("T")
 # The report lists this many of the rows that were left out; all of them are counted.
 LISTED = 20
+# Nothing that a person wrote has these; tabs, line ends and form feeds it may have.
+CONTROL = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f]")
+
+Choice = Literal["error", "skip"]
 
 
 @dataclass(frozen=True)
@@ -20,60 +26,107 @@ class Row:
 
     place: str
     record: dict[str, Any]
+    shape: str = ""
+    """The form that it was written in (tuner/data/shapes.py)."""
+    source: int = 0
+    """Which of the recipe's sources it is from."""
+
+
+class OnBadRow(Options):
+    """What happens to rows that cannot be used, by what is wrong: `error` stops, `skip` leaves them out, counts and lists them."""
+
+    broken: Choice = "error"
+    """Not JSON, no object, too few or too many fields."""
+    encoding: Choice = "error"
+    """Not UTF-8."""
+    control: Choice = "error"
+    """Text with control characters, such as NUL."""
+    shape: Choice = "error"
+    """A key is missing, or its value is of another kind."""
+    turns: Choice = "error"
+    """A role that no one knows, or turns out of order."""
+    empty: Choice = "error"
+    """The assistant says nothing."""
+    label: Choice = "error"
+    """No label, or one that the recipe does not name."""
+    too_long: Literal["error", "skip", "truncate"] = "error"
+    """More tokens than the task's max_tokens; `truncate` cuts their end off, and counts them."""
+    unlearned: Choice = "error"
+    """Nothing in it would be learned."""
+
+
+def _for_all(value: Any) -> Any:
+    if value in ("error", "skip"):
+        return dict.fromkeys(OnBadRow.model_fields, value)
+    if isinstance(value, str):
+        stop = "; it is called error now" if value == "stop" else nearest(value, ["error", "skip"])
+        raise ValueError(f'"{value}" is not one of the values{stop}, or a value for each of {", ".join(OnBadRow.model_fields)}')
+    return value
+
+
+Policy = Annotated[OnBadRow, BeforeValidator(_for_all, json_schema_input_type=OnBadRow | Choice)]
 
 
 @dataclass
-class Skipped:
-    """Rows that were left out because the recipe says `on_bad_row: skip`."""
+class BadRows:
+    """Those that were met, and what the recipe wants done with them."""
 
+    policy: OnBadRow = field(default_factory=OnBadRow)
     count: int = 0
     listed: list[str] = field(default_factory=list)
+    by_kind: Counter[str] = field(default_factory=Counter)
 
-    def add(self, message: str) -> None:
-        """Count one row, and keep its message while the list is short."""
+    @property
+    def truncates(self) -> bool:
+        """A row that is too long is cut off."""
+        return self.policy.too_long == "truncate"
+
+    def met(self, error: DataError) -> None:
+        """Count a row whose error begins with its place, or raise the error where the recipe says so."""
+        if error.kind is None:
+            raise error
+        if getattr(self.policy, error.kind) != "skip":
+            other = ", `{too_long: truncate}` cuts them off" if error.kind == "too_long" else ""
+            advice = f"; `data.on_bad_row: {{{error.kind}: skip}}` leaves such rows out and counts them{other}"
+            raise DataError(f"{error}{advice}", error.kind) from None
         self.count += 1
+        self.by_kind[error.kind] += 1
         if len(self.listed) < LISTED:
-            self.listed.append(message)
+            self.listed.append(str(error))
+
+    def told(self) -> dict[str, Any]:
+        """For the manifest."""
+        return {"skipped_rows": self.count, "skipped_by_kind": dict(self.by_kind), "skipped": self.listed}
 
 
-def read_rows(path: Path, made_by: str | None, on_bad_row: str, skipped: Skipped) -> Iterator[Row]:
-    """Rows of a JSON-lines file, or of a .txt file with one document a paragraph ({"text": ...}).
-
-    Raises DataError for a file that is missing or empty, and for a line that is no JSON object unless bad rows are skipped.
-    """
-    if path.exists() and not path.is_file():
-        raise DataError(f"{path}: is {'a directory' if path.is_dir() else 'no ordinary file'}, expected a file of rows")
-    if not path.is_file():
-        siblings = [each.name for each in path.parent.glob("*") if each.is_file()] if path.parent.is_dir() else []
-        mistyped = difflib.get_close_matches(path.name, siblings, cutoff=0.8) or not made_by
-        advice = nearest(path.name, siblings) if mistyped else f"; `.venv/bin/python {made_by}` writes it"
-        raise DataError(f"{path}: there is no such file{advice}")
-    found = False
-    for line, text in _records(path):
-        found = True
-        try:
-            yield Row(f"{path}:{line}", text if isinstance(text, dict) else _parse(text))
-        except DataError as error:
-            message = f"{path}:{line}: {error}"
-            if on_bad_row == "stop":
-                raise DataError(message) from None
-            skipped.add(message)
-    if not found:
-        raise DataError(f"{path}:1: the file is empty; expected one JSON object a line")
-
-
-def usable(rows: Iterator[Row], use: Callable[[Row], T], on_bad_row: str, skipped: Skipped) -> Iterator[tuple[Row, T]]:
-    """Each row with `use(row)`; a DataError from `use` gets the row's place, and stops or is counted as the recipe says."""
+def usable(rows: Iterator[Row | DataError], use: Callable[[Row], T], bad: BadRows) -> Iterator[tuple[Row, T]]:
+    """Each row with `use(row)`; a row that is damaged, or of which `use` raises DataError, stops or is counted in `bad`."""
     for row in rows:
         try:
+            if isinstance(row, DataError):
+                bad.met(row)
+                continue
             result = use(row)
         except DataError as error:
-            message = f"{row.place}: {error}"
-            if on_bad_row == "stop":
-                raise DataError(message + "; `data.on_bad_row: skip` leaves such rows out and counts them") from None
-            skipped.add(message)
+            if isinstance(row, DataError):
+                raise
+            bad.met(DataError(f"{row.place}: {error}", error.kind or "shape"))
         else:
             yield row, result
+
+
+def check_characters(value: Any) -> None:
+    """Raises DataError for control characters in a text, or in the texts of a list or mapping."""
+    if isinstance(value, str):
+        if found := CONTROL.search(value):
+            near = value[max(0, found.start() - 20) : found.start() + 20]
+            raise DataError(f"the control character U+{ord(found.group()):04X} in {near!r}, expected text", "control")
+    elif isinstance(value, dict):
+        for each in value.values():
+            check_characters(each)
+    elif isinstance(value, list):
+        for each in value:
+            check_characters(each)
 
 
 def first_of_each(rows: list[Any]) -> list[Any]:
@@ -82,36 +135,3 @@ def first_of_each(rows: list[Any]) -> list[Any]:
     for row, example in rows:
         first.setdefault(row.place, (row, example))
     return list(first.values())
-
-
-def _records(path: Path) -> Iterator[tuple[int, Any]]:
-    try:
-        with path.open(encoding="utf-8-sig") as file:  # Windows editors begin a file with a mark
-            if path.suffix != ".txt":
-                yield from ((number, line) for number, line in enumerate(file, 1) if line.strip())
-                return
-            start, paragraph = 1, ""
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    start, paragraph = (start if paragraph else number), paragraph + line
-                elif paragraph:
-                    yield start, {"text": paragraph}
-                    paragraph = ""
-            if paragraph:
-                yield start, {"text": paragraph}
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from None
-
-
-def _parse(text: str) -> dict[str, Any]:
-    try:
-        record = json.loads(text)
-        json.dumps(record, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        raise DataError("half of a surrogate pair (\\ud800 to \\udfff), which is no character; expected text") from None
-    except (ValueError, RecursionError) as error:
-        shown = text.strip()[:40]
-        raise DataError(f"not JSON ({getattr(error, 'msg', error)}), found {shown!r}; expected one object a line") from None
-    if not isinstance(record, dict):
-        raise DataError(f'found a {type(record).__name__}, expected an object such as {{"text": "..."}}')
-    return record

@@ -1,7 +1,7 @@
 """Pictures in a terminal: training examples as the model reads them, and what a bundle is."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,57 +12,109 @@ from rich.text import Text
 from tuner import kinds
 from tuner.bundle import Bundle
 from tuner.data.example import IGNORE, Example
+from tuner.data.quality import Quality
+from tuner.data.shapes import told
 from tuner.plan import Plan
 
 BINS = 10
 BAR_WIDTH = 40
 
 
-def show(plan: Plan, out_dir: Path, rows: int) -> None:
-    """Print `rows` examples with what is learned in colour, the counts, and a histogram of lengths.
+@dataclass(frozen=True)
+class Pictured:
+    """A task's examples, as a person looks at them."""
+
+    kind: str
+    rows: int
+    tokens: int
+    supervised: float
+    skipped: list[str]
+    skipped_rows: int
+    cut_rows: int
+    lengths: list[int]
+    """Tokens of each example."""
+    examples: list[list[tuple[str, list[tuple[str, bool]]]]]
+    """Of the first ones: parts with a name, each in pieces that are learned or only read."""
+
+
+def pictured(plan: Plan, out_dir: Path, rows: int) -> list[Pictured]:
+    """Every task of a recipe with its first `rows` examples.
 
     A recipe that trains its own tokenizer is shown with the one in `out_dir`. Raises RecipeError where there is none yet.
     """
-    from tuner.data.dataset import task_of, tasks_of
+    from tuner.data.dataset import task_of, tasks_of, training_examples
 
-    tokenizer = _tokenizer(plan, out_dir)
+    tokenizer, found = _tokenizer(plan, out_dir), []
     for task in tasks_of(plan.recipe) or [task_of(plan.recipe)]:
-        _show_task(plan, task, tokenizer, rows)
+        examples, data = training_examples(plan.recipe, task, tokenizer)
+        shown = getattr(kinds.load("tasks", task.kind), "shown", lambda example, _: [("", example)])
+        first = [[(name, pieces(part, tokenizer)) for name, part in shown(each, task)] for each in examples[:rows]]
+        counts = {key: data[key] for key in ("rows", "tokens", "skipped", "skipped_rows", "cut_rows")}
+        found.append(Pictured(task.kind, supervised=data["supervised_tokens"], lengths=examples.lengths, examples=first, **counts))
+    return found
 
 
-def _show_task(plan: Plan, task: Any, tokenizer: Any, rows: int) -> None:
-    from tuner.data.dataset import training_examples
-
+def show(tasks: list[Pictured], quality: Quality) -> None:
+    """Print examples with what is learned in colour, the counts, a histogram of lengths, and what is wrong with the data."""
     console = Console(highlight=False)
-    examples, data = training_examples(plan.recipe, task, tokenizer)
-    shown = getattr(kinds.load("tasks", task.kind), "shown", lambda example, _: [("", example)])
-    for number, example in enumerate(examples[:rows], 1):
-        console.rule(f"{task.kind}, example {number}: {len(example.ids)} tokens, {example.supervised:g} learned")
-        for name, part in shown(example, task):
-            console.print(Text(f"{name}: " if name else "", style="bold") + render(part, tokenizer), soft_wrap=True)
-    console.rule("counts")
-    console.print(
-        f"{data['rows']} rows, {data['tokens']} tokens, {data['supervised_tokens']:g} learned, {data['skipped_rows']} rows left out"
-    )
-    for reason in data["skipped"]:
-        console.print(f"  {reason}", markup=False, soft_wrap=True)
-    for line in histogram([len(each.ids) for each in examples]):
-        console.print(line, markup=False)
+    for task in tasks:
+        for number, parts in enumerate(task.examples, 1):
+            console.rule(f"{task.kind}, example {number}")
+            for name, part in parts:
+                console.print(Text(f"{name}: " if name else "", style="bold") + render(part), soft_wrap=True)
+        console.rule(f"{task.kind}, lengths in tokens")
+        console.print(
+            f"{task.rows} rows, {task.tokens} tokens, {task.supervised:g} learned, "
+            f"{task.skipped_rows} rows left out, {task.cut_rows} cut"
+        )
+        for reason in task.skipped:
+            console.print(f"  {reason}", markup=False, soft_wrap=True)
+        _print_bars(console, bins(task.lengths))
+    if not tasks:
+        console.rule("lengths in characters")
+        _print_bars(console, bins(quality.characters))
+    console.rule("the data")
+    rows = ", ".join(f"{count} {side} rows" for side, count in quality.rows.items())
+    console.print(f"{rows}: {told(quality.shapes)}", markup=False, soft_wrap=True)
+    for name, counts in (("labels", quality.labels), ("languages", quality.languages)):
+        if counts:
+            most = ", ".join(f"{each} {count / sum(counts.values()):.1%}" for each, count in counts.most_common(12))
+            console.print(f"{name}: {most}{', ...' if len(counts) > 12 else ''}", markup=False, soft_wrap=True)
+    for name, found in quality.lines():
+        if found.count:
+            console.print(f"{found.count} {name}", style="bold red", markup=False)
+            for each in found.listed[:3]:
+                console.print(f"  {each}", markup=False, soft_wrap=True)
+    nothing = [name for name, found in quality.lines() if not found.count]
+    if nothing:
+        console.print(f"none: {'; '.join(nothing)}", markup=False, soft_wrap=True)
 
 
-def render(example: Example, tokenizer: Any) -> Text:
-    """The example's text: learned tokens green and underlined, the rest dim. Joined, the pieces are what the model reads."""
-    text, start = Text(), 0
-    learned = [label != IGNORE for label in example.labels]
-    for index in range(1, len(learned) + 1):
-        if index == len(learned) or learned[index] != learned[start]:
-            text.append(tokenizer.decode(example.ids[start:index]), style="green underline" if learned[start] else "dim")
-            start = index
+def pieces(example: Example, tokenizer: Any) -> list[tuple[str, bool]]:
+    """Each token's text, and whether it is learned. Joined, they are what the model reads.
+
+    Tokens that are a part of a character only stand together with those that complete it.
+    """
+    found: list[tuple[str, bool]] = []
+    start = 0
+    for at in range(1, len(example.ids) + 1):
+        text = tokenizer.decode(example.ids[start:at])
+        if "\ufffd" not in text or at == len(example.ids) or at - start > 8:
+            found.append((text, any(label != IGNORE for label in example.labels[start:at])))
+            start = at
+    return found
+
+
+def render(each: list[tuple[str, bool]]) -> Text:
+    """The pieces of an example: learned ones green and underlined, the rest dim."""
+    text = Text()
+    for piece, learned in each:
+        text.append(piece, style="green underline" if learned else "dim")
     return text
 
 
-def histogram(lengths: list[int]) -> list[str]:
-    """One line for each of ten equal ranges of length, with a bar and the count."""
+def bins(lengths: list[int]) -> list[tuple[str, int]]:
+    """Ten equal ranges of length, each with how many there are."""
     if not lengths:
         return []
     low, high = min(lengths), max(lengths)
@@ -70,12 +122,14 @@ def histogram(lengths: list[int]) -> list[str]:
     counts = [0] * BINS
     for length in lengths:
         counts[(length - low) // width] += 1
-    most = max(counts)
-    return [
-        f"{low + index * width:>6}-{low + (index + 1) * width - 1:<6} {'█' * round(BAR_WIDTH * count / most):<{BAR_WIDTH}} {count}"
-        for index, count in enumerate(counts)
-        if low + index * width <= high
-    ]
+    starts = range(low, high + 1, width)
+    return [(f"{start}-{start + width - 1}", count) for start, count in zip(starts, counts, strict=False)]
+
+
+def _print_bars(console: Console, counts: list[tuple[str, int]]) -> None:
+    most = max((count for _, count in counts), default=1) or 1
+    for name, count in counts:
+        console.print(f"{name:>15} {'█' * round(BAR_WIDTH * count / most):<{BAR_WIDTH}} {count}", markup=False)
 
 
 def show_bundle(bundle: Bundle, *, as_json: bool) -> None:

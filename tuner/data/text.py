@@ -14,5 +14,5 @@ def encode(text: str, tokenizer: Any, *, max_tokens: int, cut: bool) -> tuple[li
     if len(ids) <= max_tokens:
         return ids, False
     if not cut:
-        raise DataError(f"{len(ids)} tokens, expected at most max_tokens: {max_tokens}; `cut: true` cuts longer texts off")
+        raise DataError(f"{len(ids)} tokens, expected at most max_tokens: {max_tokens}", "too_long")
     return list(tokenizer(text, truncation=True, max_length=max_tokens)["input_ids"]), True

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tuner.data.example import IGNORE, Example, Tagged
+from tuner.data.example import IGNORE, Example, Packed, Tagged
 from tuner.objective import Objective
 from tuner.progress import track
 from tuner.scan import documents
@@ -32,44 +32,19 @@ def collate(examples: Sequence[Example | Tagged], pad_id: int, device: str | tor
     }
 
 
-def pack(examples: Sequence[Example], pad_id: int, row_tokens: int, device: str | torch.device = "cpu") -> dict[str, Tensor]:
+def collate_packed(rows: Sequence[Packed], pad_id: int, device: str | torch.device = "cpu") -> dict[str, Tensor]:
     """`input_ids`, `labels` and `position_ids`, each (B, T), with several documents in a row; positions begin anew with each.
 
     What fills up a row is one more document, of which nothing is learned.
     """
-    rows = best_fit([len(each.ids) for each in examples], row_tokens)
-    longest = max(sum(len(examples[index].ids) for index in row) for row in rows)
-    ids, labels, positions = [], [], []
-    for row in rows:
-        rest = longest - sum(len(examples[index].ids) for index in row)
-        ids.append([token for index in row for token in examples[index].ids] + [pad_id] * rest)
-        # Nothing before its own first token predicts a document.
-        labels.append([label for index in row for label in [IGNORE, *examples[index].labels[1:]]] + [IGNORE] * rest)
-        positions.append([place for index in row for place in range(len(examples[index].ids))] + list(range(rest)))
+    longest = max(len(row.ids) for row in rows)
+    rest = [longest - len(row.ids) for row in rows]
+    pairs = list(zip(rows, rest, strict=True))
     return {
-        "input_ids": torch.tensor(ids, device=device),
-        "labels": torch.tensor(labels, device=device),
-        "position_ids": torch.tensor(positions, device=device),
+        "input_ids": torch.tensor([row.ids + [pad_id] * n for row, n in pairs], device=device),
+        "labels": torch.tensor([row.labels + [IGNORE] * n for row, n in pairs], device=device),
+        "position_ids": torch.tensor([row.positions + list(range(n)) for row, n in pairs], device=device),
     }
-
-
-def best_fit(lengths: list[int], row_tokens: int) -> list[list[int]]:
-    """Indices for each row: the longest document first, each into the fullest row that has room for it (best-fit decreasing).
-
-    Only a document longer than `row_tokens` makes a longer row.
-    """
-    rows: list[list[int]] = []
-    room: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda each: -lengths[each]):
-        fitting = [at for at, left in enumerate(room) if left >= lengths[index]]
-        if fitting:
-            best = min(fitting, key=lambda at: room[at])
-            rows[best].append(index)
-            room[best] -= lengths[index]
-        else:
-            rows.append([index])
-            room.append(row_tokens - lengths[index])
-    return rows
 
 
 class NextTokenLoss(Objective):
@@ -78,19 +53,15 @@ class NextTokenLoss(Objective):
     The output layer runs at supervised positions alone: with a vocabulary of 49,152 it costs as much as eight of the
     model's blocks, and in chat data most positions only ask the question.
 
-    With `row_tokens` the batch's documents stand behind each other in rows of up to that length, or of the longest document,
-    instead of being padded: each still reads itself alone.
+    Documents that share a row read themselves alone.
     """
 
-    def __init__(self, model: Any, pad_id: int, row_tokens: int | None = None) -> None:
-        super().__init__(model, pad_id)
-        self.row_tokens = row_tokens
-
-    def collate(self, examples: list[Example], device: str | torch.device = "cpu") -> dict[str, Tensor]:
-        """The batch that `forward` takes."""
-        if self.row_tokens:
-            return pack(examples, self.pad_id, self.row_tokens, device)
-        return collate(examples, self.pad_id, device)
+    def collate(self, examples: Sequence[Example | Packed], device: str | torch.device = "cpu") -> dict[str, Tensor]:
+        """The batch that `forward` takes: of examples, or of packed rows."""
+        packed = [each for each in examples if isinstance(each, Packed)]
+        if packed:
+            return collate_packed(packed, self.pad_id, device)
+        return collate([each for each in examples if isinstance(each, Example)], self.pad_id, device)
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         """A scalar."""

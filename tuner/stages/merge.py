@@ -91,7 +91,7 @@ def _better(job: Job) -> tuple[str, dict[str, float]]:
     assert job.parent is not None
     if job.options.onto != "auto":
         return str(job.options.onto), {}
-    if job.recipe.data.heldout is None:
+    if not job.recipe.data.holds_out:
         say("merge: no held-out rows to decide by, so onto the rounded weights, which is what was tuned")
         return "stored", {}
     options = task_of(job.recipe, job.index)

@@ -85,7 +85,7 @@ def run(job: Job) -> Manifest:
     else:
         examples, data = training_examples(job.recipe, task_of(job.recipe, job.index), tokenizer, rows=options.calibration_rows)
         if not examples:
-            raise DataError(f"{job.recipe.data.train}: no row is left to calibrate on ({data['skipped_rows']} were left out)")
+            raise DataError(f"{data['path']}: no row is left to calibrate on ({data['skipped_rows']} were left out)")
         rows = Dataset.from_list([{"input_ids": each.ids, "attention_mask": [1] * len(each.ids)} for each in examples])
         oneshot(
             model=model,

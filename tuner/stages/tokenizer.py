@@ -1,15 +1,16 @@
 """Train a byte-level BPE tokenizer on the recipe's text (Sennrich et al. 2016, arXiv:1508.07909; bytes as in GPT-2)."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 
-from tuner.bundle import Manifest, sha256
-from tuner.data.rows import Skipped, read_rows, usable
+from tuner.bundle import Manifest
+from tuner.data import reading
+from tuner.data.rows import BadRows, usable
 from tuner.errors import DataError
 from tuner.kinds import Options as BaseOptions
+from tuner.progress import counted
 from tuner.stages import Job
 
 TAKES = frozenset({"nothing"})
@@ -50,8 +51,8 @@ def run(job: Job) -> Manifest:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    skipped = Skipped()
-    tokenizer.train_from_iterator(texts(job, skipped), trainer)
+    bad = BadRows(job.recipe.data.on_bad_row)
+    tokenizer.train_from_iterator(texts(job, bad), trainer)
     eos = options.eos_token
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=eos, eos_token=eos, pad_token=eos).save_pretrained(job.folder)
     return Manifest(
@@ -59,22 +60,16 @@ def run(job: Job) -> Manifest:
         stage="tokenizer",
         fingerprint=job.fingerprint,
         recipe=job.told(),
-        data={
-            "path": job.recipe.data.train,
-            "sha256": sha256(Path(job.recipe.data.train)),
-            "skipped_rows": skipped.count,
-            "skipped": skipped.listed,
-        },
+        data={**reading.identity(job.recipe, "train"), **bad.told()},
         metrics={"tokenizer": {"vocab_size": tokenizer.get_vocab_size()}},
         versions=versions(),
     )
 
 
-def texts(job: Job, skipped: Skipped) -> Iterator[str]:
-    """The text in each training row. A row that has none raises DataError with its place, or is counted in `skipped`."""
-    data = job.recipe.data
-    rows = read_rows(Path(data.train), data.made_by, data.on_bad_row, skipped)
-    for _, text in usable(rows, lambda row: text_of(row.record), data.on_bad_row, skipped):
+def texts(job: Job, bad: BadRows) -> Iterator[str]:
+    """The text in each training row. A row that has none raises DataError with its place, or is counted in `bad`."""
+    rows = counted("reading text", reading.read(job.recipe, "train"))
+    for _, text in usable(rows, lambda row: text_of(row.record), bad):
         yield text
 
 

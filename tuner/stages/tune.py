@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 TAKES = frozenset({"model"})
 # Also of the task, the method and the loop.
-VERSION = 3
+VERSION = 4
 RESULT = "tuned"
 # The same sums in the same types on the same machine: what is saved loses nothing (nats, or components of vectors).
 REOPENED_TOLERANCE = 1.0e-3
@@ -96,7 +96,7 @@ def gives(options: Options) -> str:
 def check(plan: "Plan", step: "Step") -> None:
     """Raises RecipeError where the model lacks the task's head, is too short for its rows, or the method would train nothing."""
     options, place = step.options, ("stages", step.index, "tune")
-    if options.watch and plan.recipe.data.heldout is None:
+    if options.watch and not plan.recipe.data.holds_out:
         raise plan.recipe.error("there are no held-out rows to watch; name some with data.heldout", *place, "watch")
     if options.watch:
         names = ["heldout_loss", *kinds.load("tasks", options.task.kind).scored(options.task, plan.recipe.evaluate)]
@@ -157,6 +157,7 @@ def run(job: Job) -> Manifest:
 
     from tuner.checkpoint import device, load_tokenizer
     from tuner.data.dataset import training_examples
+    from tuner.data.packing import PackedRows
     from tuner.fit import fit
     from tuner.progress import say
 
@@ -167,7 +168,7 @@ def run(job: Job) -> Manifest:
     tokenizer = load_tokenizer(base.path)
     examples, data = training_examples(job.recipe, options.task, tokenizer)
     if not examples:
-        raise DataError(f"{job.recipe.data.train}: no row is left to train on ({data['skipped_rows']} were left out)")
+        raise DataError(f"{data['path']}: no row is left to train on ({data['skipped_rows']} were left out)")
     counts = f"{data['rows']} rows, {data['tokens']} tokens, {data['supervised_tokens']:g} supervised"
     say(f"{counts}; {data['skipped_rows']} rows left out, {data['cut_rows']} cut")
     for remark in getattr(task, "unseen", lambda *_: [])(examples, options.task):
@@ -180,9 +181,14 @@ def run(job: Job) -> Manifest:
     objective = task.objective(model, tokenizer, options.task)
     watch = _watch(job, task, objective, tokenizer) if options.watch else None
     untrained = {} if fits(base, options.task) else {"heldout_loss_before": _loss_now(job, objective, tokenizer)}
-    measured = fit(
-        objective, examples, _schedule(options, len(examples), job.recipe.seed), layers=layers, work=job.work, watch=watch
-    )
+    rows: Any = examples
+    if getattr(options.task, "packing", False):
+        rows = PackedRows(examples, options.task.max_tokens)
+        data |= {"packed_rows": len(rows), "padding": round(rows.padding, 4)}
+        say(
+            f"packed: {len(examples)} documents in {len(rows)} rows of {options.task.max_tokens} tokens, {rows.padding:.1%} padding"
+        )
+    measured = fit(objective, rows, _schedule(options, len(rows), job.recipe.seed), layers=layers, work=job.work, watch=watch)
     answers, effect = _answers(job, task, model, tokenizer)
     method.save(model, job.folder)
     tokenizer.save_pretrained(job.folder)
@@ -266,13 +272,13 @@ def _model(job: Job, tokenizer: Any) -> tuple[Any, dict[str, Any]]:
         raise job.recipe.error(str(error), "stages", job.index, "tune", "method") from None
 
 
-def _schedule(options: Options, examples: int, seed: int) -> "Schedule":
+def _schedule(options: Options, rows: int, seed: int) -> "Schedule":
     import math
 
     from tuner.fit import Schedule
 
     told = {name: getattr(options, name) for name in Schedule.__dataclass_fields__ if hasattr(options, name)}
-    told["steps"] = options.steps or math.ceil((options.epochs or 1) * math.ceil(examples / options.batch_size))
+    told["steps"] = options.steps or math.ceil((options.epochs or 1) * math.ceil(rows / options.batch_size))
     told["micro_batch_size"] = options.micro_batch_size or options.batch_size
     return Schedule(**told, seed=seed)
 
@@ -282,7 +288,7 @@ def _loss_now(job: Job, objective: Any, tokenizer: Any) -> float | None:
     from tuner.data.dataset import heldout_rows
     from tuner.objective import heldout_loss
 
-    if job.recipe.data.heldout is None:
+    if not job.recipe.data.holds_out:
         return None
     rows, _ = heldout_rows(job.recipe, job.options.task, tokenizer)
     objective.eval()

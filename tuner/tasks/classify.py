@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from tuner.data.example import IGNORE, Example, Labelled, repeated
-from tuner.data.rows import Row, Skipped, usable
+from tuner.data.rows import BadRows, Row, usable
 from tuner.data.text import encode
 from tuner.errors import DataError, nearest
 from tuner.kinds import Options as BaseOptions
@@ -30,9 +30,7 @@ class Options(BaseOptions):
     class_weights: list[Annotated[float, Field(gt=0)]] | None = None
     """How much a row of each class counts in the loss; all alike by default. For `single`."""
     max_tokens: int = Field(256, gt=1)
-    """Longest text in tokens. A longer row is a bad row unless `cut` says otherwise."""
-    cut: bool = False
-    """Cut longer texts off at max_tokens; how many is in the report."""
+    """Longest text in tokens. A longer row is a bad row: see `data.on_bad_row`."""
 
     @model_validator(mode="after")
     def _labels_fit(self) -> "Options":
@@ -60,34 +58,32 @@ def target(record: dict[str, Any], options: Options) -> list[float]:
     key = {"single": "label", "multi": "labels", "number": "score"}[options.form]
     if key not in record:
         found = ", ".join(f'"{name}"' for name in record)
-        raise DataError(f'the key "{key}" is missing beside {found}')
+        raise DataError(f'the key "{key}" is missing beside {found}', "label")
     value = record[key]
     if options.form == "number":
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise DataError(f'"score" is {value!r:.60}, expected a number')
+            raise DataError(f'"score" is {value!r:.60}, expected a number', "label")
         return [float(value)]
     given = value if options.form == "multi" else [value]
     if not isinstance(given, list):
-        raise DataError(f'"labels" is {value!r:.60}, expected a list')
+        raise DataError(f'"labels" is {value!r:.60}, expected a list', "label")
     for each in given:
         if each not in options.labels:
-            raise DataError(f'"{key}": {each!r:.60} is none of the recipe\'s labels{nearest(str(each), options.labels)}')
+            raise DataError(f'"{key}": {each!r:.60} is none of the recipe\'s labels{nearest(str(each), options.labels)}', "label")
     return [float(options.labels.index(value))] if options.form == "single" else [float(each in given) for each in options.labels]
 
 
-def examples(
-    rows: Iterator[Row], tokenizer: Any, options: Options, on_bad_row: str, skipped: Skipped
-) -> Iterator[tuple[Row, Labelled]]:
-    """Each text with what it is; bad rows stop the run with a DataError, or are counted in `skipped`."""
+def examples(rows: Iterator[Row], tokenizer: Any, options: Options, bad: BadRows) -> Iterator[tuple[Row, Labelled]]:
+    """Each text with what it is; bad rows stop the run with a DataError, or are counted in `bad`."""
 
     def labelled(row: Row) -> Labelled:
         check_row(row.record, options)
         wanted = target(row.record, options)
-        ids, cut = encode(row.record["text"], tokenizer, max_tokens=options.max_tokens, cut=options.cut)
+        ids, cut = encode(row.record["text"], tokenizer, max_tokens=options.max_tokens, cut=bad.truncates)
         weight = options.class_weights[int(wanted[0])] if options.class_weights else 1.0
         return Labelled(ids, wanted, weight, cut)
 
-    return usable(rows, labelled, on_bad_row, skipped)
+    return usable(rows, labelled, bad)
 
 
 def head_config(options: Options) -> dict[str, Any]:
@@ -108,7 +104,7 @@ def unnamed(options: Options) -> bool:
 
 def question(record: dict[str, Any], tokenizer: Any, options: Options) -> dict[str, Any]:
     """`ids` of the text, and the text."""
-    ids, _ = encode(record["text"], tokenizer, max_tokens=options.max_tokens, cut=options.cut)
+    ids, _ = encode(record["text"], tokenizer, max_tokens=options.max_tokens, cut=True)
     return {"ids": ids, "text": record["text"], "problem": PROBLEMS[options.form]}
 
 

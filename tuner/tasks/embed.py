@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from tuner.data.example import IGNORE, Example, Texts
-from tuner.data.rows import Row, Skipped, usable
+from tuner.data.rows import BadRows, Row, usable
 from tuner.data.text import encode
 from tuner.errors import DataError, RecipeError
 from tuner.kinds import Options as BaseOptions
@@ -37,9 +37,7 @@ class Options(BaseOptions):
     pooling: Literal["mean", "cls", "last"] = "mean"
     """A text's vector: the mean over its tokens, its first, or its last; use what the model was trained with."""
     max_tokens: int = Field(256, gt=1)
-    """Longest text in tokens. A longer one makes a bad row unless `cut` says otherwise."""
-    cut: bool = False
-    """Cut longer texts off at max_tokens; how many is in the report."""
+    """Longest text in tokens. A longer one makes a bad row: see `data.on_bad_row`."""
 
 
 def check_row(record: dict[str, Any], options: Options, *, chat_template: bool = True) -> None:  # noqa: ARG001 - a task's common signature
@@ -74,24 +72,22 @@ def texts(record: dict[str, Any], options: Options) -> list[str]:
     return [str(text) for text in found]
 
 
-def examples(
-    rows: Iterator[Row], tokenizer: Any, options: Options, on_bad_row: str, skipped: Skipped
-) -> Iterator[tuple[Row, Texts]]:
-    """Each row's texts as tokens; bad rows stop the run with a DataError, or are counted in `skipped`."""
+def examples(rows: Iterator[Row], tokenizer: Any, options: Options, bad: BadRows) -> Iterator[tuple[Row, Texts]]:
+    """Each row's texts as tokens; bad rows stop the run with a DataError, or are counted in `bad`."""
 
     def made(row: Row) -> Texts:
-        pieces = [encode(text, tokenizer, max_tokens=options.max_tokens, cut=options.cut) for text in texts(row.record, options)]
+        pieces = [encode(text, tokenizer, max_tokens=options.max_tokens, cut=bad.truncates) for text in texts(row.record, options)]
         score = float(row.record["score"]) if options.loss == "cosine" else None
         return Texts([ids for ids, _ in pieces], score, any(cut for _, cut in pieces))
 
-    return usable(rows, made, on_bad_row, skipped)
+    return usable(rows, made, bad)
 
 
 def question(record: dict[str, Any], tokenizer: Any, options: Options) -> dict[str, Any]:
     """`ids` of the first text, and how its vector is made."""
     text = texts(record, options)[0]
     return {
-        "ids": encode(text, tokenizer, max_tokens=options.max_tokens, cut=options.cut)[0],
+        "ids": encode(text, tokenizer, max_tokens=options.max_tokens, cut=True)[0],
         "text": text,
         "pooling": options.pooling,
     }

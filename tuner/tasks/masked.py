@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from tuner.data.example import IGNORE, Example
-from tuner.data.rows import Row, Skipped, usable
+from tuner.data.rows import BadRows, Row, usable
 from tuner.errors import DataError
 from tuner.kinds import Options as BaseOptions
 from tuner.recipe import Evaluate
@@ -53,9 +53,7 @@ def check_row(record: dict[str, Any], options: Options, *, chat_template: bool =
         raise DataError(f'found {keys}, expected "text" with some text in it')
 
 
-def examples(
-    rows: Iterator[Row], tokenizer: Any, options: Options, on_bad_row: str, skipped: Skipped
-) -> Iterator[tuple[Row, Maskable]]:
+def examples(rows: Iterator[Row], tokenizer: Any, options: Options, bad: BadRows) -> Iterator[tuple[Row, Maskable]]:
     """Each document's blocks, special tokens around each; bad rows stop the run with a DataError, or are counted."""
 
     def blocks(row: Row) -> list[Maskable]:
@@ -68,7 +66,7 @@ def examples(
             raise DataError("the tokenizer makes no token of this text, so nothing can be hidden")
         return [block for block in made if block.words]
 
-    for row, made in usable(rows, blocks, on_bad_row, skipped):
+    for row, made in usable(rows, blocks, bad):
         yield from ((row, block) for block in made)
 
 

@@ -10,14 +10,14 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from tuner.data.example import IGNORE, Example
-from tuner.data.rows import Row, Skipped, usable
+from tuner.data.rows import BadRows, Row, usable
 from tuner.errors import DataError
 from tuner.kinds import Options as BaseOptions
 from tuner.recipe import Evaluate
 from tuner.tasks import sft
 
 HEAD = "causal"
-KEYS = frozenset({"messages", "messages.role", "messages.content", "prompt", "chosen", "rejected", "completion", "label"})
+KEYS = sft.SPOKEN | {"prompt", "chosen", "rejected", "completion", "label"}
 # Nats that float sums in another order can make; a model that was not trained yet prefers neither answer.
 TIE = 1.0e-3
 BETA = {"dpo": 0.1, "kto": 0.1, "orpo": 0.1, "simpo": 2.0}
@@ -65,7 +65,8 @@ def check_row(record: dict[str, Any], options: Options, *, chat_template: bool =
         raise DataError(f'found the keys {sft.keys(record)}, expected "prompt" with text in it, or "messages"')
     if options.loss == "kto" and "completion" in record:
         if not isinstance(record.get("label"), bool):
-            raise DataError(f'"label" is {record.get("label")!r:.60}, expected true for a good answer or false for a bad one')
+            said = f'"label" is {record.get("label")!r:.60}, expected true for a good answer or false for a bad one'
+            raise DataError(said, "label")
         answers = ["completion"]
     else:
         answers = ["chosen", "rejected"]
@@ -78,18 +79,18 @@ def check_row(record: dict[str, Any], options: Options, *, chat_template: bool =
         raise DataError('"chosen" and "rejected" are the same, so there is nothing to prefer')
 
 
-def examples(rows: Iterator[Row], tokenizer: Any, options: Options, on_bad_row: str, skipped: Skipped) -> Iterator[tuple[Row, Any]]:
+def examples(rows: Iterator[Row], tokenizer: Any, options: Options, bad: BadRows) -> Iterator[tuple[Row, Any]]:
     """Each usable row as a pair, or for kto as one or two judged answers."""
     from tuner.preference import Judged, Pair
 
     def made(row: Row) -> list[Any]:
         check_row(row.record, options, chat_template=bool(tokenizer.chat_template))
         if options.loss == "kto" and "completion" in row.record:
-            return [Judged(_encoded(row.record, "completion", tokenizer, options), row.record["label"])]
-        chosen, rejected = (_encoded(row.record, key, tokenizer, options) for key in ("chosen", "rejected"))
+            return [Judged(_encoded(row.record, "completion", tokenizer, options, bad), row.record["label"])]
+        chosen, rejected = (_encoded(row.record, key, tokenizer, options, bad) for key in ("chosen", "rejected"))
         return [Judged(chosen, True), Judged(rejected, False)] if options.loss == "kto" else [Pair(chosen, rejected)]
 
-    for row, found in usable(rows, made, on_bad_row, skipped):
+    for row, found in usable(rows, made, bad):
         yield from ((row, each) for each in found)
 
 
@@ -148,10 +149,12 @@ def _answered(record: dict[str, Any], key: str) -> dict[str, Any]:
     return {"messages": [*turns, {"role": "assistant", "content": record[key]}]}
 
 
-def _encoded(record: dict[str, Any], key: str, tokenizer: Any, options: Options) -> Example:
+def _encoded(record: dict[str, Any], key: str, tokenizer: Any, options: Options, bad: BadRows) -> Example:
     """The prompt and one answer; earlier answers in the conversation are read, not learned."""
     answered = _answered(record, key)
     example, prompt = sft.encode(answered, tokenizer), len(sft.question_ids(answered, tokenizer))
-    if len(example.ids) > options.max_tokens:
-        raise DataError(f"{len(example.ids)} tokens with {key}, expected at most max_tokens: {options.max_tokens}")
-    return Example(example.ids, [IGNORE] * prompt + example.labels[prompt:])
+    example = sft.fitted(example, options.max_tokens, cut=bad.truncates, what=f" with {key}")
+    answer = Example(example.ids, ([IGNORE] * prompt + example.labels[prompt:])[: len(example.ids)], example.cut)
+    if not answer.supervised:
+        raise DataError(f"no token of {key} would be learned: nothing of it is left before max_tokens", "unlearned")
+    return answer

@@ -6,7 +6,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from tuner.data.example import Example
-from tuner.data.rows import Row, Skipped, usable
+from tuner.data.rows import BadRows, Row, usable
 from tuner.errors import DataError
 from tuner.kinds import Options as BaseOptions
 from tuner.score import of_answers as scores
@@ -27,7 +27,7 @@ class Options(BaseOptions):
     prompt_tokens: int = Field(16, gt=0)
     """How much of a held-out document the probe shows before the model goes on by itself."""
     packing: bool = False
-    """Put short rows behind each other, up to max_tokens, instead of padding each: the same result from less work."""
+    """Put short rows behind each other into rows of max_tokens, which batch_size then counts. Each still reads itself alone."""
 
 
 def check_row(record: dict[str, Any], options: Options, *, chat_template: bool = True) -> None:  # noqa: ARG001 - a task's common signature
@@ -39,10 +39,8 @@ def check_row(record: dict[str, Any], options: Options, *, chat_template: bool =
         raise DataError(f'"text" is {record["text"]!r:.60}, expected text')
 
 
-def examples(
-    rows: Iterator[Row], tokenizer: Any, options: Options, on_bad_row: str, skipped: Skipped
-) -> Iterator[tuple[Row, Example]]:
-    """Each document's blocks; bad rows stop the run with a DataError, or are counted in `skipped`."""
+def examples(rows: Iterator[Row], tokenizer: Any, options: Options, bad: BadRows) -> Iterator[tuple[Row, Example]]:
+    """Each document's blocks; bad rows stop the run with a DataError, or are counted in `bad`."""
 
     def tokens(row: Row) -> list[int]:
         check_row(row.record, options)
@@ -51,7 +49,7 @@ def examples(
             raise DataError(f"{len(ids)} tokens: too short to predict anything")
         return ids
 
-    for row, ids in usable(rows, tokens, on_bad_row, skipped):
+    for row, ids in usable(rows, tokens, bad):
         for start in range(0, len(ids), options.max_tokens):
             # A single token that is left over is shown with the one before it, or nothing would predict it.
             block = ids[min(start, len(ids) - 2) : start + options.max_tokens]
@@ -63,11 +61,11 @@ def question(record: dict[str, Any], tokenizer: Any, options: Options) -> dict[s
     return {"ids": list(tokenizer(record["text"])["input_ids"])[: options.prompt_tokens], "messages": None}
 
 
-def objective(model: Any, tokenizer: Any, options: Options) -> Any:
+def objective(model: Any, tokenizer: Any, options: Options) -> Any:  # noqa: ARG001 - a task's common signature
     """The next token's negative log-likelihood."""
     from tuner.heads.causal import NextTokenLoss
 
-    return NextTokenLoss(model, tokenizer.pad_token_id, options.max_tokens if options.packing else None)
+    return NextTokenLoss(model, tokenizer.pad_token_id)
 
 
 def reference(record: dict[str, Any]) -> str:

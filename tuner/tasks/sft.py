@@ -10,7 +10,7 @@ from pydantic import Field
 
 from tuner.checkpoint import ends_of_turn
 from tuner.data.example import IGNORE, Example
-from tuner.data.rows import Row, Skipped, usable
+from tuner.data.rows import BadRows, Row, usable
 from tuner.errors import DataError
 from tuner.kinds import Options as BaseOptions
 from tuner.score import of_answers as scores
@@ -19,8 +19,12 @@ from tuner.score import scored
 __all__ = ["HEAD", "KEYS", "Options", "check_row", "examples", "objective", "question", "reference", "scored", "scores"]
 
 HEAD = "causal"
-KEYS = frozenset({"messages", "messages.role", "messages.content", "prompt", "completion"})
-ROLES = ("system", "user", "assistant")
+# What a message may hold; `tools` are the functions that the model may call.
+SPOKEN = frozenset(
+    {"messages", "messages.role", "messages.content", "messages.tool_calls", "messages.tool_call_id", "messages.name"}
+)
+KEYS = SPOKEN | {"prompt", "completion", "tools", "tools.type", "tools.function"}
+ROLES = ("system", "user", "assistant", "tool")
 
 
 class Options(BaseOptions):
@@ -28,9 +32,9 @@ class Options(BaseOptions):
 
     kind: Literal["sft"] = "sft"
     max_tokens: int = Field(512, gt=1)
-    """Longest conversation in tokens. A longer row is a bad row: nothing is cut off silently."""
+    """Longest conversation in tokens. A longer row is a bad row: see `data.on_bad_row`. Nothing is cut off silently."""
     packing: bool = False
-    """Put short rows behind each other, up to max_tokens, instead of padding each: the same result from less work."""
+    """Put short rows behind each other into rows of max_tokens, which batch_size then counts. Each still reads itself alone."""
 
 
 def check_row(record: dict[str, Any], options: Options, *, chat_template: bool = True) -> None:  # noqa: ARG001 - a task's common signature
@@ -55,33 +59,31 @@ def check_row(record: dict[str, Any], options: Options, *, chat_template: bool =
         raise DataError(f'found the keys {keys(record)}, expected "messages", or "prompt" and "completion"')
 
 
-def examples(
-    rows: Iterator[Row], tokenizer: Any, options: Options, on_bad_row: str, skipped: Skipped
-) -> Iterator[tuple[Row, Example]]:
-    """Each usable row with its tokens; bad rows stop the run with a DataError, or are counted in `skipped`."""
+def examples(rows: Iterator[Row], tokenizer: Any, options: Options, bad: BadRows) -> Iterator[tuple[Row, Example]]:
+    """Each usable row with its tokens; bad rows stop the run with a DataError, or are counted in `bad`."""
 
     def tokens(row: Row) -> Example:
         check_row(row.record, options, chat_template=bool(tokenizer.chat_template))
-        example = encode(row.record, tokenizer)
-        if len(example.ids) > options.max_tokens:
-            raise DataError(f"{len(example.ids)} tokens, expected at most max_tokens: {options.max_tokens}")
+        example = fitted(encode(row.record, tokenizer), options.max_tokens, cut=bad.truncates)
         if not example.supervised:
-            raise DataError("no token of this row would be learned: the assistant says nothing")
+            where = " before max_tokens" if example.cut else ""
+            raise DataError(f"no token of this row would be learned: the assistant says nothing{where}", "unlearned")
         return example
 
-    return usable(rows, tokens, on_bad_row, skipped)
+    return usable(rows, tokens, bad)
 
 
 def question(record: dict[str, Any], tokenizer: Any, options: Options) -> dict[str, Any]:  # noqa: ARG001 - a task's common signature
-    """`ids` of everything before the last answer, and the `messages` that they were rendered from."""
-    return {"ids": question_ids(record, tokenizer), "messages": (record.get("messages") or [])[:-1] or None}
+    """`ids` of everything before the last answer, and the `messages` and `tools` that they were rendered from."""
+    tools = {"tools": record["tools"]} if record.get("tools") else {}
+    return {"ids": question_ids(record, tokenizer), "messages": (record.get("messages") or [])[:-1] or None, **tools}
 
 
-def objective(model: Any, tokenizer: Any, options: Options) -> Any:
+def objective(model: Any, tokenizer: Any, options: Options) -> Any:  # noqa: ARG001 - a task's common signature
     """The next token's negative log-likelihood."""
     from tuner.heads.causal import NextTokenLoss
 
-    return NextTokenLoss(model, tokenizer.pad_token_id, options.max_tokens if options.packing else None)
+    return NextTokenLoss(model, tokenizer.pad_token_id)
 
 
 def reference(record: dict[str, Any]) -> str:
@@ -93,7 +95,7 @@ def question_ids(record: dict[str, Any], tokenizer: Any) -> list[int]:
     """What an endpoint makes of the same messages (or of the same plain prompt)."""
     if "messages" not in record:
         return list(tokenizer(record["prompt"])["input_ids"])
-    text = _render(record["messages"][:-1], tokenizer, add_generation_prompt=True)
+    text = _render(record["messages"][:-1], tokenizer, record.get("tools"), add_generation_prompt=True)
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
@@ -103,13 +105,14 @@ def encode(record: dict[str, Any], tokenizer: Any) -> Example:
     if "messages" not in record:
         answer = [*tokenizer(record["completion"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
         return Example(prompt + answer, [IGNORE] * len(prompt) + answer)
-    messages = record["messages"]
-    text = _render(messages, tokenizer, add_generation_prompt=False)
+    messages, tools = record["messages"], record.get("tools")
+    text = _render(messages, tokenizer, tools, add_generation_prompt=False)
+    _check_tools_are_shown(messages, tools, text, tokenizer)
     spans = []
     for index, message in enumerate(messages):
         if message["role"] == "assistant":
-            start = _render(messages[:index], tokenizer, add_generation_prompt=True)
-            end = _render(messages[: index + 1], tokenizer, add_generation_prompt=False)
+            start = _render(messages[:index], tokenizer, tools, add_generation_prompt=True)
+            end = _render(messages[: index + 1], tokenizer, tools, add_generation_prompt=False)
             if not (text.startswith(start) and text.startswith(end)):
                 raise DataError(
                     f"messages[{index}]: this model's chat template renders the turns before it differently once it is there, "
@@ -152,33 +155,69 @@ def _end_turns(ids: list[int], labels: list[int], tokenizer: Any) -> Example:
     return Example(ids, labels)
 
 
-def _render(messages: list[dict[str, Any]], tokenizer: Any, *, add_generation_prompt: bool) -> str:
+def fitted(example: Example, max_tokens: int, *, cut: bool, what: str = "") -> Example:
+    """The example if it is no longer than allowed, or its beginning where it may be cut. Raises DataError otherwise."""
+    if len(example.ids) <= max_tokens:
+        return example
+    if not cut:
+        raise DataError(f"{len(example.ids)} tokens{what}, expected at most max_tokens: {max_tokens}", "too_long")
+    return Example(example.ids[:max_tokens], example.labels[:max_tokens], cut=True)
+
+
+def _render(messages: list[dict[str, Any]], tokenizer: Any, tools: Any, *, add_generation_prompt: bool) -> str:
     from jinja2.exceptions import TemplateError
 
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt))
+        return str(
+            tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt)
+        )
     except TemplateError as error:
-        raise DataError(f"the model's chat template refuses this conversation: {error}") from None
+        raise DataError(f"the model's chat template refuses this conversation: {error}", "turns") from None
+
+
+def _check_tools_are_shown(messages: list[dict[str, Any]], tools: Any, text: str, tokenizer: Any) -> None:
+    """Raises DataError where the chat template leaves tools or calls out: the model would learn calls of what it never saw."""
+    if tools and text == _render(messages, tokenizer, None, add_generation_prompt=False):
+        raise DataError("the model's chat template does not show tools; use a model that was made for them, or rows without")
+    for index, message in enumerate(messages):
+        for call in message.get("tool_calls") or []:
+            if call["function"]["name"] not in text:
+                raise DataError(f"messages[{index}]: the model's chat template does not show tool calls, so none would be learned")
 
 
 def _check_messages(messages: Any) -> None:
     if not isinstance(messages, list) or not messages:
         raise DataError(f'"messages" is {_shown(messages)}, expected a list of {{"role", "content"}}')
     expected: tuple[str, ...] = ("system", "user")
+    after = {"system": ("user",), "user": ("assistant",), "tool": ("tool", "assistant")}
     for index, message in enumerate(messages):
         if not isinstance(message, dict) or not {"role", "content"} <= set(message):
             missing = [key for key in ("role", "content") if not isinstance(message, dict) or key not in message]
             raise DataError(f'messages[{index}]: the key "{missing[0]}" is missing')
         role, content = message["role"], message["content"]
         if role not in ROLES:
-            raise DataError(f"messages[{index}]: the role is {_shown(role)}, expected one of {', '.join(ROLES)}")
+            raise DataError(f"messages[{index}]: the role is {_shown(role)}, expected one of {', '.join(ROLES)}", "turns")
         if role not in expected:
-            raise DataError(f'messages[{index}]: the role is "{role}", expected {" or ".join(expected)} here')
-        if not isinstance(content, str) or (role == "assistant" and not content.strip()):
-            raise DataError(f"messages[{index}]: the content is {_shown(content)}, expected text")
-        expected = ("assistant",) if role == "user" else ("user",)
+            raise DataError(f'messages[{index}]: the role is "{role}", expected {" or ".join(expected)} here', "turns")
+        calls = message.get("tool_calls") or []
+        _check_calls(calls, index, role)
+        if not isinstance(content, str) or (role == "assistant" and not content.strip() and not calls):
+            kind = "empty" if role == "assistant" and not content else "shape"
+            raise DataError(f"messages[{index}]: the content is {_shown(content)}, expected text", kind)
+        expected = after.get(role) or (("tool",) if calls else ("user",))
     if messages[-1]["role"] != "assistant":
-        raise DataError(f'the last message is from "{messages[-1]["role"]}", expected "assistant": there is no answer to learn')
+        last = messages[-1]["role"]
+        raise DataError(f'the last message is from "{last}", expected "assistant": there is no answer to learn', "turns")
+
+
+def _check_calls(calls: Any, index: int, role: str) -> None:
+    if calls and role != "assistant":
+        raise DataError(f'messages[{index}]: "{role}" calls tools, and only the assistant may', "turns")
+    for call in calls if isinstance(calls, list) else [calls]:
+        function = call.get("function") if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            wanted = '{"type": "function", "function": {"name", "arguments"}}'
+            raise DataError(f"messages[{index}]: a tool call is {_shown(call)}, expected {wanted}")
 
 
 def keys(record: dict[str, Any]) -> str:

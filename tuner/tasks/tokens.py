@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, model_validator
 
 from tuner.data.example import IGNORE, Example, Tagged, repeated
-from tuner.data.rows import Row, Skipped, usable
+from tuner.data.rows import BadRows, Row, usable
 from tuner.errors import DataError, nearest
 from tuner.kinds import Options as BaseOptions
 from tuner.recipe import Evaluate
@@ -25,10 +25,7 @@ class Options(BaseOptions):
     labels: list[str] = Field(min_length=2)
     """The tags, in the order of the model's scores: [NOUN, VERB, ...] or [O, B-PER, I-PER, ...]."""
     max_tokens: int = Field(256, gt=1)
-    """Longest sentence in tokens. A longer row is a bad row unless `cut` says otherwise."""
-    cut: bool = False
-    """Cut longer sentences off at max_tokens; how many is in the report. Words behind the cut get no tag."""
-
+    """Longest sentence in tokens. A longer row is a bad row: see `data.on_bad_row`. Words behind a cut get no tag."""
     at: Literal["first", "last"] = "first"
     """Which token of a word carries its tag. `last` is for models that read from left to right, such as GPT: at a word's first
     token they have not seen the rest of it."""
@@ -65,7 +62,7 @@ def check_row(record: dict[str, Any], options: Options, *, chat_template: bool =
     before = "O"
     for at, tag in enumerate(record["tags"]):
         if tag not in options.labels:
-            raise DataError(f"tags[{at}]: {tag!r:.60} is none of the recipe's labels{nearest(tag, options.labels)}")
+            raise DataError(f"tags[{at}]: {tag!r:.60} is none of the recipe's labels{nearest(tag, options.labels)}", "label")
         if options.is_bio and tag.startswith("I-") and before[2:] != tag[2:]:
             raise DataError(
                 f"tags[{at}]: {tag} goes on with an entity that did not begin; found {before} before it, expected B-{tag[2:]} here"
@@ -73,23 +70,21 @@ def check_row(record: dict[str, Any], options: Options, *, chat_template: bool =
         before = tag
 
 
-def examples(
-    rows: Iterator[Row], tokenizer: Any, options: Options, on_bad_row: str, skipped: Skipped
-) -> Iterator[tuple[Row, Tagged]]:
+def examples(rows: Iterator[Row], tokenizer: Any, options: Options, bad: BadRows) -> Iterator[tuple[Row, Tagged]]:
     """Each sentence with the number of each word's tag at one of its tokens; bad rows stop the run, or are counted."""
 
     def tagged(row: Row) -> Tagged:
         check_row(row.record, options)
-        ids, places = encode(row.record["words"], tokenizer, options)
+        ids, places = encode(row.record["words"], tokenizer, options, cut=bad.truncates)
         labels = [IGNORE] * len(ids)
         for word, position in places.items():
             labels[position] = options.labels.index(row.record["tags"][word])
         return Tagged(ids, labels, len(places) < len(row.record["words"]))
 
-    return usable(rows, tagged, on_bad_row, skipped)
+    return usable(rows, tagged, bad)
 
 
-def encode(words: list[str], tokenizer: Any, options: Options) -> tuple[list[int], dict[int, int]]:
+def encode(words: list[str], tokenizer: Any, options: Options, *, cut: bool) -> tuple[list[int], dict[int, int]]:
     """(ids of the words with spaces between them, as a client would send them; number of each word to the position of its tag).
 
     A tag stands at one token of its word alone, as is usual since BERT's paper. Raises DataError for a sentence that is too long,
@@ -99,11 +94,8 @@ def encode(words: list[str], tokenizer: Any, options: Options) -> tuple[list[int
     encoded = tokenizer(text, return_offsets_mapping=True)
     long = len(encoded["input_ids"]) > options.max_tokens
     if long:
-        if not options.cut:
-            raise DataError(
-                f"{len(encoded['input_ids'])} tokens, expected at most max_tokens: {options.max_tokens}; "
-                "`cut: true` cuts longer sentences off"
-            )
+        if not cut:
+            raise DataError(f"{len(encoded['input_ids'])} tokens, expected at most max_tokens: {options.max_tokens}", "too_long")
         encoded = tokenizer(text, return_offsets_mapping=True, truncation=True, max_length=options.max_tokens)
     # The word that each character belongs to; spaces between words belong to none.
     word_of = [number for index, word in enumerate(words) for number in [*[index] * len(word), None]]
@@ -116,7 +108,7 @@ def encode(words: list[str], tokenizer: Any, options: Options) -> tuple[list[int
     ends = [right for _, right in encoded["offset_mapping"]]
     if long and options.at == "last" and places and max(ends) < len(" ".join(words[: max(places) + 1])):
         del places[max(places)]  # the cut went through it
-    if not places or (not options.cut and len(places) < len(words)):
+    if not places or (not long and len(places) < len(words)):
         lost = next(word for word in range(len(words)) if word not in places)
         raise DataError(f"words[{lost}]: the tokenizer leaves no token of {words[lost]!r:.40}")
     return list(encoded["input_ids"]), places
@@ -140,7 +132,7 @@ def head_config(options: Options) -> dict[str, Any]:
 
 def question(record: dict[str, Any], tokenizer: Any, options: Options) -> dict[str, Any]:
     """`ids` of the sentence, its `text`, and the `positions` of its words' tags."""
-    ids, places = encode(record["words"], tokenizer, options)
+    ids, places = encode(record["words"], tokenizer, options, cut=True)
     return {"ids": ids, "text": " ".join(record["words"]), "positions": sorted(places.values())}
 
 

@@ -1,0 +1,328 @@
+"""Rows of several sources as examples, what is kept of them on the disk, and rows that cannot be used."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import chat_rows, write_rows
+from tuner.data import cache, reading
+from tuner.data.dataset import heldout_rows, training_examples
+from tuner.errors import DataError, RecipeError
+from tuner.plan import make_plan
+from tuner.recipe import Recipe, read_recipe
+
+Change = Callable[[dict[str, Any]], object]
+
+
+@pytest.fixture
+def read(recipe_file: Callable[..., Path]) -> Callable[..., Recipe]:
+    """Writes the usual recipe with other `data` keys, and reads it."""
+    return lambda **data: read_recipe(recipe_file(lambda tree: tree["data"].update(data)))
+
+
+def encoded(recipe: Recipe, tokenizer: Any) -> tuple[Any, dict[str, Any]]:
+    return training_examples(recipe, recipe.stages[0][1].task, tokenizer)
+
+
+def entries() -> set[str]:
+    folder = cache.folder() / "examples"
+    return set(os.listdir(folder)) if folder.is_dir() else set()
+
+
+def test_sources_of_different_forms_are_one_data_set(read: Any, tmp_path: Path, tokenizer: Any) -> None:
+    recipe = read(
+        train=[
+            "train.jsonl",
+            {"path": "more/*.csv", "map": {"prompt": "question", "completion": "answer"}},
+            {"function": "mine.py:rows"},
+        ]
+    )
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "a.csv").write_text("question,answer\nlist,az list\nshow,az show\n")
+    (tmp_path / "mine.py").write_text("def rows():\n    yield {'instruction': 'list', 'output': 'az list'}\n")
+    examples, data = encoded(recipe, tokenizer)
+    assert len(examples) == data["rows"] == 51
+    assert data["shapes"] == {"messages": 48, "prompt and completion": 2, "Alpaca": 1}
+    assert data["files"] == 3
+
+
+def test_a_weight_says_how_often_an_epoch_sees_a_row(read: Any, tmp_path: Path, tokenizer: Any) -> None:
+    write_rows(tmp_path / "other.jsonl", chat_rows(40, start=500))
+    other = {tuple(each.ids) for each in encoded(read(train="other.jsonl"), tokenizer)[0]}
+    for weight, least, most in ((2.0, 80, 80), (0.5, 10, 30), (1.5, 50, 70)):
+        found = [
+            tuple(each.ids)
+            for each in encoded(read(train=["train.jsonl", {"path": "other.jsonl", "weight": weight}]), tokenizer)[0]
+        ]
+        assert least <= sum(ids in other for ids in found) <= most
+        assert sum(ids not in other for ids in found) == 48
+    with pytest.raises(RecipeError, match="every held-out row is measured once"):
+        read(heldout={"path": "heldout.jsonl", "weight": 2.0})
+
+
+def test_a_share_is_held_out_by_content(recipe_file: Any, tmp_path: Path, tokenizer: Any) -> None:
+    def change(tree: dict[str, Any]) -> None:
+        del tree["data"]["heldout"]
+        tree["data"]["heldout_fraction"] = 0.25
+
+    path = recipe_file(change)
+    rows = chat_rows(200)
+    write_rows(tmp_path / "train.jsonl", rows + rows)
+
+    def sides() -> tuple[set[str], set[str]]:
+        recipe = read_recipe(path)
+        return tuple({json.dumps(row.record) for row in reading.read(recipe, which)} for which in ("train", "heldout"))  # type: ignore[return-value]
+
+    train, heldout = sides()
+    assert not train & heldout, "equal rows are on the same side"
+    assert len(train | heldout) == 200
+    assert 30 <= len(heldout) <= 70
+    write_rows(tmp_path / "train.jsonl", chat_rows(300))
+    assert heldout <= sides()[1], "more rows move none of the old ones"
+    recipe = read_recipe(path)
+    assert make_plan(recipe, tmp_path / "out").data.rows["heldout"] == len(sides()[1])
+    assert len(heldout_rows(recipe, recipe.stages[0][1].task, tokenizer)[0]) == len(sides()[1])
+
+
+LONG = {"prompt": "list " * 90, "completion": " az"}
+KINDS = {
+    "broken": "{",
+    "control": {"prompt": "a\u0000b", "completion": "c"},
+    "shape": {"prompt": "a"},
+    "turns": {"messages": [{"role": "robot", "content": "a"}]},
+    "empty": {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}]},
+    "too_long": LONG,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_of_bad_row_is_decided_by_itself(read: Any, tmp_path: Path, tokenizer: Any, kind: str) -> None:
+    row = KINDS[kind]
+    recipe = read(on_bad_row={kind: "skip"})
+    write_rows(tmp_path / "train.jsonl", [*chat_rows(3), row])
+    _, data = encoded(recipe, tokenizer)
+    assert (data["rows"], data["skipped_by_kind"]) == (3, {kind: 1})
+    other = {each: "skip" for each in ("broken", "control", "shape", "turns", "empty", "too_long") if each != kind}
+    recipe = read(on_bad_row=other)
+    write_rows(tmp_path / "train.jsonl", [*chat_rows(3), row])
+    with pytest.raises(DataError, match=rf"train\.jsonl:4: .*; `data\.on_bad_row: {{{kind}: skip}}` leaves such rows out"):
+        encoded(recipe, tokenizer)
+
+
+def test_rows_that_are_too_long_are_cut_where_the_recipe_says_so(read: Any, tmp_path: Path, tokenizer: Any) -> None:
+    recipe = read(on_bad_row={"too_long": "truncate"})
+    answer = {"prompt": "list", "completion": " az vm" * 200}
+    write_rows(tmp_path / "train.jsonl", [*chat_rows(3), answer])
+    examples, data = encoded(recipe, tokenizer)
+    assert data["cut_rows"] == 1
+    assert max(len(each.ids) for each in examples) == 128 == recipe.stages[0][1].task.max_tokens
+    write_rows(tmp_path / "train.jsonl", [LONG])
+    with pytest.raises(
+        DataError, match=r"train\.jsonl:1: no token of this row would be learned: the assistant says nothing before max_tokens"
+    ):
+        encoded(read_recipe(recipe.path), tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ("stop", 'on_bad_row: "stop" is not one of the values; it is called error now'),
+        ({"too_lon": "skip"}, 'there is no key "too_lon" here; did you mean "too_long"'),
+        ({"control": "truncate"}, '"truncate" is not one of the values'),
+    ],
+)
+def test_what_to_do_with_bad_rows_is_checked(read: Any, value: Any, said: str) -> None:
+    with pytest.raises(RecipeError) as error:
+        read(on_bad_row=value)
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ({"path": "a", "hub": "b"}, "a source has one of path, hub and function; found path and hub"),
+        ({}, "a source has one of path, hub and function; found none"),
+        ({"path": "a", "split": "test"}, "split is for a hub, and this source is a path"),
+        ({"pth": "a"}, 'there is no key "pth" here; did you mean "path"'),
+        ({"function": "rows"}, "function is "),
+        ([], "at least 1 item"),
+    ],
+)
+def test_a_source_that_says_too_little_or_too_much_is_refused(read: Any, source: Any, said: str) -> None:
+    with pytest.raises(RecipeError) as error:
+        read(train=source)
+    assert said in str(error.value)
+    assert "recipe.yaml:" in str(error.value)
+
+
+def test_the_second_time_nothing_is_encoded(read: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = read()
+    before, _ = encoded(recipe, tokenizer)
+    monkeypatch.setattr("tuner.data.formats.rows", lambda part: pytest.fail("the file was read again"))
+    after, _ = encoded(read_recipe(recipe.path), tokenizer)
+    assert list(after) == list(before)
+    assert after.lengths == [len(each.ids) for each in before]
+
+
+def test_every_change_makes_an_entry_of_its_own(read: Any, tmp_path: Path, tokenizer: Any) -> None:
+    """One option after the other; each must leave what is kept under another key, or what is found is stale."""
+    import copy
+
+    changes: dict[str, Any] = {
+        "another file": lambda: read(train="heldout.jsonl"),
+        "a policy": lambda: read(on_bad_row={"too_long": "skip"}),
+        "a map": lambda: read(map={"messages": "messages"}),
+        "a fraction": lambda: read(heldout=None, heldout_fraction=0.5),
+        "a source's options": lambda: read(train={"path": "train.jsonl", "format": "jsonl", "map": {"messages": "messages"}}),
+    }
+    recipe = read()
+    encoded(recipe, tokenizer)
+    known = entries()
+    for what, make in changes.items():
+        encoded(make(), tokenizer)
+        assert len(entries() - known) == 1, what
+        known = entries()
+    recipe = read()
+    training_examples(recipe, recipe.stages[0][1].task.model_copy(update={"max_tokens": 120}), tokenizer)
+    assert len(entries() - known) == 1, "a task's option"
+    known = entries()
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = other.chat_template + "{# another one, by its bytes #}"
+    training_examples(recipe, recipe.stages[0][1].task, other)
+    assert len(entries() - known) == 1, "the chat template"
+    known = entries()
+    write_rows(tmp_path / "train.jsonl", chat_rows(47))
+    assert len(encoded(read_recipe(recipe.path), tokenizer)[0]) == 47
+    assert len(entries() - known) == 1, "the file's content"
+
+
+def test_nothing_half_written_is_kept_where_a_row_stops_the_run(read: Any, tmp_path: Path, tokenizer: Any) -> None:
+    recipe = read()
+    write_rows(tmp_path / "train.jsonl", [*chat_rows(3, start=900), "{"])
+    before = entries()
+    with pytest.raises(DataError, match="train.jsonl:4"):
+        encoded(recipe, tokenizer)
+    assert entries() == before
+
+
+def test_two_runs_may_make_the_same_at_once(read: Any, tmp_path: Path, tiny_model: Path) -> None:
+    recipe = read()
+    code = (
+        "import sys;from pathlib import Path;from tuner.checkpoint import load_tokenizer;from tuner.recipe import read_recipe;"
+        "from tuner.data.dataset import training_examples;r=read_recipe(Path(sys.argv[1]));"
+        "print(sum(len(each.ids) for each in training_examples(r,r.stages[0][1].task,load_tokenizer(Path(sys.argv[2])))[0]))"
+    )
+    environment = {**os.environ, "TUNER_CACHE": str(tmp_path / "cache")}
+    runs = [
+        subprocess.Popen([sys.executable, "-c", code, recipe.path, tiny_model], stdout=subprocess.PIPE, text=True, env=environment)
+        for _ in range(3)
+    ]
+    said = [run.communicate()[0].strip() for run in runs]
+    assert all(said)
+    assert len(set(said)) == 1
+    assert len(os.listdir(tmp_path / "cache" / "examples")) == 1, "one of them was kept, and no part of another"
+
+
+def test_a_file_that_changes_during_the_run_stops_it(read: Any, tmp_path: Path, tokenizer: Any) -> None:
+    recipe = read()
+    reading.identity(recipe, "train")
+    write_rows(tmp_path / "train.jsonl", chat_rows(20))
+    with pytest.raises(DataError, match=r"train\.jsonl: changed since the run began; start it again"):
+        encoded(recipe, tokenizer)
+    recipe = read()
+    rows = reading.read(recipe, "train")
+    next(rows)
+    with (tmp_path / "train.jsonl").open("a") as file:
+        file.write(json.dumps(chat_rows(1, start=77)[0]) + "\n")
+    with pytest.raises(DataError, match=r"train\.jsonl: changed while it was read"):
+        list(rows)
+
+
+def test_a_function_that_draws_its_rows_anew_is_refused(read: Any, tmp_path: Path, tokenizer: Any) -> None:
+    recipe = read(train={"function": "mine.py:rows"})
+    (tmp_path / "mine.py").write_text(
+        "import time\ndef rows():\n    for _ in range(3):\n        yield {'prompt': f'{time.time_ns()}', 'completion': 'b'}\n"
+    )
+    with pytest.raises(DataError, match=r"mine\.py:rows: gives other rows each time; seed what it draws"):
+        encoded(recipe, tokenizer)
+
+
+def test_a_files_hash_is_remembered_until_it_is_written_to(tmp_path: Path) -> None:
+    from tuner.data.files import sha256_of
+
+    path = tmp_path / "a.jsonl"
+    path.write_text("one")
+    first = sha256_of(str(path))
+    path.write_text("two")
+    assert sha256_of(str(path)) != first, "written within the same tick of the clock"
+    old = time.time() - 60
+    os.utime(path, (old, old))
+    second = sha256_of(str(path))
+    asked = []
+    assert cache.remembered(os.path.realpath(path), path.stat(), lambda: asked.append(1) or "new") == second
+    assert not asked
+    path.write_text("six")
+    os.utime(path, (old, old))
+    assert sha256_of(str(path)) != second, "the same size and the same time of writing"
+
+
+def test_examples_of_every_task_come_back_as_they_were(tmp_path: Path) -> None:
+    from tuner.data.example import Example, Labelled, Tagged, Texts
+    from tuner.preference import Judged, Pair
+    from tuner.tasks.masked import Maskable
+
+    one, two = Example([1, 2, 3], [-100, 2, 3]), Example([1, 9], [-100, 9], cut=True)
+    for kept in (
+        one,
+        Tagged([1, 2], [0, -100]),
+        Labelled([1, 2], [0.0, 1.0], 2.5, True),
+        Texts([[1], [2, 3]], None),
+        Texts([[1], [2, 3]], 0.25),
+        Pair(one, two),
+        Judged(one, False),
+        Judged(one, True, two, (0.5, -1.0)),
+        Maskable([1, 2, 3], [[0], [1, 2]], 0.15),
+    ):
+        found = cache.stored(f"test-{tmp_path.name}-{hash(str(kept))}", lambda info, kept=kept: iter([("f:1", None, 0, kept)] * 3))
+        assert list(found) == [kept] * 3
+        assert found.column("length") == [len(kept.ids)] * 3
+
+
+def test_conversations_with_tools_are_learned_where_the_template_shows_them(read: Any, tmp_path: Path, tokenizer: Any) -> None:
+    import copy
+
+    call = {"type": "function", "function": {"name": "list_vms", "arguments": '{"group": "one"}'}}
+    turns = [
+        {"role": "user", "content": "list"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "vm one"},
+        {"role": "assistant", "content": "there is one"},
+    ]
+    row = {"messages": turns, "tools": [{"type": "function", "function": {"name": "list_vms", "parameters": {}}}]}
+    recipe = read()
+    write_rows(tmp_path / "train.jsonl", [row])
+    with pytest.raises(DataError, match=r"train\.jsonl:1: the model's chat template does not show tools"):
+        encoded(recipe, tokenizer)
+    write_rows(tmp_path / "train.jsonl", [{"messages": turns}])
+    with pytest.raises(DataError, match=r"messages\[1\]: the model's chat template does not show tool calls"):
+        encoded(read_recipe(recipe.path), tokenizer)
+    write_rows(tmp_path / "train.jsonl", [row])
+    able = copy.deepcopy(tokenizer)
+    able.chat_template = (
+        "{% if tools %}{{ tools | tojson }}\n{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+        "{% for c in m.tool_calls or [] %}{{ c.function.name }} {{ c.function.arguments.group }}{% endfor %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    (example,), _ = encoded(read_recipe(recipe.path), able)
+    learned = able.decode([token for token, label in zip(example.ids, example.labels, strict=True) if label != -100])
+    assert learned == "list_vms one<|im_end|>there is one<|im_end|>"
+    write_rows(tmp_path / "train.jsonl", [{"messages": [turns[0], turns[2]]}])
+    with pytest.raises(DataError, match='the role is "tool", expected assistant here'):
+        encoded(read_recipe(recipe.path), able)

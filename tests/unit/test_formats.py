@@ -1,0 +1,310 @@
+"""Files in every form that people keep rows in, and files that are damaged."""
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tuner.data import formats
+from tuner.data.files import Source, parts
+from tuner.data.rows import Row
+from tuner.errors import DataError
+
+ROWS = [{"text": "eins", "label": "a"}, {"text": 'zwei, "drei"\nvier', "label": "b"}, {"text": "fünf", "label": "a"}]
+
+
+def read(path: Any, **source: Any) -> list[Row | DataError]:
+    return [row for part in parts(Source(path=str(path), **source))[0] for row in formats.rows(part)]
+
+
+def records(path: Any, **source: Any) -> list[dict[str, Any]]:
+    found = read(path, **source)
+    for row in found:
+        if isinstance(row, DataError):
+            raise row
+    return [row.record for row in found if isinstance(row, Row)]
+
+
+def places(path: Any, **source: Any) -> list[str]:
+    return [row.place.rpartition("/")[2] for row in read(path, **source) if isinstance(row, Row)]
+
+
+def lines(rows: list[Any]) -> bytes:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+
+
+def table(rows: list[Any]) -> pa.Table:
+    return pa.Table.from_pylist(rows)
+
+
+def csv_of(rows: list[Any], delimiter: str) -> bytes:
+    import csv
+    import io
+
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(rows[0]), delimiter=delimiter)
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue().encode()
+
+
+def parquet(path: Path, rows: list[Any]) -> None:
+    pyarrow.parquet.write_table(table(rows), path)
+
+
+def arrow(path: Path, rows: list[Any], *, stream: bool) -> None:
+    with (pa.ipc.new_stream if stream else pa.ipc.new_file)(str(path), table(rows).schema) as writer:
+        writer.write_table(table(rows))
+
+
+WRITERS: dict[str, Callable[[Path], object]] = {
+    "rows.jsonl": lambda path: path.write_bytes(lines(ROWS)),
+    "rows.ndjson": lambda path: path.write_bytes(b"\xef\xbb\xbf" + lines(ROWS).replace(b"\n", b"\r\n")),
+    "rows.jsonl.gz": lambda path: path.write_bytes(gzip.compress(lines(ROWS[:1])) + gzip.compress(lines(ROWS[1:]))),
+    "rows.jsonl.zst": lambda path: path.write_bytes(pa.compress(lines(ROWS), codec="zstd", asbytes=True)),
+    "list.json": lambda path: path.write_text(json.dumps(ROWS, indent=1)),
+    "inside.json": lambda path: path.write_text(json.dumps({"version": 1, "data": ROWS})),
+    "lines.json": lambda path: path.write_bytes(lines(ROWS)),
+    "rows.csv": lambda path: path.write_bytes(csv_of(ROWS, ",")),
+    "semicolons.csv": lambda path: path.write_bytes(csv_of(ROWS, ";")),
+    "rows.tsv": lambda path: path.write_bytes(csv_of(ROWS, "\t")),
+    "rows.csv.gz": lambda path: path.write_bytes(gzip.compress(csv_of(ROWS, ","))),
+    "rows.parquet": lambda path: parquet(path, ROWS),
+    "file.arrow": lambda path: arrow(path, ROWS, stream=False),
+    "stream.arrow": lambda path: arrow(path, ROWS, stream=True),
+    "rows.feather": lambda path: arrow(path, ROWS, stream=False),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_the_same_rows_come_out_of_every_format(tmp_path: Path, name: str) -> None:
+    WRITERS[name](tmp_path / name)
+    assert records(tmp_path / name) == ROWS
+
+
+def test_every_row_knows_its_line_or_its_number(tmp_path: Path) -> None:
+    for name in ("rows.jsonl", "list.json", "rows.csv", "rows.parquet"):
+        WRITERS[name](tmp_path / name)
+    assert places(tmp_path / "rows.jsonl") == ["rows.jsonl:1", "rows.jsonl:2", "rows.jsonl:3"]
+    assert places(tmp_path / "list.json") == ["list.json:2", "list.json:6", "list.json:10"]
+    assert places(tmp_path / "rows.csv") == ["rows.csv:2", "rows.csv:3", "rows.csv:5"], "the second row is two lines long"
+    assert places(tmp_path / "rows.parquet") == ["rows.parquet:row 1", "rows.parquet:row 2", "rows.parquet:row 3"]
+
+
+def test_conll_files_give_words_and_tags(tmp_path: Path) -> None:
+    (tmp_path / "a.conll").write_text("-DOCSTART- -X- O\n\nU.N. NNP B-ORG\nofficial NN O\n\n\nEkeus NNP B-PER\n")
+    assert records(tmp_path / "a.conll") == [
+        {"words": ["U.N.", "official"], "tags": ["B-ORG", "O"]},
+        {"words": ["Ekeus"], "tags": ["B-PER"]},
+    ]
+    assert records(tmp_path / "a.conll", map={"words": 1, "tags": 2})[1] == {"words": ["Ekeus"], "tags": ["NNP"]}
+    rows = ["# text = do gato", "1-2\tdo\t_\t_", "1\tde\tde\tADP", "2\to\to\tDET", "3\tgato\tgato\tNOUN", "", ""]
+    (tmp_path / "b.conllu").write_text("\n".join(rows))
+    assert records(tmp_path / "b.conllu") == [{"words": ["de", "o", "gato"], "tags": ["ADP", "DET", "NOUN"]}]
+    (tmp_path / "c.conll").write_text("one B-X\ntwo\n")
+    with pytest.raises(DataError, match=r"c\.conll:2: 1 columns, expected a word and its tag"):
+        records(tmp_path / "c.conll")
+
+
+def test_text_is_cut_into_documents_as_asked(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one\ntwo\n\n\nthree\n")
+    (tmp_path / "b.md").write_text("# one\n\ntwo\n")
+    assert [row["text"] for row in records(tmp_path / "a.txt")] == ["one\ntwo\n", "three\n"]
+    assert [row["text"] for row in records(tmp_path / "b.md")] == ["# one\n\ntwo\n"]
+    assert [row["text"] for row in records(tmp_path / "a.txt", documents="file")] == ["one\ntwo\n\n\nthree\n"]
+    assert [row["text"] for row in records(tmp_path / "a.txt", documents="line")] == ["one", "two", "three"]
+    assert places(tmp_path / "a.txt") == ["a.txt:1", "a.txt:5"]
+
+
+def test_folders_and_patterns_are_read_in_the_order_of_their_names(tmp_path: Path) -> None:
+    for name in ("b/2.jsonl", "a/1.jsonl", "a/notes.pdf", ".git/x.jsonl", "b/dataset_info.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(json.dumps({"text": name}) + "\n")
+    assert [row["text"] for row in records(tmp_path)] == ["a/1.jsonl", "b/2.jsonl"]
+    assert [Path(path).name for path in parts(Source(path=str(tmp_path)))[1]] == ["notes.pdf"], "said, not dropped"
+    assert [row["text"] for row in records(tmp_path / "*" / "*.jsonl")] == ["a/1.jsonl", "b/2.jsonl"]
+    with pytest.raises(DataError, match="no file matches this pattern"):
+        records(tmp_path / "*.parquet")
+    with pytest.raises(DataError, match=r'notes\.pdf: its ending says nothing; add "format:", one of jsonl, json, csv'):
+        records(tmp_path / "a" / "notes.pdf")
+    assert records(tmp_path / "a" / "notes.pdf", format="jsonl") == [{"text": "a/notes.pdf"}]
+
+
+def test_a_link_that_leads_back_is_followed_once(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.jsonl").write_bytes(lines(ROWS))
+    (tmp_path / "in" / "again").symlink_to(tmp_path)
+    assert records(tmp_path) == ROWS
+    (tmp_path / "x").symlink_to(tmp_path / "y")
+    (tmp_path / "y").symlink_to(tmp_path / "x")
+    with pytest.raises(DataError, match=r"x: cannot be read: Too many levels of symbolic links"):
+        records(tmp_path / "x")
+
+
+def test_a_url_is_read_through_its_file_system(tmp_path: Path) -> None:
+    """A real server on loopback; object stores come through the same interface."""
+    WRITERS["rows.jsonl.gz"](tmp_path / "rows.jsonl.gz")
+    WRITERS["rows.parquet"](tmp_path / "rows.parquet")
+    code = "import http.server as h,os;s=h.ThreadingHTTPServer(('127.0.0.1',0),h.SimpleHTTPRequestHandler);print(s.server_port,flush=True);s.serve_forever()"
+    server = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    try:
+        assert server.stdout is not None
+        url = f"http://127.0.0.1:{int(server.stdout.readline())}"
+        for name in ("rows.jsonl.gz", "rows.parquet"):
+            assert records(f"{url}/{name}") == ROWS
+            (part,) = parts(Source(path=f"{url}/{name}"))[0]
+            assert len(part.identity()) == 64
+        with pytest.raises(DataError, match=r"missing\.jsonl"):
+            records(f"{url}/missing.jsonl")
+    finally:
+        server.kill()
+        server.wait()
+    with pytest.raises(DataError, match=r"rows\.parquet: nothing is found there"):
+        records(f"{url}/rows.parquet")
+    with pytest.raises(DataError, match="nosuch://x/a.jsonl"):
+        records("nosuch://x/a.jsonl")
+
+
+def test_a_data_set_of_the_hub_is_read_by_the_datasets_library(tmp_path: Path) -> None:
+    """From a local folder in the hub's form, since tests have no hub; the call is the same."""
+    (tmp_path / "set").mkdir()
+    parquet(tmp_path / "set" / "train.parquet", ROWS)
+    (part,) = parts(Source(hub=str(tmp_path / "set")))[0]
+    assert [row.record for row in formats.rows(part) if isinstance(row, Row)] == ROWS
+    assert part.identity() == part.identity()
+    with pytest.raises(DataError, match="split test"):
+        list(formats.rows(parts(Source(hub=str(tmp_path / "set"), split="test"))[0][0]))
+
+
+def test_a_function_of_the_users_own_gives_rows(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "def rows(count):\n    for number in range(count):\n        yield {'text': f'{number}'}\n\n\n"
+        "def wrong():\n    yield {'text': 'x'}\n    raise KeyError('gone')\n"
+    )
+
+    def made(name: str, **args: Any) -> list[Any]:
+        (part,) = parts(Source(function=f"{tmp_path}/mine.py:{name}", args=args))[0]
+        return list(formats.rows(part))
+
+    assert [row.record for row in made("rows", count=2)] == [{"text": "0"}, {"text": "1"}]
+    with pytest.raises(DataError, match=r"mine\.py:8: wrong failed at row 2: KeyError: 'gone'"):
+        made("wrong")
+    with pytest.raises(DataError, match='there is no function "row"; did you mean "rows"'):
+        made("row")
+    with pytest.raises(DataError, match="TypeError: rows.. missing 1 required positional argument"):
+        made("rows")
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "said"),
+    [
+        ("cut.jsonl.gz", gzip.compress(lines(ROWS * 99))[:-20], "cut.jsonl.gz: cannot be unpacked: Truncated compressed stream; is it whole?"),
+        ("cut.jsonl.zst", pa.compress(lines(ROWS * 99), codec="zstd", asbytes=True)[:-8], "cut.jsonl.zst: cannot be unpacked: Truncated"),
+        ("no.jsonl.gz", b"plain", "no.jsonl.gz: cannot be unpacked"),
+        ("half.parquet", None, "half.parquet: not a whole Parquet file: "),
+        ("half.arrow", None, "half.arrow: not a whole Arrow file: "),
+        ("cut.json", b'[{"text": "a"}, {"text": "b"}', "cut.json:1: expected a comma or the end of the list behind this row; is the file whole?"),
+        ("cut2.json", b'[\n{"text": "a"},\n{"text"', "cut2.json:3: not JSON (Expecting ':' delimiter)"),
+        ("number.json", b"17", "number.json:1: found a int, expected a list of objects"),
+        ("bad.jsonl", b'{"text": "a"}\n{"text": "b"\n', "bad.jsonl:2: not JSON (Expecting ',' delimiter), found '{\"text\": \"b\"'; expected one object a line"),
+        ("latin.jsonl", b'{"text": "a"}\n{"text": "caf\xe9"}\n', "latin.jsonl:2: not UTF-8 text: byte 0xe9 at column 14"),
+        ("latin.csv", b"text,label\na,b\ncaf\xe9,b\n", "latin.csv:3: not UTF-8 text: byte 0xe9 at column 4"),
+        ("quote.csv", b'text,label\na,b\n"c,d\ne,f\n', 'quote.csv:3: not CSV (unexpected end of data) in the row that begins here; is there a stray quote (")?'),
+        ("quote2.csv", b'text,label\n"a"b,c\n', "quote2.csv:2: not CSV (',' expected after '\"')"),
+        ("fields.csv", b"text,label\na,b,c\n", "fields.csv:2: 3 fields, expected 2: text, label"),
+        ("names.csv", b"text,text\na,b\n", 'names.csv:1: the name "text" twice'),
+        ("empty.csv", b"", "empty.csv:1: the file is empty"),
+    ],
+)  # fmt: skip
+def test_a_damaged_file_is_said(tmp_path: Path, name: str, data: bytes | None, said: str) -> None:
+    path = tmp_path / name
+    if data is None:
+        WRITERS["rows.parquet" if name.endswith("parquet") else "file.arrow"](path)
+        data = path.read_bytes()
+        data = data[: len(data) // 2]
+    path.write_bytes(data)
+    with pytest.raises(DataError) as error:
+        records(path)
+    assert said in str(error.value)
+    assert str(error.value).startswith(str(tmp_path))
+
+
+def test_a_line_of_200_mb_is_refused_in_little_memory(tmp_path: Path) -> None:
+    with (tmp_path / "a.jsonl").open("wb") as file:
+        file.write(b'{"text": "a"}\n{"text": "')
+        for _ in range(200):
+            file.write(b"x" * 1_000_000)
+        file.write(b'"}\n{"text": "b"}\n')
+    code = (
+        "import re,sys;from tests.unit.test_formats import read;found=read(sys.argv[1]);"
+        "print([getattr(row,'record',row) for row in found]);"
+        "print(int(re.search(r'VmHWM:\\s+(\\d+)',open('/proc/self/status').read())[1])//1024)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "a.jsonl"], capture_output=True, text=True)
+    said, memory_mb = done.stdout.splitlines()
+    assert "{'text': 'a'}, DataError(" in said
+    assert "a.jsonl:2: longer than 32 MB, expected one row a line" in said
+    assert said.endswith("{'text': 'b'}]")
+    assert int(memory_mb) < 400, "the file alone is 200 MB, and its text and tree would be four times that"
+
+
+def test_a_folder_that_may_not_be_read_is_said(tmp_path: Path) -> None:
+    if os.geteuid():
+        pytest.skip("only root can become another user")
+    folder = tmp_path / "closed"
+    folder.mkdir()
+    (folder / "a.jsonl").write_bytes(lines(ROWS))
+    for each in (tmp_path, *list(tmp_path.parents)[:-2]):
+        each.chmod(0o755)
+    folder.chmod(0o700)
+    code = (
+        "import os,sys;from tests.unit.test_formats import read\nfrom tuner.errors import DataError\nos.setuid(65534)\n"
+        "try:\n    print(read(sys.argv[1]))\nexcept DataError as error:\n    print(error)"
+    )
+    for path in (folder, folder / "a.jsonl"):
+        done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True)
+        assert done.stdout.strip() == f"{path}: cannot be read: Permission denied", done.stderr
+
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\r"), max_size=40)
+
+
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(rows=st.lists(st.fixed_dictionaries({"text": TEXT, "label": TEXT}), min_size=1, max_size=5))
+def test_whatever_is_written_is_read_again(tmp_path: Path, rows: list[dict[str, str]]) -> None:
+    for name, write in {
+        "a.jsonl": lambda path: path.write_bytes(lines(rows)),
+        "b.json": lambda path: path.write_text(json.dumps(rows)),
+        "c.csv": lambda path: path.write_bytes(csv_of(rows, ",")),
+        "d.parquet": lambda path: parquet(path, rows),
+    }.items():
+        write(tmp_path / name)
+        assert records(tmp_path / name) == rows, name
+
+
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(
+    data=st.binary(max_size=200),
+    name=st.sampled_from(["a.jsonl", "a.json", "a.csv", "a.txt", "a.conll", "a.parquet", "a.arrow", "a.jsonl.gz", "a.jsonl.zst"]),
+)
+def test_no_bytes_at_all_are_a_crash(tmp_path: Path, data: bytes, name: str) -> None:
+    (tmp_path / name).write_bytes(data)
+    said = None
+    try:
+        found = read(tmp_path / name)
+    except DataError as error:
+        said, found = str(error), []
+    assert said is None or str(tmp_path / name) in said
+    assert all(isinstance(row, Row | DataError) for row in found)

@@ -1,0 +1,110 @@
+"""A recipe from nothing but rows and a model."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import WORDS, chat_rows, tuner, write_rows
+from tuner.errors import DataError, RecipeError, SourceError
+from tuner.new import new
+from tuner.plan import make_plan
+from tuner.recipe import read_recipe
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An encoder that makes vectors."""
+    import transformers
+
+    folder = tmp_path_factory.mktemp("tiny-bert")
+    config = transformers.BertConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, pad_token_id=0
+    )
+    transformers.BertModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def text(number: int) -> str:
+    return " ".join(WORDS[(number * 7 + place * 3) % len(WORDS)] for place in range(8)) + f" {number}"
+
+
+def some(row: Any, count: int = 40) -> list[dict[str, Any]]:
+    return [row(number) for number in range(count)]
+
+
+# Rows, the model, and what must stand in the recipe.
+CASES: dict[str, tuple[Any, str, str]] = {
+    "messages": (chat_rows(40), "llama", "task: {kind: sft, max_tokens: 64}"),
+    "alpaca": (some(lambda n: {"instruction": text(n), "output": "az"}), "llama", "task: {kind: sft, max_tokens: 64}"),
+    "pairs of answers": (some(lambda n: {"prompt": text(n), "chosen": " az", "rejected": " vm"}), "llama", "task: {kind: preference, loss: dpo, max_tokens: 32}"),
+    "judged answers": (some(lambda n: {"prompt": text(n), "completion": " az", "label": n % 2 == 0}), "llama", "task: {kind: preference, loss: kto, max_tokens: 32}"),
+    "text": (some(lambda n: {"text": text(n)}), "llama", "task: {kind: pretrain, max_tokens: 256}"),
+    "labels, by GPT": (some(lambda n: {"text": text(n), "label": "ab"[n % 2]}), "llama", "task: {kind: classify, labels: [a, b], max_tokens: 32}"),
+    "labels": (some(lambda n: {"text": text(n), "label": "ab"[n % 2]}), "bert", "task: {kind: classify, labels: [a, b], max_tokens: 32}"),
+    "several labels": (some(lambda n: {"text": text(n), "labels": ["a", "b"][: n % 3]}), "bert", "task: {kind: classify, form: multi, labels: [a, b], max_tokens: 32}"),
+    "numbers": (some(lambda n: {"text": text(n), "score": n / 7}), "bert", "task: {kind: classify, form: number, max_tokens: 32}"),
+    "tags": (some(lambda n: {"words": ["az", f"vm{n}"], "tags": ["O", ["B-X", "O"][n % 2]]}), "bert", "task: {kind: tokens, labels: [O, B-X], max_tokens: 32}"),
+    "tags, by GPT": (some(lambda n: {"words": ["az", f"vm{n}"], "tags": ["A", "B"]}), "llama", "task: {kind: tokens, labels: [A, B], at: last, max_tokens: 32}"),
+    "triples": (some(lambda n: {"anchor": text(n), "positive": "az", "negative": "vm"}), "bert", "task: {kind: embed, max_tokens: 32}"),
+    "scored pairs": (some(lambda n: {"sentence1": text(n), "sentence2": "az", "score": n / 40}), "bert", "task: {kind: embed, loss: cosine, max_tokens: 32}"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_task_follows_from_the_rows_and_the_recipe_passes(tiny_model: Path, tiny_bert: Path, tmp_path: Path, case: str) -> None:
+    rows, model, task = CASES[case]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    base = {"llama": tiny_model, "bert": tiny_bert}[model]
+    said = new(str(tmp_path / "rows.jsonl"), str(base), tmp_path / "sub" / "mine.yaml", {})
+    written = (tmp_path / "sub" / "mine.yaml").read_text()
+    assert task in written
+    assert "train: ../rows.jsonl" in written
+    assert "mine.yaml: " in said[0]
+    plan = make_plan(read_recipe(tmp_path / "sub" / "mine.yaml"), tmp_path / "out")
+    assert plan.not_served() is None or model == "bert"
+    assert plan.data.rows["heldout"] > 0
+
+
+def test_what_was_written_is_trained_as_it_is(tiny_model: Path, tmp_path: Path) -> None:
+    """Through the command line, from a table whose columns have names of their own and in which some rows are bad."""
+    lines = ["question,answer", *(f"list {number},az list {number}" for number in range(60)), "empty,", f"{'long ' * 300},az"]
+    (tmp_path / "rows.csv").write_text("\n".join(lines))
+    recipe = tmp_path / "mine.yaml"
+    given = ("--data", tmp_path / "rows.csv", "--base", tiny_model, "--out", recipe)
+    refused = tuner("new", *given)
+    assert refused.returncode == 2
+    assert "the keys question, answer are none of the known shapes; say what they are, such as `--map text=" in refused.stderr
+    done = tuner("new", *given, "--map", "prompt=question", "--map", "completion=answer")
+    assert done.returncode == 0, done.stderr
+    assert "on_bad_row: {" in recipe.read_text()
+    assert "too_long: skip" in recipe.read_text()
+    assert tuner("check", recipe).returncode == 0
+    done = tuner("run", recipe, "--out", tmp_path / "out", "--set", "stages.0.tune.learning_rate=0.01")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "out/merge/bundle.json").read_text())["metrics"]["heldout_loss"] < 5
+    again = tuner("new", *given, "--map", "prompt=question", "--map", "completion=answer")
+    assert again.returncode == 2
+    assert f"{recipe} exists; choose another name with --out" in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("rows", "error", "said"),
+    [
+        (some(lambda n: {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}), RecipeError, "for sft, and bert has no causal head; name another model with --base"),
+        (some(lambda n: {"text": text(n), "label": "a"}), DataError, "every row has the same label, 'a'"),
+        (some(lambda n: {"text": "a", "label": f"{n}"}, 600), DataError, "more than 500 different labels"),
+        (some(lambda n: {"body": text(n), "kind": "ab"[n % 2]}), DataError, "such as `--map text=body --map label=kind`"),
+        (["{", "{"], DataError, "none of its rows can be used; the first: "),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_trained_is_said(tiny_bert: Path, tmp_path: Path, rows: Any, error: Any, said: str) -> None:
+    write_rows(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(error) as raised:
+        new(str(tmp_path / "rows.jsonl"), str(tiny_bert), tmp_path / "mine.yaml", {})
+    assert said in str(raised.value)
+    assert not (tmp_path / "mine.yaml").exists()
+    with pytest.raises(SourceError):
+        new(str(tmp_path / "rows.jsonl"), "./nowhere", tmp_path / "mine.yaml", {})

@@ -1,0 +1,192 @@
+"""What is wrong with a data set that no single row shows."""
+
+import json
+import random
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import tuner, write_rows
+from tuner.data.quality import Quality, examine, shingles
+from tuner.recipe import read_recipe
+
+WORDS = [
+    "river",
+    "mountain",
+    "window",
+    "letter",
+    "garden",
+    "engine",
+    "paper",
+    "bridge",
+    "silver",
+    "market",
+    "winter",
+    "doctor",
+    "island",
+    "music",
+    "planet",
+    "table",
+]
+
+
+def sentence(number: int, length: int = 30) -> str:
+    draw = random.Random(number)
+    return " ".join(draw.choice(WORDS) + str(draw.randrange(50)) for _ in range(length))
+
+
+@pytest.fixture
+def examined(recipe_file: Callable[..., Path], tmp_path: Path) -> Callable[..., Quality]:
+    def look(train: list[Any], heldout: list[Any] | None = None, test: list[Any] | None = None) -> Quality:
+        path = recipe_file(lambda tree: tree["data"].update({"test": "test.jsonl"} if test else {}))
+        write_rows(tmp_path / "train.jsonl", train)
+        write_rows(tmp_path / "heldout.jsonl", heldout or [{"text": sentence(1000)}])
+        write_rows(tmp_path / "test.jsonl", test or [])
+        return examine(read_recipe(path))
+
+    return look
+
+
+def counts(quality: Quality) -> dict[str, int]:
+    return {name: found.count for name, found in quality.lines() if found.count}
+
+
+def test_clean_rows_have_no_findings(examined: Any) -> None:
+    quality = examined([{"text": sentence(number)} for number in range(200)])
+    assert counts(quality) == {}
+    assert quality.rows == {"heldout": 1, "train": 200}
+    assert quality.shapes == {"text": 200}
+
+
+def test_duplicates_are_found_exactly_and_nearly(examined: Any) -> None:
+    rows = [{"text": sentence(number)} for number in range(100)]
+    near = {"text": sentence(7, 60).replace("river", "River") + " at the end!"}
+    quality = examined([*rows, rows[3], rows[3], {"text": sentence(7, 60)}, near])
+    assert counts(quality) == {"rows that are there twice": 2, "rows that are nearly another one": 1}
+    assert quality.duplicates.listed[0].endswith(
+        "train.jsonl:101: the same as " + quality.duplicates.listed[0].split("the same as ")[1]
+    )
+    assert quality.duplicates.listed[0].endswith("train.jsonl:4")
+    assert "train.jsonl:104: nearly the same as " in quality.near_duplicates.listed[0]
+
+
+def test_the_estimate_agrees_with_the_sets_themselves(examined: Any) -> None:
+    """Pairs of known Jaccard similarity: the exact value of the sets of shingles is the oracle."""
+    for changed, expected in ((2, True), (30, False)):
+        words = sentence(5, 100).split()
+        other = [*words[: len(words) - changed], *(f"other{number}" for number in range(changed))]
+        one, two = set(shingles(" ".join(words))), set(shingles(" ".join(other)))
+        similarity = len(one & two) / len(one | two)
+        assert (similarity >= 0.9) == expected
+        assert (similarity <= 0.6) != expected
+        assert bool(examined([{"text": " ".join(words)}, {"text": " ".join(other)}]).near_duplicates.count) == expected
+
+
+def test_a_held_out_row_that_is_trained_on_is_a_leak(examined: Any) -> None:
+    quality = examined([{"text": sentence(1)}, {"text": sentence(2)}], [{"text": sentence(2)}, {"text": sentence(1) + " more"}])
+    assert counts(quality) == {"held-out rows that are training rows, or nearly": 2}
+    assert "train.jsonl:2: the same as" in quality.leaks.listed[0]
+
+
+def test_a_text_with_two_labels_is_a_contradiction(examined: Any) -> None:
+    rows = [{"text": sentence(1), "label": "good"}, {"text": sentence(1), "label": "bad"}, {"text": sentence(2), "label": "bad"}]
+    quality = examined(rows)
+    assert counts(quality) == {"texts with two labels": 1}
+    assert quality.labels == {"good": 1, "bad": 2}
+
+
+def test_a_benchmark_in_the_training_rows_is_found_by_13_words(examined: Any) -> None:
+    asked = sentence(50, 20)
+    inside = f"{sentence(51, 40)} {' '.join(asked.split()[3:17]).upper()} {sentence(52, 40)}"
+    fewer = f"{sentence(53, 40)} {' '.join(asked.split()[:12])} {sentence(54, 40)}"
+    quality = examined([{"text": inside}, {"text": fewer}], test=[{"text": asked}])
+    assert counts(quality) == {"training rows that hold a text of data.test": 1}
+    assert "train.jsonl:1: shares 13 words with " in quality.contamination.listed[0]
+
+
+def test_secrets_and_addresses_are_named_without_their_value(examined: Any) -> None:
+    key = "AKIA" + "IOSFODNN7EXAMPLQ"
+    rows = [
+        {"text": f"use {key} for it"},
+        {"text": "write to jane.doe@example.org today"},
+        {"text": "https://me:passw0rd@host/x"},
+        {"text": "me @ home, 5@6"},
+    ]
+    quality = examined(rows)
+    assert counts(quality) == {"rows with a secret in them": 2, "rows with an e-mail address in them": 1}
+    assert "train.jsonl:1: AWS Access Key" in quality.secrets.listed[0]
+    assert key not in str(quality)
+
+
+def test_languages_are_told_apart(examined: Any) -> None:
+    english = "The river flows through the old town and under the bridge every morning."
+    german = "Der Fluss fließt jeden Morgen durch die alte Stadt und unter der Brücke hindurch."
+    quality = examined(
+        [{"text": f"{english} {number}"} for number in range(6)] + [{"text": f"{german} {number}"} for number in range(4)]
+    )
+    assert quality.languages == {"en": 6, "de": 4}
+
+
+def test_the_command_says_it_for_a_recipe_and_for_a_file_alone(recipe_file: Any, tmp_path: Path) -> None:
+    recipe = recipe_file()
+    write_rows(
+        tmp_path / "heldout.jsonl",
+        [json.loads((tmp_path / "train.jsonl").read_text().splitlines()[0]), {"prompt": "a", "completion": "b"}],
+    )
+    done = tuner("data", recipe, "--rows", "1")
+    assert done.returncode == 0, done.stderr
+    assert "1 held-out rows that are training rows, or nearly" in done.stdout
+    assert "2 heldout rows, 48 train rows: messages (messages)" in done.stdout
+    (tmp_path / "reviews.csv").write_text("review,stars\ngood,5\nbad,1\ngood,5\n")
+    done = tuner("data", tmp_path / "reviews.csv", "--set", "data.map={text: review, label: stars}")
+    assert done.returncode == 0, done.stderr
+    assert "3 train rows: text with a label (text, label)" in done.stdout
+    assert "labels: 5 66.7%, 1 33.3%" in done.stdout
+    assert "1 rows that are there twice" in done.stdout
+    refused = tuner("data", tmp_path / "review.csv")
+    assert refused.returncode == 2
+    assert 'did you mean "reviews.csv"' in refused.stderr
+
+
+def test_the_page_shows_the_same_in_a_browser(recipe_file: Any, tmp_path: Path) -> None:
+    recipe, page = recipe_file(), tmp_path / "page.html"
+    row = {"prompt": "<b>show</b> & tell", "completion": " az vm show"}
+    write_rows(tmp_path / "train.jsonl", [row, row, {"prompt": "list", "completion": " az"}])
+    done = tuner("data", recipe, "--html", page)
+    assert done.returncode == 0, done.stderr
+    text = page.read_text()
+    assert "http" not in text, "nothing is fetched from anywhere"
+    assert "&lt;" in text
+    assert "<b>" not in text
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("there is no Chromium; `make browser` installs Debian's as root")
+    # A title that a script computes from the styles that the browser really applies.
+    probe = tmp_path / "probe.html"
+    script = (
+        "<script>const s=e=>getComputedStyle(e).textDecorationLine;document.title=JSON.stringify({"
+        "learned:[...document.querySelectorAll('#example-1 .learned')].map(e=>e.textContent).join(''),"
+        "read:[...document.querySelectorAll('#example-1 .read')].map(e=>e.textContent).join(''),"
+        "line:s(document.querySelector('.learned')),none:s(document.querySelector('#example-1 .read')),"
+        "bars:[...document.querySelectorAll('.bar')].filter(e=>e.getBoundingClientRect().width>0).length>0,"
+        "found:[...document.querySelectorAll('.found')].map(e=>e.textContent)})</script>"
+    )
+    probe.write_text(text.replace("</body>", script + "</body>"))
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync"]
+    shot = subprocess.run(
+        [browser, *flags, f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", probe.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    import html
+    import re
+
+    seen = json.loads(html.unescape(re.search(r"<title>(.*?)</title>", shot.stdout, re.DOTALL)[1]))  # type: ignore[index]
+    assert seen["learned"].startswith(" az")
+    assert (seen["line"], seen["none"], seen["bars"]) == ("underline", "none", True)
+    assert seen["found"] == ["1"]

@@ -1,0 +1,194 @@
+"""What was worked out of data and can be used again: hashes of files, and examples on the disk, read where they lie.
+
+Everything here can be deleted at any time. Nothing is found again under another key, and nothing half-written is ever found: a
+result is written beside its place and renamed into it. Two runs that make the same result both make it; one of them keeps it.
+"""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints, overload
+from uuid import uuid4
+
+from tuner.errors import disk_errors
+
+# A file written to this recently could be written to again without its times changing.
+SETTLED_S = 2.0
+# Rows that are turned into a block of the file together.
+BLOCK_ROWS = 1024
+
+
+def folder() -> Path:
+    """$TUNER_CACHE, or ~/.cache/tuner."""
+    given = os.environ.get("TUNER_CACHE")
+    return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tuner"
+
+
+def remembered(path: str, found: os.stat_result, work: Callable[[], str]) -> str:
+    """`work()` for a file as it is now; from the last time where neither its size nor its times nor its place have changed."""
+    import hashlib
+
+    stamp = [path, found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino, found.st_dev]
+    note = folder() / "hashes" / hashlib.sha256(path.encode("utf-8", "surrogateescape")).hexdigest()[:32]
+    with suppress(OSError, ValueError):
+        said = json.loads(note.read_text())
+        if said["stamp"] == stamp:
+            return str(said["value"])
+    value = work()
+    if time.time() - found.st_mtime > SETTLED_S:
+        with suppress(OSError):  # a cache that cannot be written costs time, nothing else
+            note.parent.mkdir(parents=True, exist_ok=True)
+            part = note.with_name(f"{note.name}.{uuid4().hex}.part")
+            part.write_text(json.dumps({"stamp": stamp, "value": value}))
+            part.replace(note)
+    return value
+
+
+class Stored(Sequence[Any]):
+    """Examples that lie in a file and are read one at a time, so that a data set need not fit in memory."""
+
+    def __init__(self, path: Path) -> None:
+        import pyarrow as pa
+
+        self.info: dict[str, Any] = json.loads((path / "info.json").read_text())
+        self._kind = _kind(self.info["kind"])
+        self._table = pa.ipc.open_file(pa.memory_map(str(path / "examples.arrow"))).read_all()
+
+    def __len__(self) -> int:
+        return int(self._table.num_rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Any: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Any]: ...
+    def __getitem__(self, index: int | slice) -> Any:
+        if isinstance(index, slice):
+            return [self[each] for each in range(*index.indices(len(self)))]
+        names = [each.name for each in fields(self._kind)]
+        return rebuilt(self._kind, {name: self._table.column(name)[index].as_py() for name in names})
+
+    def column(self, name: str) -> list[Any]:
+        """One of `place`, `record`, `source`, `length`, `supervised` and `cut` of all examples."""
+        return list(self._table.column(f"_{name}").to_pylist())
+
+
+def stored(key: str, make: Callable[[dict[str, Any]], Iterator[tuple[str, str | None, int, Any]]]) -> Stored:
+    """The examples of `key`, made by `make` where they are not there yet.
+
+    `make` gives (place, the record as JSON where it is wanted, number of the source, example) and leaves in the mapping it is given
+    what else there is to say. Raises whatever `make` raises, and DiskFull.
+    """
+    path = folder() / "examples" / key
+    if not (path / "info.json").is_file():
+        part = path.with_name(f".{key}.{os.getpid()}.{uuid4().hex[:8]}.part")
+        try:
+            with disk_errors(part):
+                part.mkdir(parents=True)
+                _write(part, make)
+            if not path.exists():
+                with suppress(OSError):  # another run was faster
+                    part.rename(path)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+    os.utime(path)  # when it was used last, for whoever tidies up
+    return Stored(path)
+
+
+def _write(part: Path, make: Callable[[dict[str, Any]], Iterator[tuple[str, str | None, int, Any]]]) -> None:
+    import pyarrow as pa
+
+    info: dict[str, Any] = {}
+    kind: type[Any] | None = None
+    block: list[dict[str, Any]] = []
+    with pa.OSFile(str(part / "examples.arrow"), "wb") as file:
+        writer: Any = None
+        for place, record, source, example in make(info):
+            if kind is None:
+                kind = type(example)
+                names = {"_place": str, "_record": str | None, "_source": int, "_length": int, "_supervised": float, "_cut": bool}
+                schema = pa.schema([*_schema(kind), *(pa.field(name, _arrow(hint)) for name, hint in names.items())])
+                writer = pa.ipc.new_file(file, schema)
+            said = {
+                "_place": place,
+                "_record": record,
+                "_source": source,
+                "_length": len(example.ids),
+                "_supervised": float(example.supervised),
+                "_cut": bool(getattr(example, "cut", False)),
+            }
+            block.append({**flattened(example), **said})
+            if len(block) == BLOCK_ROWS:
+                writer.write_batch(pa.RecordBatch.from_pylist(block, schema=schema))
+                block = []
+        if kind is None:
+            from tuner.data.example import Example
+
+            kind = Example
+            writer = pa.ipc.new_file(file, pa.schema([*_schema(kind)]))
+        elif block:
+            writer.write_batch(pa.RecordBatch.from_pylist(block, schema=schema))
+        writer.close()
+    info["kind"] = f"{kind.__module__}:{kind.__qualname__}"
+    with (part / "info.json").open("w") as out:
+        json.dump(info, out)
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def flattened(value: Any) -> Any:
+    """A dataclass as a mapping, those inside it, too."""
+    if is_dataclass(value):
+        return {each.name: flattened(getattr(value, each.name)) for each in fields(value)}
+    return value
+
+
+def rebuilt(kind: Any, value: Any) -> Any:
+    """The dataclass that was flattened."""
+    if value is None:
+        return None
+    hints = get_type_hints(kind)
+    return kind(**{name: _member(hints[name], each) for name, each in value.items()})
+
+
+def _member(hint: Any, value: Any) -> Any:
+    inner = [each for each in get_args(hint) if is_dataclass(each)]
+    if is_dataclass(hint) or inner:
+        return rebuilt(hint if is_dataclass(hint) else inner[0], value)
+    return tuple(value) if get_origin(hint) is tuple else value
+
+
+def _kind(name: str) -> type[Any]:
+    """The class of the examples; only this project's own are looked for."""
+    import importlib
+
+    module, _, cls = name.partition(":")
+    if not module.startswith("tuner."):
+        raise ValueError(f"{name}: no example of this project")
+    found: type[Any] = getattr(importlib.import_module(module), cls)
+    return found
+
+
+def _schema(kind: type[Any]) -> list[Any]:
+    import pyarrow as pa
+
+    hints = get_type_hints(kind)
+    return [pa.field(each.name, _arrow(hints[each.name])) for each in fields(kind)]
+
+
+def _arrow(hint: Any) -> Any:
+    """Arrow's type for a field. Token ids and labels fit in 32 bits."""
+    import pyarrow as pa
+
+    if is_dataclass(hint):
+        return pa.struct(_schema(hint))  # type: ignore[arg-type]
+    members = [each for each in get_args(hint) if each is not type(None)]
+    if get_origin(hint) in (list, tuple):
+        return pa.list_(_arrow(members[0]))
+    if members:
+        return _arrow(members[0])
+    return {int: pa.int32(), float: pa.float64(), str: pa.string(), bool: pa.bool_()}[hint]

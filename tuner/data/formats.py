@@ -1,0 +1,393 @@
+"""Reads the rows of a file, each with the place it came from, so that every complaint can say `file:line`.
+
+A row that is damaged is given as a DataError in the place of its record, since the recipe may say that such rows are left out. A
+file that is damaged (cut short, not what its ending says) is an error at once: no one knows what is missing.
+"""
+
+import csv
+import importlib.util
+import json
+import sys
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from tuner.data.files import Part, Source, readable
+from tuner.data.rows import Row
+from tuner.errors import DataError, nearest
+
+# Longer rows are a file without line ends more often than a row, and would be held in memory whole.
+MOST_ROW_BYTES = 32_000_000
+# A list of objects is read whole; JSON lines are not.
+MOST_JSON_BYTES = 1_000_000_000
+BLOCK_ROWS = 1024
+
+
+def rows(part: Part) -> Iterator[Row | DataError]:
+    """The rows of a part, in order. Raises DataError for a part that is damaged as a whole."""
+    if part.format is None:
+        yield from hub_records(part.source) if part.source.hub else function_rows(part.source)
+        return
+    readers = {"jsonl": _json_lines, "json": _json, "text": _text, "conll": _conll, "parquet": _parquet, "arrow": _arrow}
+    try:
+        with part.open() as file:
+            if part.format in ("csv", "tsv"):
+                yield from _csv(part, file, "\t" if part.format == "tsv" else None)
+            else:
+                yield from readers[part.format](part, file)
+    except EOFError:
+        raise DataError(f"{part.path}: ends in the middle; is it whole?") from None
+    except OSError as error:
+        if part.compression and not error.errno:  # pyarrow's own have no number
+            raise DataError(f"{part.path}: cannot be unpacked: {error}; is it whole?") from None
+        raise DataError(f"{part.path}: cannot be read: {error.strerror or error}") from None
+
+
+def bad(place: str, message: str, kind: str) -> DataError:
+    """What is wrong with a row, as its reader gives it."""
+    return DataError(f"{place}: {message}", kind)
+
+
+def _lines(part: Part, file: IO[bytes]) -> Iterator[tuple[int, str | DataError]]:
+    """Each line with its number, its end kept."""
+    number = 0
+    while line := file.readline(MOST_ROW_BYTES + 1):
+        number += 1
+        if number == 1:
+            line = line.removeprefix(b"\xef\xbb\xbf")  # Windows editors begin a file with a mark
+        if len(line) > MOST_ROW_BYTES:
+            while line and not line.endswith(b"\n"):
+                line = file.readline(MOST_ROW_BYTES)
+            message = f"longer than {MOST_ROW_BYTES // 1_000_000} MB, expected one row a line"
+            yield number, bad(f"{part.path}:{number}", message, "broken")
+            continue
+        try:
+            yield number, line.decode()
+        except UnicodeDecodeError as error:
+            message = f"not UTF-8 text: byte 0x{line[error.start]:02x} at column {error.start + 1}"
+            yield number, bad(f"{part.path}:{number}", message, "encoding")
+
+
+def _json_lines(part: Part, file: IO[bytes]) -> Iterator[Row | DataError]:
+    for number, line in _lines(part, file):
+        place = f"{part.path}:{number}"
+        if isinstance(line, DataError):
+            yield line
+        elif not line.isspace():
+            try:
+                yield Row(place, _object(line))
+            except DataError as error:
+                yield bad(place, str(error), "broken")
+
+
+def _object(text: str) -> dict[str, Any]:
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        shown = text.strip()[:40]
+        raise DataError(f"not JSON ({getattr(error, 'msg', error)}), found {shown!r}; expected one object a line") from None
+    _check_object(record, text)
+    return dict(record)
+
+
+def _check_object(record: Any, text: str) -> None:
+    """Raises DataError for what is no object, and for half a character in it."""
+    if "\\ud" in text or "\\uD" in text:
+        try:
+            json.dumps(record, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise DataError("half of a surrogate pair (\\ud800 to \\udfff), which is no character; expected text") from None
+    if not isinstance(record, dict):
+        raise DataError(f'found a {type(record).__name__}, expected an object such as {{"text": "..."}}')
+
+
+def _json(part: Part, file: IO[bytes]) -> Iterator[Row | DataError]:
+    """A list of objects, or an object with one such list in it; a file with an object a line is read as that, too."""
+    data = file.read(MOST_JSON_BYTES + 1)
+    if len(data) > MOST_JSON_BYTES:
+        raise DataError(
+            f"{part.path}: more than {MOST_JSON_BYTES // 1_000_000} MB of JSON in one piece; write one object a line (.jsonl)"
+        )
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise DataError(f"{part.path}:{line}: not UTF-8 text: byte 0x{data[error.start]:02x}") from None
+    del data
+    start = _list_start(part, text)
+    if start is None:
+        from io import BytesIO
+
+        yield from _json_lines(part, BytesIO(text.encode()))
+        return
+    decoder, at, line, counted = json.JSONDecoder(), start, 1, 0
+    while True:
+        at = _next(text, at)
+        line, counted = line + text.count("\n", counted, at), at
+        place = f"{part.path}:{line}"
+        if text[at : at + 1] == "]":
+            return
+        try:
+            record, end = decoder.raw_decode(text, at)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{place}: not JSON ({getattr(error, 'msg', error)}), found {text[at : at + 40]!r}") from None
+        try:
+            _check_object(record, text[at:end])
+            yield Row(place, record)
+        except DataError as error:
+            yield bad(place, str(error), "broken")
+        at = _next(text, end)
+        if text[at : at + 1] not in (",", "]"):
+            raise DataError(f"{place}: expected a comma or the end of the list behind this row; is the file whole?")
+        at += text[at] == ","
+
+
+def _next(text: str, at: int) -> int:
+    while at < len(text) and text[at] in " \t\r\n":
+        at += 1
+    return at
+
+
+def _list_start(part: Part, text: str) -> int | None:
+    """Where the list of rows begins; None where the file has an object a line."""
+    at = _next(text, 0)
+    if text[at : at + 1] == "[":
+        return at + 1
+    first, _, rest = text[at:].partition("\n")
+    try:
+        whole = json.loads(first)
+    except ValueError:
+        whole = None
+    if isinstance(whole, dict) and rest.strip():
+        return None
+    if isinstance(whole, dict) and not any(_is_rows(each) for each in whole.values()):
+        return None
+    try:
+        tree = json.loads(text) if text.strip() else None
+    except (ValueError, RecursionError) as error:
+        line = getattr(error, "lineno", 1)
+        raise DataError(f"{part.path}:{line}: not JSON ({getattr(error, 'msg', error)}); expected a list of objects") from None
+    lists = [key for key, value in tree.items() if _is_rows(value)] if isinstance(tree, dict) else []
+    if len(lists) == 1:
+        from re import escape, search
+
+        found = search(rf'"{escape(lists[0])}"\s*:\s*\[', text)
+        if found:
+            return found.end()
+    what = "an object without one list of rows in it" if isinstance(tree, dict) else f"a {type(tree).__name__}"
+    raise DataError(f"{part.path}:1: found {'nothing' if tree is None else what}, expected a list of objects")
+
+
+def _is_rows(value: Any) -> bool:
+    """A list of objects that are no turns of one conversation."""
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict) and not {"role", "from"} & set(value[0])
+
+
+def _csv(part: Part, file: IO[bytes], delimiter: str | None) -> Iterator[Row | DataError]:
+    """Rows by the names in the first line. Every value is text: what should be a number or a list is made one later."""
+
+    def lines() -> Iterator[str]:
+        for _, line in _lines(part, file):
+            if isinstance(line, DataError):
+                raise line  # where a line cannot be read, no one knows where the next row begins
+            yield line
+
+    source = lines()
+    head = next(source, "")
+    if not head.strip():
+        raise DataError(f"{part.path}:1: the file is empty; expected the columns' names in the first line")
+    # Where decimals have commas, columns have semicolons.
+    delimiter = delimiter or max(",;\t|", key=head.count)
+
+    def again() -> Iterator[str]:
+        yield head
+        yield from source
+
+    csv.field_size_limit(MOST_ROW_BYTES)
+    reader = csv.reader(again(), delimiter=delimiter, strict=True)
+    names: list[str] = []
+    while True:
+        line = reader.line_num + 1
+        place = f"{part.path}:{line}"
+        try:
+            fields = next(reader, None)
+        except csv.Error as error:
+            raise DataError(f'{place}: not CSV ({error}) in the row that begins here; is there a stray quote (")?') from None
+        if fields is None:
+            return
+        if not names:
+            names = fields
+            twice = [name for name in names if names.count(name) > 1]
+            if twice or not all(names):
+                what = f'the name "{twice[0]}" twice' if twice else "a column without a name"
+                raise DataError(f"{place}: {what}, expected the columns' names in the first line")
+        elif fields and len(fields) != len(names):
+            shown = ", ".join(names)[:80]
+            yield bad(
+                place, f"{len(fields)} fields, expected {len(names)}: {shown}; a stray quote or separator does this", "broken"
+            )
+        elif fields:
+            yield Row(place, dict(zip(names, fields, strict=True)))
+
+
+def _text(part: Part, file: IO[bytes]) -> Iterator[Row | DataError]:
+    """{"text": ...} for each document."""
+    markdown = Path(part.path.removesuffix(".gz").removesuffix(".zst")).suffix != ".txt"
+    unit = part.source.documents or ("file" if markdown else "paragraph")
+    start, broken = 1, None
+    document: list[str] = []
+    for number, line in _lines(part, file):
+        if isinstance(line, DataError):
+            broken = broken or line
+            continue
+        ends = unit == "line" or (unit == "paragraph" and not line.strip())
+        if line.strip() or (document and not ends):
+            start = number if not document else start
+            document.append(line)
+        if ends and (document or broken):
+            yield broken or Row(f"{part.path}:{start}", {"text": "".join(document).removesuffix("\n" if unit == "line" else "")})
+            document, broken = [], None
+    if document or broken:
+        yield broken or Row(f"{part.path}:{start}", {"text": "".join(document)})
+
+
+def _conll(part: Part, file: IO[bytes]) -> Iterator[Row | DataError]:
+    """{"words", "tags"} for each sentence: a word a line, an empty line after each sentence."""
+    # Where nothing is said: the first column and the last; of CoNLL-U FORM and UPOS.
+    universal = ".conllu" in Path(part.path).suffixes
+    columns: dict[str, Any] = {**({"words": 2, "tags": 4} if universal else {"words": 1, "tags": -1}), **part.source.map}
+    for name, column in columns.items():
+        if not isinstance(column, int) or column == 0:
+            raise DataError(f"{part.path}: map.{name} is {column!r}, expected the number of a column, from 1")
+    start, record, broken = 1, _sentence(columns), None
+    number = 0
+    for number, line in _lines(part, file):
+        if isinstance(line, DataError):
+            broken = broken or line
+            continue
+        fields = line.rstrip("\r\n").split("\t") if "\t" in line else line.split()
+        if not line.strip():
+            if record["words"] or broken:
+                yield broken or Row(f"{part.path}:{start}", record)
+            record, broken = _sentence(columns), None
+        elif (line.startswith("#") and len(fields) != 2) or fields[0] == "-DOCSTART-" or (universal and not fields[0].isdecimal()):
+            continue  # a comment, the mark of a document, a contraction's own line
+        elif max(2, *map(abs, columns.values())) > len(fields):
+            broken = broken or bad(f"{part.path}:{number}", f"{len(fields)} columns, expected a word and its tag", "broken")
+        else:
+            start = start if record["words"] else number
+            for name, column in columns.items():
+                record[name].append(fields[column - 1 if column > 0 else column])
+    if record["words"] or broken:
+        yield broken or Row(f"{part.path}:{start}", record)
+
+
+def _sentence(columns: dict[str, Any]) -> dict[str, list[str]]:
+    return {name: [] for name in columns}
+
+
+def _parquet(part: Part, file: IO[bytes]) -> Iterator[Row | DataError]:
+    import pyarrow.parquet
+
+    with _whole(part, "Parquet"):
+        batches = pyarrow.parquet.ParquetFile(file).iter_batches(BLOCK_ROWS)
+        yield from _batches(part, batches)
+
+
+def _arrow(part: Part, file: IO[bytes]) -> Iterator[Row | DataError]:
+    """Arrow's file format (Feather, too) or its stream format, which is what the datasets library writes."""
+    import pyarrow as pa
+
+    with _whole(part, "Arrow"):
+        begins = file.read(6)
+        file.seek(0)
+        if begins == b"ARROW1":
+            reader = pa.ipc.open_file(file)
+            yield from _batches(part, (reader.get_batch(index) for index in range(reader.num_record_batches)))
+        else:
+            yield from _batches(part, iter(pa.ipc.open_stream(file)))
+
+
+class _whole:
+    """Turn pyarrow's complaints into a DataError that names the file."""
+
+    def __init__(self, part: Part, kind: str) -> None:
+        self.part, self.kind = part, kind
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        import pyarrow as pa
+
+        if isinstance(error, pa.ArrowException | OSError) and not getattr(error, "errno", None):
+            raise DataError(f"{self.part.path}: not a whole {self.kind} file: {str(error).splitlines()[0][:120]}") from None
+
+
+def _batches(part: Part, batches: Iterator[Any]) -> Iterator[Row]:
+    number = 0
+    for batch in batches:
+        for record in batch.to_pylist():
+            number += 1
+            yield Row(f"{part.path}:row {number}", without_nulls(record))
+
+
+def without_nulls(value: Any) -> Any:
+    """Columnar formats give every object the keys of all others, with nothing in them; a row's own missing value stays."""
+    if isinstance(value, dict):
+        return {key: _inner(each) for key, each in value.items() if each is not None}
+    return value
+
+
+def _inner(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_inner(each) for each in value]
+    return without_nulls(value)
+
+
+def hub_rows(source: Source) -> Any:
+    """The data set of the hub (or of a local folder in its form), as the datasets library gives it. Raises DataError."""
+    from datasets import load_dataset
+    from datasets.utils.logging import disable_progress_bar
+
+    if not sys.stderr.isatty():
+        disable_progress_bar()
+    try:
+        return load_dataset(source.hub, source.config, split=source.split, revision=source.revision)
+    except Exception as error:
+        # The library has a dozen ways to say that there is none.
+        raise DataError(f"hub {source.hub}, split {source.split}: {str(error).strip().splitlines()[0][:200]}") from None
+
+
+def hub_records(source: Source) -> Iterator[Row]:
+    """The rows of `hub_rows`."""
+    for number, record in enumerate(hub_rows(source), 1):
+        yield Row(f"{source.hub}/{source.split}:row {number}", without_nulls(record))
+
+
+def function_rows(source: Source) -> Iterator[Row]:
+    """What the user's function gives. Raises DataError with the line of the user's file where the function fails."""
+    file, _, name = str(source.function).rpartition(":")
+    with readable(file):
+        Path(file).read_bytes()
+    spec = importlib.util.spec_from_file_location("tuner_user_rows", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    number = 0
+    try:
+        spec.loader.exec_module(module)
+        if not callable(getattr(module, name, None)):
+            known = [each for each in vars(module) if callable(getattr(module, each)) and not each.startswith("_")]
+            raise DataError(f'{file}: there is no function "{name}"{nearest(name, known)}')
+        for record in getattr(module, name)(**source.args):
+            number += 1
+            if not isinstance(record, dict):
+                raise DataError(f"{file}:{name}: row {number} is a {type(record).__name__}, expected a mapping")
+            yield Row(f"{file}:{name}:row {number}", record)
+    except (DataError, GeneratorExit):
+        raise
+    except Exception as error:
+        inside = [each.lineno for each in traceback.extract_tb(error.__traceback__) if Path(each.filename) == Path(file)]
+        line = getattr(error, "lineno", None) or (inside[-1] if inside else 1)
+        raise DataError(f"{file}:{line}: {name} failed at row {number + 1}: {type(error).__name__}: {error}") from None

@@ -1,0 +1,302 @@
+"""What is wrong with a data set that no single row shows: duplicates, leaks, contradictions, secrets, and what it is made of.
+
+One pass over the rows; of each a few numbers are kept (about 450 bytes), so that millions fit in memory.
+"""
+
+import re
+from array import array
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from hashlib import blake2b
+from random import Random
+from typing import Any
+
+from tuner.data import reading
+from tuner.data.rows import BadRows, Row, usable
+from tuner.progress import counted
+from tuner.recipe import Recipe
+
+# MinHash of Broder 1997 over sets of three words in a row; 8 bands of 8 find most pairs of which four fifths is common.
+PERMUTATIONS, BAND = 64, 8
+SIMILAR = 0.8
+SHINGLE = 3
+# Brown et al. 2020 (arXiv:2005.14165), appendix C: a text that shares so many words in a row with a benchmark has seen it.
+CONTAMINATED_WORDS = 13
+# Each kind of finding is counted whole and shown in part.
+LISTED = 20
+# Telling languages apart takes longer than everything else together; this many rows, drawn by chance, give a share to two percent.
+LANGUAGE_ROWS = 2_000
+BLOCK_ROWS = 10_000
+# Where each row's own numbers are kept.
+SIDES = ("train", "heldout", "test")
+WORD = re.compile(r"\w+")
+# Keys whose text says what a row is, not what it says.
+MARKS = frozenset({"role", "label", "labels", "tags", "score", "id", "type", "tools", "tool_call_id"})
+# detect-secrets' detectors of secrets with a form of their own; those by entropy or by a keyword find too much in prose.
+DETECTORS = (
+    "ArtifactoryDetector", "AWSKeyDetector", "AzureStorageKeyDetector", "BasicAuthDetector", "CloudantDetector",
+    "DiscordBotTokenDetector", "GitHubTokenDetector", "GitLabTokenDetector", "JwtTokenDetector", "MailchimpDetector",
+    "NpmDetector", "OpenAIDetector", "PrivateKeyDetector", "PypiTokenDetector", "SendGridDetector", "SlackDetector",
+    "SquareOAuthDetector", "StripeDetector", "TelegramBotTokenDetector", "TwilioKeyDetector",
+)  # fmt: skip
+# Nothing that they look for is without one of these.
+SUSPICIOUS = re.compile(r"[A-Za-z0-9+/=_\-.]{20,}|://[^/\s:@]+:[^/\s]+@|PRIVATE KEY")
+EMAIL = re.compile(r"[A-Za-z0-9._%+-]+@[A-Za-z0-9-]+(?:\.[A-Za-z0-9-]+)*\.[A-Za-z]{2,}")
+
+
+@dataclass
+class Findings:
+    """How often something was found, and where it was found first."""
+
+    count: int = 0
+    listed: list[str] = field(default_factory=list)
+
+    def add(self, said: str) -> None:
+        """Count one, and keep it while the list is short."""
+        self.count += 1
+        if len(self.listed) < LISTED:
+            self.listed.append(said)
+
+
+@dataclass
+class Quality:
+    """What was found in all rows of a recipe."""
+
+    rows: dict[str, int] = field(default_factory=dict)
+    shapes: Counter[str] = field(default_factory=Counter)
+    bad: dict[str, Any] = field(default_factory=dict)
+    """Rows that were left out, as in a manifest."""
+    characters: list[int] = field(default_factory=list)
+    """Length of each training row's text."""
+    labels: Counter[str] = field(default_factory=Counter)
+    languages: Counter[str] = field(default_factory=Counter)
+    """Of the rows that were asked: two letters of ISO 639-1."""
+    duplicates: Findings = field(default_factory=Findings)
+    near_duplicates: Findings = field(default_factory=Findings)
+    contradictions: Findings = field(default_factory=Findings)
+    """The same text with another label."""
+    leaks: Findings = field(default_factory=Findings)
+    """Held-out rows that are training rows, or nearly."""
+    contamination: Findings = field(default_factory=Findings)
+    """Training rows that hold a text of `data.test`."""
+    secrets: Findings = field(default_factory=Findings)
+    emails: Findings = field(default_factory=Findings)
+
+    def lines(self) -> Iterator[tuple[str, Findings]]:
+        """The name of each kind of finding, with what was found."""
+        yield "rows that are there twice", self.duplicates
+        yield "rows that are nearly another one", self.near_duplicates
+        yield "texts with two labels", self.contradictions
+        yield "held-out rows that are training rows, or nearly", self.leaks
+        yield "training rows that hold a text of data.test", self.contamination
+        yield "rows with a secret in them", self.secrets
+        yield "rows with an e-mail address in them", self.emails
+
+
+def examine(recipe: Recipe) -> Quality:
+    """Read every row of the recipe's data and say what is in there. Raises DataError as a run would."""
+    found, numbers, drawn = Quality(), _Numbers(), _Drawn()
+    grams: dict[int, int] = {}
+    sides = [side for side in SIDES if side != "heldout" or recipe.data.holds_out]
+    # What must not be in the training rows is looked at first.
+    for side in reversed([side for side in sides if side != "test" or recipe.data.test]):
+        bad = BadRows(recipe.data.on_bad_row)
+        found.rows[side] = 0
+        for row, _ in counted(f"reading {side} rows", usable(reading.read(recipe, side), lambda row: row, bad)):
+            found.rows[side] += 1
+            words = words_of(row.record)
+            numbers.add(side, row.place, words, _label(row.record))
+            if side == "test":
+                grams.update(dict.fromkeys(_grams(words), len(numbers.places) - 1))
+                continue
+            _look(row, words, found)
+            if side == "train":
+                drawn.add(words)
+                found.shapes[row.shape] += 1
+                found.characters.append(len(words))
+                for label in labels_of(row.record):
+                    found.labels[label] += 1
+                if grams and (hit := next((each for each in _grams(words) if each in grams), None)) is not None:
+                    found.contamination.add(f"{row.place}: shares {CONTAMINATED_WORDS} words with {numbers.places[grams[hit]]}")
+        if side == "train":
+            found.bad = bad.told()
+    _compare(numbers, found)
+    found.languages.update(_language(words) for words in drawn.texts if words.strip())
+    return found
+
+
+class _Drawn:
+    """A fixed number of texts, each drawn with the same chance from however many there are (Vitter 1985, algorithm R)."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+        self._seen, self._draw = 0, Random(0)
+
+    def add(self, words: str) -> None:
+        """Offer one."""
+        self._seen += 1
+        if len(self.texts) < LANGUAGE_ROWS:
+            self.texts.append(words[:1_000])
+        elif (at := self._draw.randrange(self._seen)) < LANGUAGE_ROWS:
+            self.texts[at] = words[:1_000]
+
+
+def words_of(record: dict[str, Any]) -> str:
+    """Everything that the record says, without what it is labelled, and without what a system message says to all alike."""
+    return "\n".join(_texts(record))
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict) and value.get("role") != "system":
+        for key, each in value.items():
+            if key not in MARKS:
+                yield from _texts(each)
+    elif isinstance(value, list):
+        for each in value:
+            yield from _texts(each)
+
+
+def _label(record: dict[str, Any]) -> str:
+    return repr([record[key] for key in ("label", "labels", "tags", "score") if key in record])
+
+
+def labels_of(record: dict[str, Any]) -> Iterator[str]:
+    """The labels of a row, or of its words."""
+    if "label" in record:
+        yield str(record["label"])
+    for key in ("labels", "tags"):
+        if isinstance(record.get(key), list):
+            yield from map(str, record[key])
+
+
+def _look(row: Row, words: str, found: Quality) -> None:
+    """What one row shows by itself."""
+    if "@" in words and (address := EMAIL.search(words)):
+        found.emails.add(f"{row.place}: {address.group()}")
+    if SUSPICIOUS.search(words) and (kind := _secret(words)):
+        found.secrets.add(f"{row.place}: {kind}")
+
+
+@cache
+def _detectors() -> list[Any]:
+    from detect_secrets.core.plugins.util import get_mapping_from_secret_type_to_class
+
+    there = {each.__name__: each for each in get_mapping_from_secret_type_to_class().values()}
+    return [there[name]() for name in DETECTORS if name in there]
+
+
+def _secret(words: str) -> str | None:
+    """The kind of secret in a text. Its value is not repeated."""
+    for line in words.splitlines():
+        if SUSPICIOUS.search(line):
+            for detector in _detectors():
+                if next(iter(detector.analyze_string(line)), None):
+                    return str(detector.secret_type)
+    return None
+
+
+def _language(words: str) -> str:
+    import py3langid
+
+    return str(py3langid.classify(words)[0])
+
+
+def _grams(words: str) -> Iterator[int]:
+    """A number for each run of 13 words; a text of five words or more that is shorter is one run."""
+    each = WORD.findall(words.lower())
+    if 5 <= len(each) < CONTAMINATED_WORDS:
+        yield hash(tuple(each))
+    for start in range(len(each) - CONTAMINATED_WORDS + 1):
+        yield hash(tuple(each[start : start + CONTAMINATED_WORDS]))
+
+
+class _Numbers:
+    """What is kept of every row: its place, its side, hashes of its text and label, and its MinHash."""
+
+    def __init__(self) -> None:
+        self.places: list[str] = []
+        self.sides = array("b")
+        self.texts, self.labels = array("Q"), array("Q")
+        self._block: list[list[str]] = []
+        self._sketches: list[Any] = []
+
+    def add(self, side: str, place: str, words: str, label: str) -> None:
+        """Keep a row's numbers."""
+        self.places.append(place)
+        self.sides.append(SIDES.index(side))
+        self.texts.append(int.from_bytes(blake2b(words.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big"))
+        self.labels.append(int.from_bytes(blake2b(label.encode(), digest_size=8).digest(), "big"))
+        self._block.append(shingles(words))
+        if len(self._block) == BLOCK_ROWS:
+            self._sketch()
+
+    def _sketch(self) -> None:
+        import numpy as np
+        from rensa import RMinHash
+
+        if self._block:
+            self._sketches.append(np.array(RMinHash.digests_from_token_sets(self._block, PERMUTATIONS, 0), dtype=np.uint32))
+            self._block = []
+
+    def sketches(self) -> Any:
+        """(rows, PERMUTATIONS) of uint32."""
+        import numpy as np
+
+        self._sketch()
+        return np.concatenate(self._sketches) if self._sketches else np.zeros((0, PERMUTATIONS), np.uint32)
+
+
+def shingles(words: str) -> list[str]:
+    """Three words in a row each, in lower case; characters instead where words are not told apart by spaces."""
+    each = WORD.findall(words.lower())
+    if len(words) > 20 * max(1, len(each)):
+        each = list(words)
+    return [" ".join(each[at : at + SHINGLE]) for at in range(max(1, len(each) - SHINGLE + 1))]
+
+
+def _compare(numbers: _Numbers, found: Quality) -> None:
+    """Rows with each other: the same text, and nearly the same."""
+    import numpy as np
+
+    texts, labels = np.array(numbers.texts), np.array(numbers.labels)
+    order = np.argsort(texts, kind="stable")
+    same = texts[order][1:] == texts[order][:-1]
+    # The first row with each text, by which the others are named.
+    first = np.arange(len(order))
+    for at in np.flatnonzero(same):
+        first[order[at + 1]] = first[order[at]]
+    for index in np.flatnonzero(first != np.arange(len(order))):
+        _pair(numbers, int(index), int(first[index]), found, labels, near=False)
+    sketches = numbers.sketches()
+    single = np.flatnonzero(first == np.arange(len(order)))
+    seen: set[int] = set()
+    for start in range(0, PERMUTATIONS, BAND):
+        band = np.ascontiguousarray(sketches[single, start : start + BAND]).view(f"V{4 * BAND}").ravel()
+        _, groups, counts = np.unique(band, return_inverse=True, return_counts=True)
+        members = np.argsort(groups, kind="stable")
+        ends = np.cumsum(counts)
+        for group in np.flatnonzero(counts > 1):
+            inside = single[members[ends[group] - counts[group] : ends[group]]]
+            alike = (sketches[inside[1:]] == sketches[inside[0]]).mean(axis=1)
+            for index, share in zip(inside[1:].tolist(), alike.tolist(), strict=True):
+                if share >= SIMILAR and index not in seen:
+                    seen.add(index)
+                    _pair(numbers, index, int(inside[0]), found, labels, near=True)
+
+
+def _pair(numbers: _Numbers, index: int, other: int, found: Quality, labels: Any, *, near: bool) -> None:
+    """Count two rows that are alike, by the sides that they are on. The other one was read before."""
+    sides = {SIDES[numbers.sides[index]], SIDES[numbers.sides[other]]}
+    is_like = f"{numbers.places[index]}: {'nearly ' if near else ''}the same as {numbers.places[other]}"
+    if sides == {"train", "heldout"}:
+        found.leaks.add(is_like)
+    elif sides == {"train", "test"}:
+        found.contamination.add(is_like)
+    elif not near and labels[index] != labels[other]:
+        found.contradictions.add(f"{is_like}, with another label")
+    elif sides == {"train"}:
+        (found.near_duplicates if near else found.duplicates).add(is_like)

@@ -1,0 +1,122 @@
+"""The rows of a recipe: its sources in order, each row in the form that tasks read, and what tells one state from another."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from tuner.data import formats
+from tuner.data.files import Part, Source, parts
+from tuner.data.rows import Row, check_characters
+from tuner.data.shapes import canonical
+from tuner.errors import DataError
+from tuner.recipe import Recipe
+
+
+def sources(recipe: Recipe, which: str) -> list[Source]:
+    """The sources of `train`, `heldout` or `test`. Rows that are held out by a fraction are among those of `train`."""
+    if which == "heldout" and recipe.data.heldout is None:
+        which = "train"
+    return list(getattr(recipe.data, which))
+
+
+def named(recipe: Recipe, which: str) -> str:
+    """What to call them in a sentence."""
+    return ", ".join(source.name for source in sources(recipe, which))
+
+
+def found(recipe: Recipe, which: str) -> list[tuple[int, Part]]:
+    """Each part with the number of its source, looked for once a run. Raises DataError where there is none."""
+    key = ("parts", which)
+    if key not in recipe.seen:
+        each = [parts(source, recipe.data.made_by) for source in sources(recipe, which)]
+        recipe.seen[key] = [(number, part) for number, (inside, _) in enumerate(each) for part in inside]
+        recipe.seen["passed over", which] = [path for _, others in each for path in others]
+    there: list[tuple[int, Part]] = recipe.seen[key]
+    return there
+
+
+def passed_over(recipe: Recipe, which: str) -> list[str]:
+    """Files in the recipe's folders that are no data."""
+    found(recipe, which)
+    paths: list[str] = recipe.seen["passed over", which]
+    return paths
+
+
+def identity(recipe: Recipe, which: str) -> dict[str, Any]:
+    """For the manifest: `path`, and the `sha256` of the one file or of what identifies each part. Worked out once a run."""
+    identities = [_identity(recipe, part) for _, part in found(recipe, which)]
+    whole = identities[0] if len(identities) == 1 else hashlib.sha256("\n".join(identities).encode()).hexdigest()
+    files = {"files": len(identities)} if len(identities) > 1 else {}
+    return {"path": named(recipe, which), "sha256": whole, **files}
+
+
+def state(recipe: Recipe, which: str, *, places: bool = False) -> list[Any]:
+    """Everything that the rows follow from; with `places` also where they lie, which is what errors name."""
+    each = [
+        [_identity(recipe, part), part.format, part.source.documents, part.source.map, part.path if places else None, number]
+        for number, part in found(recipe, which)
+    ]
+    drawn = [which, recipe.data.heldout_fraction] if recipe.data.heldout_fraction else None
+    return [each, recipe.data.map, drawn, recipe.data.on_bad_row.model_dump()]
+
+
+def read(recipe: Recipe, which: str) -> Iterator[Row | DataError]:
+    """Rows in order; one that is damaged is a DataError in its place, for `usable` to decide about.
+
+    Raises DataError for a file that is empty, that is damaged as a whole, or that has changed since the run began.
+    """
+    for number, part in found(recipe, which):
+        before = _stamp(recipe, part)
+        digest, rows = hashlib.sha256(), 0
+        for row in formats.rows(part):
+            rows += 1
+            if isinstance(row, DataError):
+                yield row
+                continue
+            if part.format is None and part.source.function:
+                digest.update(json.dumps(row.record, sort_keys=True, default=str).encode("utf-8", "surrogatepass") + b"\n")
+            if recipe.data.heldout_fraction and _held_out(row, recipe.data.heldout_fraction) != (which == "heldout"):
+                continue
+            try:
+                check_characters(row.record)
+                row = canonical(row, {**recipe.data.map, **part.source.map}, table=part.format in ("csv", "tsv"))
+                yield Row(row.place, row.record, row.shape, number)
+            except DataError as error:
+                yield DataError(f"{row.place}: {error}", error.kind or "shape")
+        if not rows:
+            raise DataError(f"{part.path}:1: the file is empty; expected rows" + _form(part))
+        known = recipe.seen.get(("identity", part.path))
+        drawn_anew = bool(part.source.function) and known not in (None, digest.hexdigest())
+        if drawn_anew or part.stamp() != before:
+            why = (
+                "gives other rows each time; seed what it draws" if drawn_anew else "changed while it was read; start the run again"
+            )
+            raise DataError(f"{part.path}: {why}")
+
+
+def _form(part: Part) -> str:
+    return ", one JSON object a line" if part.format == "jsonl" else ""
+
+
+def _stamp(recipe: Recipe, part: Part) -> tuple[int, ...] | None:
+    """The file's size and times, which stay what they were when the run first looked at it."""
+    stamp: tuple[int, ...] | None = recipe.seen.setdefault(("stamp", part.path), part.stamp())
+    if stamp != part.stamp():
+        raise DataError(f"{part.path}: changed since the run began; start it again")
+    return stamp
+
+
+def _identity(recipe: Recipe, part: Part) -> str:
+    key = ("identity", part.path)
+    _stamp(recipe, part)
+    if key not in recipe.seen:
+        recipe.seen[key] = part.identity()
+        _stamp(recipe, part)
+    return str(recipe.seen[key])
+
+
+def _held_out(row: Row, share: float) -> bool:
+    """By the row's own content: equal rows are never on both sides, and adding rows moves none of the old ones."""
+    text = json.dumps(row.record, sort_keys=True, default=str).encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") < share * 2**64

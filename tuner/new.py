@@ -1,0 +1,239 @@
+"""Looks at rows, a model and this machine, and writes a recipe for them with a comment on every choice."""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tuner import kinds
+from tuner.data import reading
+from tuner.data.quality import labels_of
+from tuner.data.rows import BadRows, OnBadRow, Row, usable
+from tuner.errors import DataError, RecipeError
+from tuner.families import family_of
+from tuner.recipe import rows_only
+from tuner.source import Facts, Source, facts, find
+
+# Shape of a row to the task that learns from it and its options; where a model has not its head, the next one.
+TASKS: dict[str, list[dict[str, Any]]] = {
+    "messages": [{"kind": "sft"}],
+    "ShareGPT": [{"kind": "sft"}],
+    "Alpaca": [{"kind": "sft"}],
+    "prompt and completion": [{"kind": "sft"}],
+    "preference pairs": [{"kind": "preference", "loss": "dpo"}],
+    "judged answers": [{"kind": "preference", "loss": "kto"}],
+    "text with a label": [{"kind": "classify"}],
+    "text with labels": [{"kind": "classify", "form": "multi"}],
+    "text with a score": [{"kind": "classify", "form": "number"}],
+    "words and tags": [{"kind": "tokens"}],
+    "words and tags (tokens, ner_tags)": [{"kind": "tokens"}],
+    "pairs": [{"kind": "embed"}],
+    "triples": [{"kind": "embed"}],
+    "sentence pairs with a score": [{"kind": "embed", "loss": "cosine"}],
+    "text": [{"kind": "pretrain"}, {"kind": "masked"}],
+}
+# Rows whose length in tokens is measured; the longest hundredth of them is known well enough.
+MEASURED_ROWS = 2_000
+# More labels than this are names or sentences.
+MOST_LABELS = 500
+# What a held-out loss is steady to 0.05 nats with.
+HELDOUT_ROWS = 200
+# Fewer rows are seen three times.
+LONG_ROWS = 20_000
+# Of a model that is trained in full: weights, gradient, and two moments of AdamW, in float32.
+FULL_BYTES = 16
+
+
+@dataclass
+class _Look:
+    """What the rows have shown."""
+
+    rows: int = 0
+    shapes: Counter[str] = field(default_factory=Counter)
+    labels: Counter[str] = field(default_factory=Counter)
+    first: list[Row] = field(default_factory=list)
+    bad: dict[str, int] = field(default_factory=dict)
+    """Rows that cannot be used, by what is wrong."""
+    too_long: int = 0
+    """Of the first ones."""
+
+    @property
+    def shape(self) -> str:
+        """The commonest."""
+        return self.shapes.most_common(1)[0][0]
+
+
+def new(data: str, base: str, out: Path, columns: dict[str, str]) -> list[str]:
+    """Write a recipe to `out` and return what there is to say of it.
+
+    Raises DataError for rows of no known shape, RecipeError where the model has no head for them or `out` exists, SourceError for
+    a model that is not there.
+    """
+    if out.exists():
+        raise RecipeError(f"{out} exists; choose another name with --out, or move it away")
+    source = find(base)
+    known = facts(source)
+    look = _look(data, columns)
+    task = _task(data, look, known)
+    task["max_tokens"], look.too_long = _lengths(look, source, known, task)
+    keys = {"model": _moved(base, out), "train": _moved(data, out), "map": columns}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text("\n".join(_lines(out.name, keys, look, task, known)) + "\n", encoding="utf-8")
+    return [
+        f"{out}: {task['kind']}, since the rows of {data} have the shape {look.shape}",
+        f"next: tuner check {out}; tuner data {out}; tuner run {out}",
+    ]
+
+
+def _look(data: str, columns: dict[str, str]) -> _Look:
+    """Read all rows once."""
+    recipe = rows_only(Path(data), ["data.on_bad_row=skip", f"data.map={json.dumps(columns)}"])
+    look, bad = _Look(), BadRows(recipe.data.on_bad_row)
+    for row, _ in usable(reading.read(recipe, "train"), lambda row: row, bad):
+        look.rows += 1
+        look.shapes[row.shape] += 1
+        if len(look.labels) <= MOST_LABELS:
+            look.labels.update(labels_of(row.record))
+        if len(look.first) < MEASURED_ROWS:
+            look.first.append(row)
+    look.bad = dict(bad.by_kind)
+    if not look.rows:
+        raise DataError(f"{data}: none of its rows can be used; the first: {bad.listed[0]}")
+    return look
+
+
+def _task(data: str, look: _Look, known: Facts) -> dict[str, Any]:
+    """The options of the task that learns from rows of this shape, as far as the model has the head for one."""
+    if not look.shape:
+        raise DataError(_unknown(data, look))
+    family, architecture = family_of(known.model_type)
+    heads = {each["kind"]: kinds.load("tasks", each["kind"]).HEAD for each in TASKS[look.shape]}
+    fitting = [each for each in TASKS[look.shape] if heads[each["kind"]] in family.heads - architecture.lacks]
+    if not fitting:
+        kind, head = next(iter(heads.items()))
+        message = f"{data} has rows of the shape {look.shape}, for {kind}, and {known.model_type} has no {head} head"
+        raise RecipeError(f"{message}; name another model with --base")
+    task = dict(fitting[0])
+    if task["kind"] in ("classify", "tokens") and task.get("form") != "number":
+        task["labels"] = _labels(data, look)
+    if task["kind"] == "tokens" and "causal" in family.heads:
+        task["at"] = "last"
+    if known.pooling and task["kind"] == "embed":
+        task["pooling"] = known.pooling
+    return task
+
+
+def _unknown(data: str, look: _Look) -> str:
+    """The columns there are, and which of them are likely meant."""
+    values = {key: [str(row.record.get(key)) for row in look.first[:200]] for key in look.first[0].record}
+    text = max(values, key=lambda key: sum(map(len, values[key])))
+    few = [key for key in values if key != text and 1 < len(set(values[key])) <= max(2, len(values[key]) // 4)]
+    guess = f"--map text={text}" + (f" --map label={few[0]}" if few else "")
+    return f"{data}: the keys {', '.join(values)} are none of the known shapes; say what they are, such as `{guess}`"
+
+
+def _labels(data: str, look: _Look) -> list[str]:
+    one = next(iter(look.labels), None)
+    if len(look.labels) > MOST_LABELS:
+        raise DataError(f"{data}: more than {MOST_LABELS} different labels, such as {one!r}; are they labels?")
+    if len(look.labels) < 2:
+        raise DataError(f"{data}: every row has the same label, {one!r}, so there is nothing to tell apart")
+    # B-PER before I-PER, and O before all.
+    return sorted(look.labels, key=lambda tag: (tag != "O", tag[2:], tag)) if "O" in look.labels else sorted(look.labels)
+
+
+def _lengths(look: _Look, source: Source, known: Facts, task: dict[str, Any]) -> tuple[int, int]:
+    """(max_tokens that holds 99 of 100 rows, in steps of 32 up to what the model reads; how many of the first rows are longer)."""
+    from tuner import gguf
+    from tuner.checkpoint import load_tokenizer
+
+    most = known.max_tokens or 4096
+    if task["kind"] in ("pretrain", "masked"):
+        return min(512, most), 0  # longer documents become several blocks
+    tokenizer = gguf.load_tokenizer(source.path) if source.is_gguf else load_tokenizer(source.checkpoint)
+    module, bad = kinds.load("tasks", task["kind"]), BadRows(OnBadRow.model_validate(dict.fromkeys(OnBadRow.model_fields, "skip")))
+    found = module.examples(iter(look.first), tokenizer, module.Options(**task, max_tokens=10**9), bad)
+    lengths = sorted(_longest(example) for _, example in found)
+    if not lengths:
+        raise DataError(f"none of the first rows can be used: {bad.listed[0]}")
+    for kind, count in bad.by_kind.items():
+        look.bad[kind] = look.bad.get(kind, 0) + count
+    chosen = min(max(32, -(-lengths[int(0.99 * (len(lengths) - 1))] // 32) * 32), most)
+    return chosen, sum(length > chosen for length in lengths)
+
+
+def _longest(example: Any) -> int:
+    """Tokens of the longest text that the model reads at a time."""
+    texts = [example.chosen.ids, example.rejected.ids] if hasattr(example, "chosen") else getattr(example, "texts", [example.ids])
+    return max(map(len, texts))
+
+
+def _lines(name: str, keys: dict[str, Any], look: _Look, task: dict[str, Any], known: Facts) -> Iterator[str]:
+    """The recipe."""
+    family, architecture = family_of(known.model_type)
+    encoder = "causal" not in family.heads
+    method, rate, why = _method(known, encoder=encoder)
+    batch = 32 if encoder else 8
+    share = round(min(0.2, max(0.005, HELDOUT_ROWS / look.rows)), 3)
+    rows = int(look.rows * (1 - share))
+    epochs = 1 if rows > LONG_ROWS else 3
+    size = f"{known.parameters / 1e6:.0f}M parameters"
+    yield f"# Made by `tuner new` from {look.rows} rows ({look.shape}), for {known.model_type}, {size}."
+    yield f"# Try:  tuner check {name}    tuner data {name}    tuner run {name}    tuner prove {name}"
+    yield from ("", f"model: {_flow(keys['model'])}", "", "data:")
+    yield f"  train: {_flow({'path': keys['train'], 'map': keys['map']} if keys['map'] else keys['train'])}"
+    yield f"  heldout_fraction: {share}   # never trained on; `heldout: FILE` takes rows of its own instead"
+    policies = dict.fromkeys(look.bad, "skip")
+    if look.too_long:
+        policies["too_long"] = "truncate" if task["kind"] in ("classify", "tokens", "embed") else "skip"
+    if policies:
+        found = [f"{count} {kind}" for kind, count in {**look.bad, "too_long": look.too_long}.items() if count]
+        yield f"  on_bad_row: {_flow(policies)}   # found: {', '.join(found)}; without this they stop the run"
+    yield from ("", "stages:", "  - tune:", f"      task: {_flow(task)}")
+    yield f"      method: {method}   # {why}"
+    yield f"      epochs: {epochs}   # {-(-rows // batch) * epochs} steps"
+    yield f"      batch_size: {batch}   # rows a step; `micro_batch_size: 4` needs less memory for the same result"
+    yield f"      learning_rate: {rate}"
+    yield "      gate: {heldout_loss_drop: 0.0}   # fail where held-out rows got no better"
+    if method != "full":
+        yield "  - merge: {}   # one model, that anything can open and serve"
+        if not architecture.not_quantized and kinds.load("tasks", task["kind"]).HEAD == "causal":
+            yield "  # - quantize: {scheme: w8a8-int8}   # a quarter of the memory of float32, for a little of the quality"
+
+
+def _method(known: Facts, *, encoder: bool) -> tuple[str, str, str]:
+    """(the method, its learning rate, why) by what fits into this machine's memory, or its GPU's."""
+    memory, where = _memory()
+    full, room = FULL_BYTES * known.parameters, f"{memory / 1e9:.0f} GB of {where} are free"
+    if encoder and full < memory / 2:
+        return "full", "1.0e-4", f"every weight, which takes {full / 1e9:.1f} GB, and {room}; `lora` takes less"
+    if 4 * known.parameters < memory / 2:
+        return "{kind: lora, rank: 16}", "5.0e-4", f"an adapter on every linear of every block; {room}"
+    return "{kind: lora, rank: 16, storage: nf4}", "5.0e-4", f"QLoRA, the weights in 4 bits: {room}"
+
+
+def _memory() -> tuple[int, str]:
+    """What is free where the model will be trained, in bytes, and its name."""
+    import psutil
+    import torch
+
+    if torch.cuda.is_available():
+        return int(torch.cuda.mem_get_info()[0]), "GPU memory"
+    return int(psutil.virtual_memory().available), "memory"
+
+
+def _moved(path: str, out: Path) -> str:
+    """A path as it is seen from the recipe."""
+    here = "://" not in path and (Path(path).exists() or any(letter in path for letter in "*?["))
+    return os.path.relpath(Path(path).absolute(), out.absolute().parent) if here else path
+
+
+def _flow(value: Any) -> str:
+    """YAML in one line."""
+    text = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10**6, allow_unicode=True)
+    return str(text).removesuffix("\n").removesuffix("\n...")

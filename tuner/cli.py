@@ -161,6 +161,28 @@ def data(
 
 
 @app.command()
+def tokens(
+    tokenizers: Annotated[
+        list[str],
+        typer.Argument(metavar="TOKENIZER...", help="Models or tokenizers: a hub id, directory, bundle, .gguf, pkg://..."),
+    ],
+    data: Annotated[str | None, typer.Option(help="Rows to count on: a file, folder, pattern or URL.")] = None,
+    by: Annotated[str | None, typer.Option(help="A key of the rows, such as language: one line for each of its values.")] = None,
+    only: Annotated[str | None, typer.Option(help="With --by: these groups alone, such as eng,deu_1996,hin.")] = None,
+    text: Annotated[str | None, typer.Option(help="A text to show in its tokens.")] = None,
+    top: Annotated[int, typer.Option(min=1, help="With --by: so many groups, the largest first.")] = 30,
+) -> None:
+    """Compare tokenizers: tokens a word, bytes a token, what is lost, what is never used; or look at a text."""
+    from tuner.data.show import show_tokens
+
+    if not data and text is None:
+        raise typer.BadParameter("give --data FILE, --text TEXT, or both")
+    if only and not by:
+        raise typer.BadParameter("--only names values of the key that --by names")
+    show_tokens(tokenizers, data, text, by=by, only=only.split(",") if only else None, top=top)
+
+
+@app.command()
 def show(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A bundle, such as runs/demo/merge.")],
     as_json: Annotated[bool, typer.Option("--json", help="The whole manifest.")] = False,

@@ -19,24 +19,6 @@ from tuner.families import family_of
 from tuner.recipe import rows_only
 from tuner.source import Facts, Source, facts, find
 
-# Shape of a row to the task that learns from it and its options; where a model has not its head, the next one.
-TASKS: dict[str, list[dict[str, Any]]] = {
-    "messages": [{"kind": "sft"}],
-    "ShareGPT": [{"kind": "sft"}],
-    "Alpaca": [{"kind": "sft"}],
-    "prompt and completion": [{"kind": "sft"}],
-    "preference pairs": [{"kind": "preference", "loss": "dpo"}],
-    "judged answers": [{"kind": "preference", "loss": "kto"}],
-    "text with a label": [{"kind": "classify"}],
-    "text with labels": [{"kind": "classify", "form": "multi"}],
-    "text with a score": [{"kind": "classify", "form": "number"}],
-    "words and tags": [{"kind": "tokens"}],
-    "words and tags (tokens, ner_tags)": [{"kind": "tokens"}],
-    "pairs": [{"kind": "embed"}],
-    "triples": [{"kind": "embed"}],
-    "sentence pairs with a score": [{"kind": "embed", "loss": "cosine"}],
-    "text": [{"kind": "pretrain"}, {"kind": "masked"}],
-}
 # Rows whose length in tokens is measured; the longest hundredth of them is known well enough.
 MEASURED_ROWS = 2_000
 # More labels than this are names or sentences.
@@ -112,20 +94,19 @@ def _task(data: str, look: _Look, known: Facts) -> dict[str, Any]:
     if not look.shape:
         raise DataError(_unknown(data, look))
     family, architecture = family_of(known.model_type)
-    heads = {each["kind"]: kinds.load("tasks", each["kind"]).HEAD for each in TASKS[look.shape]}
-    fitting = [each for each in TASKS[look.shape] if heads[each["kind"]] in family.heads - architecture.lacks]
+    tasks = {name: kinds.load("tasks", name) for name in kinds.names("tasks")}
+    readers = {name: task for name, task in tasks.items() if look.shape in task.SHAPES}
+    fitting = [name for name, task in readers.items() if task.HEAD in family.heads - architecture.lacks]
     if not fitting:
-        kind, head = next(iter(heads.items()))
-        message = f"{data} has rows of the shape {look.shape}, for {kind}, and {known.model_type} has no {head} head"
+        name, task = next(iter(readers.items()), ("no task yet", tasks["sft"]))
+        message = f"{data} has rows of the shape {look.shape}, for {name}, and {known.model_type} has no {task.HEAD} head"
         raise RecipeError(f"{message}; name another model with --base")
-    task = dict(fitting[0])
-    if task["kind"] in ("classify", "tokens") and task.get("form") != "number":
-        task["labels"] = _labels(data, look)
-    if task["kind"] == "tokens" and "causal" in family.heads:
-        task["at"] = "last"
-    if known.pooling and task["kind"] == "embed":
-        task["pooling"] = known.pooling
-    return task
+    task = tasks[fitting[0]]
+    propose = getattr(task, "proposed", lambda shape, *_: task.SHAPES[shape])
+    options: dict[str, Any] = propose(look.shape, _sorted(look.labels), family, known)
+    if "labels" in options:
+        _check_labels(data, look)
+    return {"kind": fitting[0], **options}
 
 
 def _unknown(data: str, look: _Look) -> str:
@@ -137,26 +118,29 @@ def _unknown(data: str, look: _Look) -> str:
     return f"{data}: the keys {', '.join(values)} are none of the known shapes; say what they are, such as `{guess}`"
 
 
-def _labels(data: str, look: _Look) -> list[str]:
+def _check_labels(data: str, look: _Look) -> None:
     one = next(iter(look.labels), None)
     if len(look.labels) > MOST_LABELS:
         raise DataError(f"{data}: more than {MOST_LABELS} different labels, such as {one!r}; are they labels?")
     if len(look.labels) < 2:
         raise DataError(f"{data}: every row has the same label, {one!r}, so there is nothing to tell apart")
-    # B-PER before I-PER, and O before all.
-    return sorted(look.labels, key=lambda tag: (tag != "O", tag[2:], tag)) if "O" in look.labels else sorted(look.labels)
+
+
+def _sorted(labels: Counter[str]) -> list[str]:
+    """By name; of BIO tags O first, then B-PER before I-PER."""
+    return sorted(labels, key=lambda tag: (tag != "O", tag[2:], tag)) if "O" in labels else sorted(labels)
 
 
 def _lengths(look: _Look, source: Source, known: Facts, task: dict[str, Any]) -> tuple[int, int]:
     """(max_tokens that holds 99 of 100 rows, in steps of 32 up to what the model reads; how many of the first rows are longer)."""
-    from tuner import gguf
-    from tuner.checkpoint import load_tokenizer
+    from tuner.tokens import tokenizer_of
 
     most = known.max_tokens or 4096
-    if task["kind"] in ("pretrain", "masked"):
-        return min(512, most), 0  # longer documents become several blocks
-    tokenizer = gguf.load_tokenizer(source.path) if source.is_gguf else load_tokenizer(source.checkpoint)
-    module, bad = kinds.load("tasks", task["kind"]), BadRows(OnBadRow.model_validate(dict.fromkeys(OnBadRow.model_fields, "skip")))
+    module = kinds.load("tasks", task["kind"])
+    if hasattr(module, "BLOCK_TOKENS"):
+        return min(module.BLOCK_TOKENS, most), 0
+    tokenizer = tokenizer_of(source)
+    bad = BadRows(OnBadRow.model_validate(dict.fromkeys(OnBadRow.model_fields, "skip")))
     found = module.examples(iter(look.first), tokenizer, module.Options(**task, max_tokens=10**9), bad)
     lengths = sorted(_longest(example) for _, example in found)
     if not lengths:
@@ -190,31 +174,31 @@ def _lines(name: str, keys: dict[str, Any], look: _Look, task: dict[str, Any], k
     yield f"  heldout_fraction: {share}   # never trained on; `heldout: FILE` takes rows of its own instead"
     policies = dict.fromkeys(look.bad, "skip")
     if look.too_long:
-        policies["too_long"] = "truncate" if task["kind"] in ("classify", "tokens", "embed") else "skip"
+        policies["too_long"] = getattr(kinds.load("tasks", task["kind"]), "TOO_LONG", "skip")
     if policies:
         found = [f"{count} {kind}" for kind, count in {**look.bad, "too_long": look.too_long}.items() if count]
         yield f"  on_bad_row: {_flow(policies)}   # found: {', '.join(found)}; without this they stop the run"
     yield from ("", "stages:", "  - tune:", f"      task: {_flow(task)}")
-    yield f"      method: {method}   # {why}"
+    yield f"      method: {_flow(method)}   # {why}"
     yield f"      epochs: {epochs}   # {-(-rows // batch) * epochs} steps"
     yield f"      batch_size: {batch}   # rows a step; `micro_batch_size: 4` needs less memory for the same result"
     yield f"      learning_rate: {rate}"
     yield "      gate: {heldout_loss_drop: 0.0}   # fail where held-out rows got no better"
-    if method != "full":
+    if kinds.load("methods", method["kind"]).GIVES == "adapter":
         yield "  - merge: {}   # one model, that anything can open and serve"
         if not architecture.not_quantized and kinds.load("tasks", task["kind"]).HEAD == "causal":
             yield "  # - quantize: {scheme: w8a8-int8}   # a quarter of the memory of float32, for a little of the quality"
 
 
-def _method(known: Facts, *, encoder: bool) -> tuple[str, str, str]:
+def _method(known: Facts, *, encoder: bool) -> tuple[dict[str, Any], str, str]:
     """(the method, its learning rate, why) by what fits into this machine's memory, or its GPU's."""
     memory, where = _memory()
     full, room = FULL_BYTES * known.parameters, f"{memory / 1e9:.0f} GB of {where} are free"
     if encoder and full < memory / 2:
-        return "full", "1.0e-4", f"every weight, which takes {full / 1e9:.1f} GB, and {room}; `lora` takes less"
+        return {"kind": "full"}, "1.0e-4", f"every weight, which takes {full / 1e9:.1f} GB, and {room}; `lora` takes less"
     if 4 * known.parameters < memory / 2:
-        return "{kind: lora, rank: 16}", "5.0e-4", f"an adapter on every linear of every block; {room}"
-    return "{kind: lora, rank: 16, storage: nf4}", "5.0e-4", f"QLoRA, the weights in 4 bits: {room}"
+        return {"kind": "lora", "rank": 16}, "5.0e-4", f"an adapter on every linear of every block; {room}"
+    return {"kind": "lora", "rank": 16, "storage": "nf4"}, "5.0e-4", f"QLoRA, the weights in 4 bits: {room}"
 
 
 def _memory() -> tuple[int, str]:

@@ -286,7 +286,7 @@ def _facts_of_made(recipe: Recipe) -> Facts:
         if hasattr(stage, "facts"):
             vocabulary = max((getattr(each, "vocab_size", 0) for _, each in recipe.stages), default=0)
             made: Facts = stage.facts(options, vocabulary or 50_000)
-            return made
+            return replace(made, chat_template=any(getattr(each, "chat_template", None) for _, each in recipe.stages))
     return Facts("gpt2", 0, 0, chat_template=False)  # a recipe that only trains a tokenizer
 
 

@@ -53,7 +53,7 @@ def prove(recipe: Recipe, bundles: list[Bundle], url: str, out_dir: Path) -> dic
         asks = module.question(row.record, tokenizer, task)
         most = min(recipe.evaluate.max_new_tokens, longest - len(asks["ids"]))
         common: dict[str, Any] = {"model": model, "temperature": 0, "max_tokens": most}
-        if asks["messages"]:
+        if asks["messages"] and "tools" not in asks:  # with tools the engine would look for calls in the answer
             reply = client.chat.completions.create(messages=asks["messages"], **common)
             return str(reply.choices[0].message.content or "")
         return str(client.completions.create(prompt=asks["ids"], **common).choices[0].text)

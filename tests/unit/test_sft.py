@@ -3,6 +3,8 @@
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from tuner.data.example import IGNORE, Example
 from tuner.data.rows import BadRows, Row
@@ -59,6 +61,69 @@ def test_an_end_is_added_where_the_template_has_none(tokenizer: Any) -> None:
     example = encode({"messages": TURNS[1:3]}, bare)
     assert example.ids[-1] == example.labels[-1] == bare.eos_token_id
     assert learned(example, bare).startswith("az vm list")
+
+
+MARKED = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}"
+    "END{% endgeneration %}REST{{ '\n' }}{% else %}{{ m['content'] }}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize(("inside", "behind"), [("<|im_end|>", ""), ("", "<|im_end|>")])
+def test_a_template_that_marks_answers_is_believed(tokenizer: Any, inside: str, behind: str) -> None:
+    import copy
+
+    marked = copy.deepcopy(tokenizer)
+    marked.chat_template = MARKED.replace("END", inside).replace("REST", behind)
+    example = encode({"messages": TURNS}, marked)
+    assert sft.has_markers(marked) and not sft.has_markers(tokenizer)
+    assert learned(example, marked) == "az vm list<|im_end|>az vnet show<|im_end|>"
+    assert example == encode({"messages": TURNS}, tokenizer), "the same text, with the mask derived"
+    assert sft.told(marked, sft.Options()) == ["what is learned is what the chat template marks as the assistant's"]
+
+
+def test_a_template_without_markers_and_one_without_ends_are_said(tokenizer: Any) -> None:
+    import copy
+
+    bare = copy.deepcopy(tokenizer)
+    bare.chat_template = BARE_TEMPLATE
+    (derived,) = sft.told(tokenizer, sft.Options())
+    assert derived.startswith("the chat template marks no answers")
+    assert sft.told(bare, sft.Options())[1].startswith("the chat template ends no answer, so <|im_end|> is added")
+
+
+def test_a_text_that_begins_twice_is_refused(tokenizer: Any) -> None:
+    import copy
+
+    from tokenizers import processors
+
+    own: Any = copy.deepcopy(tokenizer)
+    own.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)]
+    )
+    assert own("list")["input_ids"][0] == own.bos_token_id == 1
+    encode({"prompt": "list vm", "completion": " az"}, own)
+    with pytest.raises(DataError, match="begins with <.im_start.> twice"):
+        encode({"prompt": "<|im_start|>list vm", "completion": " az"}, own)
+
+
+SAID = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=30).filter(str.strip)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(turns=st.lists(st.tuples(SAID, SAID), min_size=1, max_size=4), system=st.none() | SAID)
+def test_whatever_is_said_the_answers_and_nothing_else_are_learned(tokenizer: Any, turns: Any, system: str | None) -> None:
+    messages = [{"role": "system", "content": system}] if system else []
+    for asked, said in turns:
+        messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
+    example = encode({"messages": messages}, tokenizer)
+    ends = sum(
+        token == tokenizer.eos_token_id and label != IGNORE for token, label in zip(example.ids, example.labels, strict=True)
+    )
+    assert tokenizer.decode(example.ids) == tokenizer.apply_chat_template(messages, tokenize=False)
+    assert learned(example, tokenizer) == "".join(said + "<|im_end|>" for _, said in turns)
+    assert ends == len(turns)
 
 
 def test_a_template_that_lets_question_and_answer_share_a_token_is_refused(tokenizer: Any) -> None:

@@ -32,6 +32,11 @@ BLOCK_ROWS = 10_000
 # Where each row's own numbers are kept.
 SIDES = ("train", "heldout", "test")
 WORD = re.compile(r"\w+")
+# Keys whose text tasks read.
+SPEAKING = (
+    "text", "messages", "prompt", "completion", "chosen", "rejected", "words", "anchor", "positive", "negative", "negatives",
+    "sentence1", "sentence2",
+)  # fmt: skip
 # Keys whose text says what a row is, not what it says.
 MARKS = frozenset({"role", "label", "labels", "tags", "score", "id", "type", "tools", "tool_call_id"})
 # detect-secrets' detectors of secrets with a form of their own; those by entropy or by a keyword find too much in prose.
@@ -144,8 +149,12 @@ class _Drawn:
 
 
 def words_of(record: dict[str, Any]) -> str:
-    """Everything that the record says, without what it is labelled, and without what a system message says to all alike."""
-    return "\n".join(_texts(record))
+    """What the record says, without what it is labelled, and without what a system message says to all alike.
+
+    That is what stands under the keys that tasks read, or under all where there are none of those.
+    """
+    read = {key: record[key] for key in SPEAKING if key in record}
+    return "\n".join(_texts(read or record))
 
 
 def _texts(value: Any) -> Iterator[str]:

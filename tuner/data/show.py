@@ -17,6 +17,7 @@ from tuner.data.shapes import told
 from tuner.plan import Plan
 
 BINS = 10
+TOKEN_COLOURS = ("bright_cyan", "bright_yellow", "bright_green", "bright_magenta")
 BAR_WIDTH = 40
 
 
@@ -25,6 +26,8 @@ class Pictured:
     """A task's examples, as a person looks at them."""
 
     kind: str
+    told: list[str]
+    """How what is learned was found."""
     rows: int
     tokens: int
     supervised: float
@@ -50,7 +53,9 @@ def pictured(plan: Plan, out_dir: Path, rows: int) -> list[Pictured]:
         shown = getattr(kinds.load("tasks", task.kind), "shown", lambda example, _: [("", example)])
         first = [[(name, pieces(part, tokenizer)) for name, part in shown(each, task)] for each in examples[:rows]]
         counts = {key: data[key] for key in ("rows", "tokens", "skipped", "skipped_rows", "cut_rows")}
-        found.append(Pictured(task.kind, supervised=data["supervised_tokens"], lengths=examples.lengths, examples=first, **counts))
+        said: list[str] = getattr(kinds.load("tasks", task.kind), "told", lambda *_: [])(tokenizer, task)
+        counts |= {"supervised": data["supervised_tokens"], "lengths": examples.lengths}
+        found.append(Pictured(task.kind, said, examples=first, **counts))
     return found
 
 
@@ -67,6 +72,8 @@ def show(tasks: list[Pictured], quality: Quality) -> None:
             f"{task.rows} rows, {task.tokens} tokens, {task.supervised:g} learned, "
             f"{task.skipped_rows} rows left out, {task.cut_rows} cut"
         )
+        for said in task.told:
+            console.print(said, markup=False, soft_wrap=True)
         for reason in task.skipped:
             console.print(f"  {reason}", markup=False, soft_wrap=True)
         _print_bars(console, bins(task.lengths))
@@ -164,11 +171,62 @@ def show_bundle(bundle: Bundle, *, as_json: bool) -> None:
     console.print(table)
 
 
+def show_tokens(references: list[str], data: str | None, text: str | None, *, top: int, **groups: Any) -> None:
+    """Print a text in the tokens of each tokenizer, and a table of what they make of the rows of `data`."""
+    from tuner.tokens import WHOLE, Counts, measure, pieces, tokenizer_of
+
+    console = Console(highlight=False)
+    for reference in references if text is not None else []:
+        shown, tokenizer = Text(), tokenizer_of(reference)
+        parts = pieces(str(text), tokenizer)
+        for at, piece in enumerate(parts):
+            shown.append(piece.replace("\n", "⏎\n"), style=f"black on {TOKEN_COLOURS[at % len(TOKEN_COLOURS)]}")
+        console.print(Text(f"{reference}: {len(tokenizer(text, add_special_tokens=False)['input_ids'])} tokens\n") + shown)
+    if data is None:
+        return
+    found, by = measure(references, data, **groups), groups.get("by")
+    table = Table(title=f"{data}: tokens a word / bytes a token")
+    table.add_column("rows" if by is None else by)
+    for each in found:
+        table.add_column(each.name, justify="right", overflow="fold")
+    names = sorted(found[0].groups, key=lambda name: (name != WHOLE, -found[0].groups[name].bytes, name))
+    for name in names[: top + 1]:
+        each_counts = [each.groups.get(name, Counts()) for each in found]
+        table.add_row(Text(name), *(_told(counts) for counts in each_counts))
+    console.print(table)
+    if len(names) > top + 1:
+        console.print(f"and {len(names) - top - 1} smaller groups; `--top {len(names)}` shows all")
+    for each in found:
+        whole = each.groups[WHOLE]
+        console.print(
+            f"{each.name}: {whole.tokens} tokens for {whole.bytes} bytes in {whole.texts} texts; "
+            f"{each.size - each.used} of {each.size} entries never used, {whole.unknown} unknown tokens, "
+            f"{whole.changed} texts do not come back as they were",
+            markup=False,
+            soft_wrap=True,
+        )
+        if each.example_lost:
+            console.print(f"  {each.example_lost}", markup=False, soft_wrap=True)
+        if each.embeddings:
+            told = each.embeddings
+            console.print(
+                f"  its embeddings: {told['same']} rows are the same as another one, {told['short']} hardly trained, "
+                f"{told['beyond']} beyond the tokenizer",
+                markup=False,
+                soft_wrap=True,
+            )
+
+
+def _told(counts: Any) -> str:
+    unknown = f" ({counts.unknown / counts.tokens:.0%} unknown)" if counts.unknown else ""
+    return f"{counts.fertility:.2f} / {counts.bytes_per_token:.2f}{unknown}"
+
+
 def _tokenizer(plan: Plan, out_dir: Path) -> Any:
     """The tokenizer of the recipe's model, without its weights."""
-    from tuner import gguf
     from tuner.checkpoint import load_tokenizer
     from tuner.errors import RecipeError
+    from tuner.tokens import tokenizer_of
 
     if plan.source is None:
         if (out_dir / "tokenizer").is_dir():
@@ -177,6 +235,4 @@ def _tokenizer(plan: Plan, out_dir: Path) -> Any:
             f"{plan.recipe.path}: trains its own tokenizer, and there is none in {out_dir} yet; "
             f"`tuner run {plan.recipe.path}` makes it"
         )
-    if plan.source.is_gguf:
-        return gguf.load_tokenizer(plan.source.path)
-    return load_tokenizer(plan.source.checkpoint)
+    return tokenizer_of(plan.source)

@@ -4,15 +4,17 @@ from typing import Any
 
 from pydantic import field_validator
 
+from tuner import kinds
 from tuner.bundle import Manifest
-from tuner.errors import RecipeError, nearest
+from tuner.errors import RecipeError, SourceError, nearest
+from tuner.families import family_of
 from tuner.kinds import Options as BaseOptions
 from tuner.source import Facts, describe_model
 from tuner.stages import Job
 
 TAKES = frozenset({"tokenizer"})
 RESULT = "untrained"
-VERSION = 1
+VERSION = 2
 FROM_TOKENIZER = frozenset({"vocab_size", "bos_token_id", "eos_token_id", "pad_token_id"})
 
 
@@ -41,7 +43,17 @@ def facts(options: Options, vocabulary: int) -> Facts:
     # A block is about 12 x hidden^2: four projections in attention, eight in the two layers behind it.
     parameters = 12 * blocks * hidden * hidden + vocabulary * hidden
     widths = frozenset({hidden, numbers.get("intermediate_size") or 4 * hidden})
-    return Facts(str(options.config["model_type"]), parameters, length, chat_template=False, widths=widths)
+    kind = str(options.config["model_type"])
+    return Facts(kind, parameters, length, chat_template=False, widths=widths, head=_head(kind))
+
+
+def _head(model_type: str) -> str:
+    """What a new model of this type is trained to answer with first: words, or those that are hidden."""
+    try:
+        heads = family_of(model_type)[0].heads
+    except SourceError:
+        return "causal"  # said of the recipe's key later
+    return "causal" if "causal" in heads else "masked"
 
 
 def gives(options: Options) -> str:  # noqa: ARG001 - a stage's common signature
@@ -52,8 +64,9 @@ def gives(options: Options) -> str:  # noqa: ARG001 - a stage's common signature
 def run(job: Job) -> Manifest:
     """Build the model with the recipe's seed; raises RecipeError for a key that the configuration does not have."""
     import torch
+    import transformers
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     from tuner.checkpoint import load_tokenizer
 
@@ -67,10 +80,11 @@ def run(job: Job) -> Manifest:
             raise job.recipe.error(
                 f'{values["model_type"]} has no setting "{key}"{nearest(key, names)}', "stages", job.index, "init", "config", key
             )
-    ids = {name: len(tokenizer) if name == "vocab_size" else getattr(tokenizer, name) for name in FROM_TOKENIZER}
+    ids = {name: len(tokenizer) if name == "vocab_size" else getattr(tokenizer, name) for name in FROM_TOKENIZER & names}
+    opener = getattr(transformers, kinds.load("heads", _head(values["model_type"])).AUTO)
     torch.manual_seed(job.recipe.seed)
     try:
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**{**values, **ids}), dtype=torch.float32)
+        model = opener.from_config(AutoConfig.for_model(**{**values, **ids}), dtype=torch.float32)
     except (ValueError, TypeError, RuntimeError, StrictDataclassError) as error:
         raise RecipeError(
             f"{job.recipe.at('stages', job.index, 'init', 'config')}: no model can be made from it: {error}"

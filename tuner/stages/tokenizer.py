@@ -1,31 +1,79 @@
-"""Train a byte-level BPE tokenizer on the recipe's text (Sennrich et al. 2016, arXiv:1508.07909; bytes as in GPT-2)."""
+"""Train a tokenizer on the recipe's text: byte-level BPE (Sennrich et al. 2016, arXiv:1508.07909), WordPiece as BERT has it
+(Wu et al. 2016, arXiv:1609.08144), or Unigram (Kudo 2018, arXiv:1804.10959). The algorithms are the tokenizers library's."""
 
+import json
+import sys
+from collections import Counter
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from tuner.bundle import Manifest
 from tuner.data import reading
+from tuner.data.quality import words_of
 from tuner.data.rows import BadRows, usable
 from tuner.errors import DataError
 from tuner.kinds import Options as BaseOptions
 from tuner.progress import counted
+from tuner.recipe import Recipe
 from tuner.stages import Job
 
 TAKES = frozenset({"nothing"})
 RESULT = "tokenizer"
-VERSION = 1
+VERSION = 2
 KEYS = frozenset({"text", "messages", "messages.role", "messages.content", "prompt", "completion"})
+# Where no piece goes across, beside GPT-2's own. That of Llama 3 keeps at most three digits together. What is between them is
+# learned as bytes, so that every text comes back as it was.
+SPLITS = {
+    "llama3": (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    ),
+    "whitespace": r"\s*\S+|\s+",
+}
+CHATML = """{% for message in messages %}<|im_start|>{{ message['role'] }}
+{{ message['content'] }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+# The library's, in UnigramTrainer.finalize.
+UNLEARNED_STEP = 1.0e-4
+# More different characters than this are left to [UNK], as in BERT's own vocabularies.
+MOST_CHARACTERS = 1_000
+BERT_ROLES = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
 
 
 class Options(BaseOptions):
     """Keys of `- tokenizer:`."""
 
+    model: Literal["bpe", "unigram", "wordpiece"] = "bpe"
+    """`bpe` and `unigram` learn bytes and lose nothing; `wordpiece` is BERT's, with [CLS], [SEP] and [MASK], and loses spaces."""
     vocab_size: int = Field(4096, ge=257)
-    """Entries: 256 bytes, the end token, and merges for the rest."""
+    """Entries: 256 bytes, special tokens, and pieces for the rest."""
+    normalizer: Literal["none", "nfc", "nfkc", "bert"] | None = None
+    """What is done to the text first: nothing, or for `wordpiece` what BERT does (lower case, no accents)."""
+    pre_tokenizer: Literal["gpt2", "llama3", "whitespace", "words"] | None = None
+    """Where no piece goes across: `gpt2` by default, `words` (spaces, punctuation) for `wordpiece`; `llama3` splits numbers."""
     eos_token: str = Field("<|endoftext|>", min_length=1)
-    """Ends a document and pads."""
+    """Ends a document and pads. For `wordpiece`, which ends texts with [SEP], it means nothing."""
+    special_tokens: list[str] = Field(default_factory=list)
+    """Further tokens that no text is cut across, such as "<|tool|>"."""
+    min_frequency: int = Field(2, ge=1)
+    """A piece that occurs less often is not learned."""
+    chat_template: str | None = None
+    """How a conversation is written down: `chatml`, whose turns end in <|im_end|>, or a file with a Jinja template."""
+
+    @model_validator(mode="after")
+    def _go_together(self) -> "Options":
+        wordpiece = self.model == "wordpiece"
+        if (self.pre_tokenizer == "words") != wordpiece and self.pre_tokenizer is not None:
+            fitting = "words" if wordpiece else f"gpt2, {', '.join(SPLITS)}"
+            raise ValueError(f"pre_tokenizer: {self.pre_tokenizer} is not for {self.model}, which takes {fitting}")
+        if wordpiece and (self.chat_template or "eos_token" in self.model_fields_set):
+            key = "chat_template" if self.chat_template else "eos_token"
+            raise ValueError(f"{key}: a wordpiece tokenizer is for encoders, which do not write; leave it out")
+        if len(set(self.special_tokens)) < len(self.special_tokens) or not all(self.special_tokens):
+            raise ValueError("special_tokens: one is empty, or stands there twice")
+        return self
 
 
 def gives(options: Options) -> str:  # noqa: ARG001 - a stage's common signature
@@ -34,27 +82,27 @@ def gives(options: Options) -> str:  # noqa: ARG001 - a stage's common signature
 
 
 def run(job: Job) -> Manifest:
-    """Count pairs in the training text, write tokenizer.json and its configuration."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    """Count pieces in the training text, write tokenizer.json and its configuration."""
     from transformers import PreTrainedTokenizerFast
 
     from tuner.source import versions
 
     options: Any = job.options
-    tokenizer: Any = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
-    trainer = trainers.BpeTrainer(
-        vocab_size=options.vocab_size,
-        special_tokens=[options.eos_token],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
+    template, end = _chat(job, options)
+    roles = (
+        BERT_ROLES if options.model == "wordpiece" else dict.fromkeys(("bos_token", "eos_token", "pad_token"), options.eos_token)
     )
+    if end:
+        roles = {**roles, "eos_token": end}
+    special = list(dict.fromkeys([*roles.values(), *(["<|im_start|>"] if end else []), *options.special_tokens]))
     bad = BadRows(job.recipe.data.on_bad_row)
-    tokenizer.train_from_iterator(texts(job, bad), trainer)
-    eos = options.eos_token
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=eos, eos_token=eos, pad_token=eos).save_pretrained(job.folder)
+    if options.model == "wordpiece":
+        tokenizer = _wordpiece(job.recipe, options, special, bad)
+    else:
+        tokenizer = _of_bytes(job.recipe, options, special, bad)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, extra_special_tokens=options.special_tokens, **roles)
+    fast.chat_template = template
+    fast.save_pretrained(job.folder)
     return Manifest(
         kind="tokenizer",
         stage="tokenizer",
@@ -66,9 +114,109 @@ def run(job: Job) -> Manifest:
     )
 
 
-def texts(job: Job, bad: BadRows) -> Iterator[str]:
+def _of_bytes(recipe: Recipe, options: Options, special: list[str], bad: BadRows) -> Any:
+    """A trained BPE or Unigram tokenizer."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    common = _common(options, special)
+    common["initial_alphabet"] = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bpe = options.model == "bpe"
+    tokenizer: Any = Tokenizer(models.BPE() if bpe else models.Unigram())
+    own = SPLITS.get(options.pre_tokenizer or "gpt2")
+    as_bytes: Any = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=own is None)
+    if own is not None:
+        as_bytes = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(own), "isolated"), as_bytes])
+    tokenizer.pre_tokenizer = as_bytes
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    _normalize(tokenizer, options.normalizer)
+    trainer: Any = trainers.BpeTrainer(min_frequency=options.min_frequency, **common) if bpe else trainers.UnigramTrainer(**common)
+    tokenizer.train_from_iterator(texts(recipe, bad), trainer)
+    return tokenizer if bpe else _settled(tokenizer, len(special))
+
+
+def _wordpiece(recipe: Recipe, options: Options, special: list[str], bad: BadRows) -> Any:
+    """A trained WordPiece tokenizer, with [CLS] before and [SEP] behind a text.
+
+    The library numbers the characters within words in the order of a hash table, and settles ties by number: they get theirs first.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    def empty(vocabulary: dict[str, int] | None = None) -> Any:
+        made: Any = Tokenizer(
+            models.WordPiece(vocabulary, unk_token="[UNK]") if vocabulary else models.WordPiece(unk_token="[UNK]")
+        )
+        made.pre_tokenizer, made.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
+        _normalize(made, options.normalizer or "bert")
+        return made
+
+    learner = empty()
+    seen: Counter[str] = Counter()
+    for text in texts(recipe, BadRows(recipe.data.on_bad_row)):
+        seen.update(learner.normalizer.normalize_str(text) if learner.normalizer else text)
+    commonest = sorted((each for each in seen if not each.isspace()), key=lambda each: (-seen[each], each))[:MOST_CHARACTERS]
+    inside = [f"##{each}" for each in sorted(commonest)]
+    common = {**_common(options, [*special, *inside]), "initial_alphabet": sorted(commonest), "limit_alphabet": len(commonest)}
+    learner.train_from_iterator(texts(recipe, bad), trainers.WordPieceTrainer(min_frequency=options.min_frequency, **common))
+    tokenizer = empty(learner.get_vocab())
+    tokenizer.add_special_tokens(special)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[(name, tokenizer.token_to_id(name)) for name in ("[CLS]", "[SEP]")],
+    )
+    return tokenizer
+
+
+def _common(options: Options, special: list[str]) -> dict[str, Any]:
+    """What every trainer takes."""
+    return {"vocab_size": options.vocab_size, "special_tokens": special, "show_progress": sys.stderr.isatty()}
+
+
+def _normalize(tokenizer: Any, wanted: str | None) -> None:
+    from tokenizers import normalizers
+
+    kinds: dict[str, Any] = {"nfc": normalizers.NFC, "nfkc": normalizers.NFKC, "bert": normalizers.BertNormalizer}
+    if wanted in kinds:
+        tokenizer.normalizer = kinds[wanted]()
+
+
+def _settled(tokenizer: Any, special: int) -> Any:
+    """The Unigram tokenizer with scores that do not depend on the order of a hash table, so that one text makes one tokenizer.
+
+    The library adds up floats in that order. To the characters of which it has seen nothing, or next to nothing, it gives the
+    lowest score, that and a step, that and two steps, ...: which of them gets which is settled by their own order here.
+    """
+    from tokenizers import Tokenizer
+
+    tree = json.loads(tokenizer.to_str())
+    pieces = {piece: round(score, 9) for piece, score in tree["model"]["vocab"][special:]}
+    least = min(pieces.values(), default=0.0)
+    steps = {piece: (score - least) / UNLEARNED_STEP for piece, score in pieces.items() if len(piece) == 1}
+    rare = sorted(piece for piece, step in steps.items() if step < 256.5 and abs(step - round(step)) < 1e-3)
+    pieces |= dict(zip(rare, sorted(pieces[piece] for piece in rare), strict=True))
+    ranked = sorted(pieces.items(), key=lambda each: (-each[1], each[0]))
+    tree["model"]["vocab"][special:] = [list(each) for each in ranked]
+    return Tokenizer.from_str(json.dumps(tree))
+
+
+def _chat(job: Job, options: Options) -> tuple[str | None, str | None]:
+    """(the chat template, the token that ends its turns where the template decides that)."""
+    if options.chat_template is None:
+        return None, None
+    if options.chat_template == "chatml":
+        return CHATML, "<|im_end|>"
+    path = job.recipe.path.parent / options.chat_template
+    try:
+        return path.read_text(encoding="utf-8"), None
+    except (OSError, UnicodeDecodeError) as error:
+        place = ("stages", job.index, "tokenizer", "chat_template")
+        raise job.recipe.error(f"{path} cannot be read: {error}; `chatml` is the one that comes along", *place) from None
+
+
+def texts(recipe: Recipe, bad: BadRows) -> Iterator[str]:
     """The text in each training row. A row that has none raises DataError with its place, or is counted in `bad`."""
-    rows = counted("reading text", reading.read(job.recipe, "train"))
+    rows = counted("reading text", reading.read(recipe, "train"))
     for _, text in usable(rows, lambda row: text_of(row.record), bad):
         yield text
 
@@ -80,12 +228,9 @@ def check_row(record: dict[str, Any], options: Options, *, chat_template: bool) 
 
 def text_of(record: dict[str, Any]) -> str:
     """The record's text; raises DataError where it has none."""
-    if isinstance(record.get("text"), str):
-        return str(record["text"])
-    if isinstance(record.get("messages"), list):
-        return "\n".join(str(message.get("content", "")) for message in record["messages"] if isinstance(message, dict))
     if isinstance(record.get("prompt"), str) and isinstance(record.get("completion"), str):
         return str(record["prompt"] + record["completion"])
-    raise DataError(
-        f'found the keys {", ".join(record) or "of an empty object"}, expected "text", "messages", or "prompt" and "completion"'
-    )
+    text = words_of(record)
+    if not text.strip():
+        raise DataError(f"found no text under the keys {', '.join(record) or 'of an empty object'}")
+    return text

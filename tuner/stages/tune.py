@@ -171,6 +171,8 @@ def run(job: Job) -> Manifest:
         raise DataError(f"{data['path']}: no row is left to train on ({data['skipped_rows']} were left out)")
     counts = f"{data['rows']} rows, {data['tokens']} tokens, {data['supervised_tokens']:g} supervised"
     say(f"{counts}; {data['skipped_rows']} rows left out, {data['cut_rows']} cut")
+    for remark in getattr(task, "told", lambda *_: [])(tokenizer, options.task):
+        say(remark)
     for remark in getattr(task, "unseen", lambda *_: [])(examples, options.task):
         say(remark)
     torch.manual_seed(job.recipe.seed)

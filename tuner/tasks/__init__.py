@@ -3,6 +3,7 @@
 Options                       the task's keys in a recipe, with `kind` and `max_tokens`
 HEAD                          the head that it trains: a file in tuner/heads, which a family must have
 KEYS                          the keys of a record that it reads; others are named by `tuner check`
+SHAPES                        the shapes of rows that it learns from, each with the options that they want (for `tuner new`)
 check_row(record, options, *, chat_template)
                               raises DataError for a record that this task cannot read, before there is a tokenizer
 examples(...)                 records to examples, each with `ids` and `supervised`: how much of it is learned
@@ -16,7 +17,12 @@ and, where there is something to say:
 check(options, facts)         raises RecipeError for a model that it does not suit
 remarks(options, family)      what is allowed for this family and probably not meant
 unseen(examples, options)     remarks on what no training example shows
+told(tokenizer, options)      how the tokens that are learned are found, for `tuner data` and the run
 shown(example, options)       a name and an Example for each part of an example, for `tuner data`; by default the example itself
+proposed(shape, labels, family, facts)
+                              the options for `tuner new`, where they are more than those in SHAPES
+TOO_LONG                      what `tuner new` does with rows that are too long: `skip` where nothing is said
+BLOCK_TOKENS                  longer documents become several; nothing is too long
 unnamed(options)              whether the one output of its head has no name that would matter
 serving(options)              facts for an engine
 head_config(options)          what the model's configuration says of its head, such as the names of labels

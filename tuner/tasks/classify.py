@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -13,8 +13,19 @@ from tuner.errors import DataError, nearest
 from tuner.kinds import Options as BaseOptions
 from tuner.recipe import Evaluate
 
+if TYPE_CHECKING:
+    from tuner.families import Family
+    from tuner.source import Facts
+
 HEAD = "sequence"
+# The beginning of a text says what it is.
+TOO_LONG = "truncate"
 KEYS = frozenset({"text", "label", "labels", "score"})
+SHAPES: dict[str, dict[str, Any]] = {
+    "text with a label": {},
+    "text with labels": {"form": "multi"},
+    "text with a score": {"form": "number"},
+}
 # transformers' words for what a model's scores mean.
 PROBLEMS = {"single": "single_label_classification", "multi": "multi_label_classification", "number": "regression"}
 
@@ -43,6 +54,12 @@ class Options(BaseOptions):
         if self.class_weights and (self.form != "single" or len(self.class_weights) != len(self.labels)):
             raise ValueError(f"class_weights: one for each of {len(self.labels)} classes is meant, for form single")
         return self
+
+
+def proposed(shape: str, labels: list[str], family: "Family", known: "Facts") -> dict[str, Any]:  # noqa: ARG001 - common signature
+    """The options that rows of a shape want, with the labels that were found."""
+    options = SHAPES[shape]
+    return options if options.get("form") == "number" else {**options, "labels": labels}
 
 
 def check_row(record: dict[str, Any], options: Options, *, chat_template: bool = True) -> None:  # noqa: ARG001 - a task's common signature

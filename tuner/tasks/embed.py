@@ -20,10 +20,13 @@ from tuner.recipe import Evaluate
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from tuner.families import Family
     from tuner.source import Facts
 
 HEAD = "embedding"
+TOO_LONG = "truncate"
 KEYS = frozenset({"anchor", "positive", "negative", "negatives", "sentence1", "sentence2", "score"})
+SHAPES: dict[str, dict[str, Any]] = {"pairs": {}, "triples": {}, "sentence pairs with a score": {"loss": "cosine"}}
 
 
 class Options(BaseOptions):
@@ -38,6 +41,11 @@ class Options(BaseOptions):
     """A text's vector: the mean over its tokens, its first, or its last; use what the model was trained with."""
     max_tokens: int = Field(256, gt=1)
     """Longest text in tokens. A longer one makes a bad row: see `data.on_bad_row`."""
+
+
+def proposed(shape: str, labels: list[str], family: "Family", known: "Facts") -> dict[str, Any]:  # noqa: ARG001 - common signature
+    """The options that rows of a shape want, and how the model makes its vectors."""
+    return {**SHAPES[shape], **({"pooling": known.pooling} if known.pooling else {})}
 
 
 def check_row(record: dict[str, Any], options: Options, *, chat_template: bool = True) -> None:  # noqa: ARG001 - a task's common signature

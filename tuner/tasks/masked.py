@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 HEAD = "masked"
 KEYS = frozenset({"text"})
+SHAPES: dict[str, dict[str, Any]] = {"text": {}}
+# Longer documents become several.
+BLOCK_TOKENS = 512
 
 
 class Options(BaseOptions):

@@ -18,6 +18,7 @@ from tuner.tasks import sft
 
 HEAD = "causal"
 KEYS = sft.SPOKEN | {"prompt", "chosen", "rejected", "completion", "label"}
+SHAPES = {"preference pairs": {"loss": "dpo"}, "judged answers": {"loss": "kto"}}
 # Nats that float sums in another order can make; a model that was not trained yet prefers neither answer.
 TIE = 1.0e-3
 BETA = {"dpo": 0.1, "kto": 0.1, "orpo": 0.1, "simpo": 2.0}

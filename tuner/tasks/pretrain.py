@@ -12,10 +12,26 @@ from tuner.kinds import Options as BaseOptions
 from tuner.score import of_answers as scores
 from tuner.score import scored
 
-__all__ = ["HEAD", "KEYS", "Options", "check_row", "examples", "objective", "question", "reference", "scored", "scores"]
+__all__ = [
+    "BLOCK_TOKENS",
+    "HEAD",
+    "KEYS",
+    "SHAPES",
+    "Options",
+    "check_row",
+    "examples",
+    "objective",
+    "question",
+    "reference",
+    "scored",
+    "scores",
+]
 
 HEAD = "causal"
 KEYS = frozenset({"text"})
+SHAPES: dict[str, dict[str, Any]] = {"text": {}}
+# Longer documents become several.
+BLOCK_TOKENS = 512
 
 
 class Options(BaseOptions):
@@ -57,8 +73,10 @@ def examples(rows: Iterator[Row], tokenizer: Any, options: Options, bad: BadRows
 
 
 def question(record: dict[str, Any], tokenizer: Any, options: Options) -> dict[str, Any]:
-    """`ids` of the document's beginning."""
-    return {"ids": list(tokenizer(record["text"])["input_ids"])[: options.prompt_tokens], "messages": None}
+    """`ids` of the document's beginning, and the `text` that it is the beginning of."""
+    ids = list(tokenizer(record["text"])["input_ids"])[: options.prompt_tokens]
+    # A little more than what is asked, so that the last token of that is what it is in the whole.
+    return {"ids": ids, "messages": None, "text": record["text"][: len(tokenizer.decode(ids)) + 200]}
 
 
 def objective(model: Any, tokenizer: Any, options: Options) -> Any:  # noqa: ARG001 - a task's common signature

@@ -3,7 +3,10 @@
 Learned are the assistant's words and the token that ends its turn; everything else is only read.
 """
 
+import json
+import re
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any, Literal
 
 from pydantic import Field
@@ -16,7 +19,7 @@ from tuner.kinds import Options as BaseOptions
 from tuner.score import of_answers as scores
 from tuner.score import scored
 
-__all__ = ["HEAD", "KEYS", "Options", "check_row", "examples", "objective", "question", "reference", "scored", "scores"]
+__all__ = ["HEAD", "KEYS", "SHAPES", "Options", "check_row", "examples", "objective", "question", "reference", "scored", "scores"]
 
 HEAD = "causal"
 # What a message may hold; `tools` are the functions that the model may call.
@@ -24,6 +27,8 @@ SPOKEN = frozenset(
     {"messages", "messages.role", "messages.content", "messages.tool_calls", "messages.tool_call_id", "messages.name"}
 )
 KEYS = SPOKEN | {"prompt", "completion", "tools", "tools.type", "tools.function"}
+# Of rows as tuner/data/shapes.py names them: those that this task reads, with the options that they want.
+SHAPES: dict[str, dict[str, Any]] = {"messages": {}, "ShareGPT": {}, "Alpaca": {}, "prompt and completion": {}}
 ROLES = ("system", "user", "assistant", "tool")
 
 
@@ -75,8 +80,26 @@ def examples(rows: Iterator[Row], tokenizer: Any, options: Options, bad: BadRows
 
 def question(record: dict[str, Any], tokenizer: Any, options: Options) -> dict[str, Any]:  # noqa: ARG001 - a task's common signature
     """`ids` of everything before the last answer, and the `messages` and `tools` that they were rendered from."""
+    if "messages" not in record:
+        return {"ids": question_ids(record, tokenizer), "messages": None, "text": record["prompt"]}
     tools = {"tools": record["tools"]} if record.get("tools") else {}
-    return {"ids": question_ids(record, tokenizer), "messages": (record.get("messages") or [])[:-1] or None, **tools}
+    return {"ids": question_ids(record, tokenizer), "messages": [_sent(each) for each in record["messages"][:-1]], **tools}
+
+
+def _sent(message: dict[str, Any]) -> dict[str, Any]:
+    """A message as a client of OpenAI's sends it: the arguments of its calls are text."""
+    if not message.get("tool_calls"):
+        return message
+    calls = [
+        {"id": f"call_{at}", "type": "function", "function": {**call["function"], "arguments": _as_text(call["function"])}}
+        for at, call in enumerate(message["tool_calls"])
+    ]
+    return {**message, "tool_calls": calls}
+
+
+def _as_text(function: dict[str, Any]) -> str:
+    given = function.get("arguments", {})
+    return given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
 
 
 def objective(model: Any, tokenizer: Any, options: Options) -> Any:  # noqa: ARG001 - a task's common signature
@@ -104,8 +127,47 @@ def encode(record: dict[str, Any], tokenizer: Any) -> Example:
     prompt = question_ids(record, tokenizer)
     if "messages" not in record:
         answer = [*tokenizer(record["completion"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-        return Example(prompt + answer, [IGNORE] * len(prompt) + answer)
+        return _begun_once(Example(prompt + answer, [IGNORE] * len(prompt) + answer), tokenizer)
     messages, tools = record["messages"], record.get("tools")
+    ids, learned = (_by_markers if has_markers(tokenizer) else _by_prefixes)(messages, tools, tokenizer)
+    if ids[: len(prompt)] != prompt:
+        raise DataError("the chat template joins the question and the answer into one token, which no server would send")
+    labels = [token if wanted else IGNORE for token, wanted in zip(ids, learned, strict=True)]
+    return _begun_once(_end_turns(ids, labels, tokenizer), tokenizer)
+
+
+def has_markers(tokenizer: Any) -> bool:
+    """The chat template says itself what the assistant writes, between {% generation %} and {% endgeneration %}."""
+    return bool(re.search(r"{%-?\s*generation\s*-?%}", tokenizer.chat_template or ""))
+
+
+def told(tokenizer: Any, options: Options) -> list[str]:  # noqa: ARG001 - a task's common signature
+    """How it is known which words are the assistant's, and what ends them."""
+    if not tokenizer.chat_template:
+        return []
+    said = ["what is learned is what the chat template marks as the assistant's"]
+    if not has_markers(tokenizer):
+        said = ["the chat template marks no answers: what is learned is derived from renderings of each turn, and verified"]
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    with suppress(DataError):
+        rendered = _render(turns, tokenizer, None, add_generation_prompt=False)
+        ids = tokenizer(rendered, add_special_tokens=False)["input_ids"]
+        if not set(ids[-3:]) & ends_of_turn(tokenizer):
+            said.append(f"the chat template ends no answer, so {tokenizer.eos_token} is added behind the last, or none would end")
+    return said
+
+
+def _by_markers(messages: list[dict[str, Any]], tools: Any, tokenizer: Any) -> tuple[list[int], list[bool]]:
+    """(ids, which of them are learned) by what the template marks."""
+    text = _render(messages, tokenizer, tools, add_generation_prompt=False)
+    _check_tools_are_shown(messages, tools, text, tokenizer)
+    options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+    encoded = tokenizer.apply_chat_template(messages, tools=tools, **options)
+    return list(encoded["input_ids"]), [bool(each) for each in encoded["assistant_masks"]]
+
+
+def _by_prefixes(messages: list[dict[str, Any]], tools: Any, tokenizer: Any) -> tuple[list[int], list[bool]]:
+    """(ids, which of them are learned): what each answer adds to the rendering of all that came before it."""
     text = _render(messages, tokenizer, tools, add_generation_prompt=False)
     _check_tools_are_shown(messages, tools, text, tokenizer)
     spans = []
@@ -120,14 +182,16 @@ def encode(record: dict[str, Any], tokenizer: Any) -> Example:
                 )
             spans.append((len(start), len(end)))
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    ids = list(encoded["input_ids"])
-    if ids[: len(prompt)] != prompt:
-        raise DataError("the chat template joins the question and the answer into one token, which no server would send")
-    labels = [
-        token if any(_within(left, right, *span) for span in spans) else IGNORE
-        for token, (left, right) in zip(ids, encoded["offset_mapping"], strict=True)
-    ]
-    return _end_turns(ids, labels, tokenizer)
+    learned = [any(_within(left, right, *span) for span in spans) for left, right in encoded["offset_mapping"]]
+    return list(encoded["input_ids"]), learned
+
+
+def _begun_once(example: Example, tokenizer: Any) -> Example:
+    """The example; raises DataError where it begins twice, which no model has seen."""
+    begin = tokenizer.bos_token_id
+    if begin is not None and example.ids[:2] == [begin, begin]:
+        raise DataError(f"begins with {tokenizer.bos_token} twice: the tokenizer puts one there by itself; take it out of the text")
+    return example
 
 
 def _within(left: int, right: int, start: int, end: int) -> bool:
@@ -143,7 +207,10 @@ def _end_turns(ids: list[int], labels: list[int], tokenizer: Any) -> Example:
     ended, ends, eos_id = False, ends_of_turn(tokenizer), tokenizer.eos_token_id
     for index, label in enumerate(labels):
         if label == IGNORE:
-            ended = False
+            # A template may mark an answer without the token that ends it.
+            ends_it = bool(index) and labels[index - 1] != IGNORE and not ended and ids[index] in ends
+            labels[index] = ids[index] if ends_it else IGNORE
+            ended = ends_it
         elif ended:
             labels[index] = IGNORE
         else:

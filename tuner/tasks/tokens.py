@@ -13,9 +13,12 @@ from tuner.recipe import Evaluate
 
 if TYPE_CHECKING:
     from tuner.families import Family
+    from tuner.source import Facts
 
 HEAD = "token"
+TOO_LONG = "truncate"
 KEYS = frozenset({"words", "tags"})
+SHAPES: dict[str, dict[str, Any]] = {"words and tags": {}, "words and tags (tokens, ner_tags)": {}}
 
 
 class Options(BaseOptions):
@@ -48,6 +51,11 @@ class Options(BaseOptions):
     def is_bio(self) -> bool:
         """The tags say where entities begin and go on."""
         return any(label.startswith("B-") for label in self.labels)
+
+
+def proposed(shape: str, labels: list[str], family: "Family", known: "Facts") -> dict[str, Any]:  # noqa: ARG001 - common signature
+    """The labels that were found, and where the model carries them."""
+    return {"labels": labels, **({"at": "last"} if "causal" in family.heads else {})}
 
 
 def check_row(record: dict[str, Any], options: Options, *, chat_template: bool = True) -> None:  # noqa: ARG001 - a task's common signature

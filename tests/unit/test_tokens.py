@@ -1,0 +1,97 @@
+"""What `tuner tokens` counts, by closed forms."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import tuner, write_rows
+from tuner.errors import DataError, RecipeError
+from tuner.tokens import WHOLE, measure, pieces
+
+ROWS = [
+    {"text": "plain words here", "language": "en"},
+    {"text": "été à côté", "language": "fr"},
+    {"text": "日本語", "language": "ja"},
+]
+
+
+@pytest.fixture(scope="session")
+def of_bytes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer that has learned nothing: each byte is a token."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    made: Any = Tokenizer(models.BPE({each: at for at, each in enumerate(alphabet)}, []))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    folder = tmp_path_factory.mktemp("bytes")
+    PreTrainedTokenizerFast(tokenizer_object=made, eos_token=alphabet[0]).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> str:
+    return str(write_rows(tmp_path / "rows.jsonl", ROWS))
+
+
+def test_a_token_a_byte_is_what_the_closed_form_says(of_bytes: Path, rows: str) -> None:
+    (found,) = measure([str(of_bytes)], rows, by="language")
+    counts = {name: (each.texts, each.words, each.bytes, each.tokens) for name, each in found.groups.items()}
+    assert counts == {"en": (1, 3, 16, 16), "fr": (1, 3, 15, 15), "ja": (1, 1, 9, 9), WHOLE: (3, 7, 40, 40)}
+    assert found.groups["fr"].fertility == 5.0
+    assert {each.bytes_per_token for each in found.groups.values()} == {1.0}
+    assert found.groups[WHOLE].changed == 0
+    assert (found.size, found.used) == (256, len(set("".join(row["text"] for row in ROWS).encode())))
+
+
+def test_what_is_lost_is_counted_and_shown(rows: str, tmp_path: Path) -> None:
+    from tests.unit.test_tasks import wordpiece
+
+    wordpiece().save_pretrained(tmp_path / "words")
+    (found,) = measure([str(tmp_path / "words")], rows)
+    assert found.groups[WHOLE].changed == 3
+    assert found.groups[WHOLE].unknown > 0
+    assert "comes back as" in found.example_lost
+
+
+def test_embeddings_that_nothing_trained_are_counted(tmp_path: Path, tiny_model: Path, rows: str) -> None:
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    weights = load_file(folder / "model.safetensors")
+    name = "model.embed_tokens.weight"
+    clean = measure([str(folder)], rows)[0].embeddings
+    weights[name][5:8] = weights[name][4]
+    weights[name][20:22] *= 0.01
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    assert clean == {"beyond": 0, "same": 0, "short": 1}, "a new model's padding is zero"
+    assert measure([str(folder)], rows)[0].embeddings == {"beyond": 0, "same": 3, "short": 3}
+
+
+def test_a_text_is_cut_where_its_tokens_are(tokenizer: Any) -> None:
+    text = "list the machine 日"
+    assert "".join(pieces(text, tokenizer)) == text
+    assert len(pieces(text, tokenizer)) < len(text)
+
+
+def test_the_command_compares_them_side_by_side(of_bytes: Path, tiny_model: Path, rows: str) -> None:
+    done = tuner("tokens", of_bytes, tiny_model, "--data", rows, "--by", "language", "--only", "fr,ja", "--text", "list été")
+    assert done.returncode == 0, done.stderr
+    assert "5.00 / 1.00" in done.stdout
+    assert f"{of_bytes}: 10 tokens" in done.stdout
+    assert "plain" not in done.stdout
+    assert "24 tokens for 24 bytes in 2 texts" in done.stdout
+    refused = tuner("tokens", tiny_model)
+    assert refused.returncode == 2
+    assert "give --data FILE, --text TEXT, or both" in refused.stderr
+
+
+def test_what_cannot_be_counted_is_said(tiny_model: Path, rows: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"--by lang: .*rows\.jsonl:1 has no such key, but text, language"):
+        measure([str(tiny_model)], rows, by="lang")
+    with pytest.raises(DataError, match="there is no such file"):
+        measure([str(tiny_model)], str(tmp_path / "no.jsonl"))

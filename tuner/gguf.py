@@ -19,6 +19,31 @@ LINEARS = {
     "ffn_down": "mlp.down_proj",
 }
 
+_ENGLISH = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_LLAMA3 = (
+    r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+_QWEN35 = _QWEN2.replace(r"\p{L}+", r"[\p{L}\p{M}]+").replace(r"[^\s\p{L}\p{N}]", r"[^\s\p{L}\p{M}\p{N}]")
+# Where no token goes across, by the names in GGUF headers (`tokenizer.ggml.pre`); each is applied to what the one before left.
+SPLITS = {
+    ("default", "gpt-2", "mpt", "olmo", "jais", "phi-2", "gigachat"): [_ENGLISH],
+    ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "smaug-bpe", "lfm2"): [_LLAMA3],
+    ("starcoder", "refact", "command-r", "smollm", "codeshell", "exaone", "minerva-7b"): [r"\p{N}", _ENGLISH],
+    ("qwen2", "deepseek-r1-qwen", "stablelm2", "megrez"): [_QWEN2],
+    ("qwen35",): [_QWEN35],
+    ("falcon",): [r"[\p{P}\$\+<=>\^~\|`]+", _ENGLISH, r"[0-9][0-9][0-9]"],
+    ("deepseek-coder",): [r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", r"\p{N}"],
+    ("deepseek-llm",): [
+        r"[\r\n]", r"\s?[\p{Lu}\p{Ll}\p{Lt}]+", r"\s?[!-/:-~！-／：-～‘-‟　-。]+", r"\s+$", "[一-龥ࠀ-一가-퟿]+", r"\p{N}+",
+    ],
+}  # fmt: skip
+# Those whose words are tokens where the vocabulary has them, whatever the merges say.
+WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "smaug-bpe", "lfm2")
+# Those that put characters and their accents together first.
+COMPOSED = ("qwen2", "deepseek-r1-qwen")
+
 
 def read_header(path: Path) -> tuple[dict[str, Any], int, dict[str, list[int]]]:
     """The scalar metadata of a GGUF file, its number of parameters, and the shape of each linear, read in milliseconds.
@@ -93,19 +118,54 @@ def unpack(path: Path, folder: Path) -> None:
 
 
 def load_tokenizer(path: Path) -> Any:
-    """The tokenizer and chat template inside a GGUF file, with the special tokens that its header names."""
+    """The tokenizer and chat template inside a GGUF file, with the special tokens that its header names.
+
+    Raises SourceError where the file names a way of cutting text into words that is not known here.
+    """
     from tuner.checkpoint import quiet
 
     quiet()
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     # Clean-up on decoding is meant for BERT's word pieces and would eat spaces; transformers would say so at every use.
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, clean_up_tokenization_spaces=False)
     values, _, _ = read_header(path)
+    if type(tokenizer) is not PreTrainedTokenizerFast:
+        # A class named after a model brings that model's own rules along, and would again wherever the saved one is opened.
+        template = tokenizer.chat_template
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer.backend_tokenizer, clean_up_tokenization_spaces=False, **tokenizer.special_tokens_map
+        )
+        tokenizer.chat_template = template
     # transformers 5.17 gives a GPT-2-style GGUF tokenizer its bos token as eos, so an answer would never end where the
     # model ends it. The file itself says which is which.
     for name, role in (("bos", "bos"), ("eos", "eos"), ("padding", "pad"), ("unknown", "unk")):
         token_id = values.get(f"tokenizer.ggml.{name}_token_id")
         if token_id is not None:
             setattr(tokenizer, f"{role}_token", tokenizer.convert_ids_to_tokens(int(token_id)))
+    _cut_as_named(tokenizer.backend_tokenizer, values, path)
     return tokenizer
+
+
+def _cut_as_named(backend: Any, values: dict[str, Any], path: Path) -> None:
+    """Let the tokenizer cut text as the model's own does. transformers 5.17 reads all GGUF files as GPT-2's or as Llama 2's."""
+    from tokenizers import Regex, decoders, normalizers, pre_tokenizers
+
+    if values.get("tokenizer.ggml.model") == "gpt2":
+        named = values.get("tokenizer.ggml.pre") or "default"
+        splits = next((splits for names, splits in SPLITS.items() if named in names), None)
+        if splits is None:
+            raise SourceError(
+                f'{path}: its tokenizer cuts text by rules called "{named}", which are not known here, so the tokens would not be '
+                "those that the model has learned; use the original checkpoint"
+            )
+        as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        cuts = [pre_tokenizers.Split(Regex(each), "isolated") for each in splits]
+        backend.pre_tokenizer = pre_tokenizers.Sequence([*cuts, as_bytes])
+        backend.decoder = decoders.ByteLevel()
+        backend.normalizer = normalizers.NFC() if named in COMPOSED else None
+        backend.model.ignore_merges = named in WHOLE_WORDS
+    elif values.get("tokenizer.ggml.model") == "llama" and backend.normalizer is None:
+        first = [normalizers.Prepend("▁")] if values.get("tokenizer.ggml.add_space_prefix", True) else []
+        backend.normalizer = normalizers.Sequence([*first, normalizers.Replace(" ", "▁")])
+        backend.model.byte_fallback = True

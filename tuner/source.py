@@ -23,7 +23,7 @@ from tuner.bundle import MANIFEST, Bundle, Manifest, checked_name, fingerprint, 
 from tuner.errors import BundleError, SourceError, nearest
 from tuner.families import family_of, head_of
 
-VERSION = 1
+VERSION = 2
 # What a checkpoint is made of. Anything else in a directory or on the hub stays where it is.
 WANTED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*_Pooling/config.json")
 # As sentence-transformers names them.

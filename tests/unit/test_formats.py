@@ -184,6 +184,16 @@ def test_a_data_set_of_the_hub_is_read_by_the_datasets_library(tmp_path: Path) -
     (part,) = parts(Source(hub=str(tmp_path / "set")))[0]
     assert [row.record for row in formats.rows(part) if isinstance(row, Row)] == ROWS
     assert part.identity() == part.identity()
+    from datasets import ClassLabel, Dataset, Features, List, Value
+
+    (tmp_path / "named").mkdir()
+    label = ClassLabel(names=["bad", "good"])
+    features = Features({"text": Value("string"), "label": label, "tags": List(ClassLabel(names=["O", "B-X"]))})
+    given = {"text": ["a", "b"], "label": [1, 0], "tags": [[0, 1], [0]]}
+    Dataset.from_dict(given, features=features).to_parquet(str(tmp_path / "named" / "train.parquet"))
+    (part,) = parts(Source(hub=str(tmp_path / "named")))[0]
+    named = [row.record for row in formats.rows(part) if isinstance(row, Row)]
+    assert named == [{"text": "a", "label": "good", "tags": ["O", "B-X"]}, {"text": "b", "label": "bad", "tags": ["O"]}]
     with pytest.raises(DataError, match="split test"):
         list(formats.rows(parts(Source(hub=str(tmp_path / "set"), split="test"))[0][0]))
 

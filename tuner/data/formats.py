@@ -360,9 +360,20 @@ def hub_rows(source: Source) -> Any:
 
 
 def hub_records(source: Source) -> Iterator[Row]:
-    """The rows of `hub_rows`."""
-    for number, record in enumerate(hub_rows(source), 1):
-        yield Row(f"{source.hub}/{source.split}:row {number}", without_nulls(record))
+    """The rows of `hub_rows`, with the names of labels in place of their numbers."""
+    rows = hub_rows(source)
+    for number, record in enumerate(rows, 1):
+        named = {key: _named(rows.features[key], value) for key, value in record.items()}
+        yield Row(f"{source.hub}/{source.split}:row {number}", without_nulls(named))
+
+
+def _named(feature: Any, value: Any) -> Any:
+    """What a label's number stands for, where the data set says so; -1 stands for none."""
+    if isinstance(value, list) and hasattr(getattr(feature, "feature", None), "int2str"):
+        return [_named(feature.feature, each) for each in value]
+    if hasattr(feature, "int2str") and isinstance(value, int):
+        return feature.int2str(value) if value >= 0 else None
+    return value
 
 
 def function_rows(source: Source) -> Iterator[Row]:

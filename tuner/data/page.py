@@ -25,7 +25,7 @@ def page(title: str, tasks: list[Pictured], quality: Quality) -> str:
     """The whole page."""
     body = [f"<h1>{escape(title)}</h1>", _counts(quality)]
     for task in tasks:
-        body.append(f"<h2>{escape(task.kind)}: {task.rows} rows, {task.tokens} tokens, {task.supervised:g} learned</h2>")
+        body.append(f"<h2>{escape(task.kind)}: {task.rows} rows, {task.tokens} tokens, {task.supervised:.12g} learned</h2>")
         body += [f"<p>{escape(said)}</p>" for said in task.told]
         body.append(f"<h3>Length of the rows in tokens</h3>{_bars(bins(task.lengths))}")
         body.append('<h3>What the model reads</h3><p>What is <span class="learned">learned</span>, and what is ')

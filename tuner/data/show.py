@@ -69,7 +69,7 @@ def show(tasks: list[Pictured], quality: Quality) -> None:
                 console.print(Text(f"{name}: " if name else "", style="bold") + render(part), soft_wrap=True)
         console.rule(f"{task.kind}, lengths in tokens")
         console.print(
-            f"{task.rows} rows, {task.tokens} tokens, {task.supervised:g} learned, "
+            f"{task.rows} rows, {task.tokens} tokens, {task.supervised:.12g} learned, "
             f"{task.skipped_rows} rows left out, {task.cut_rows} cut"
         )
         for said in task.told:

@@ -169,7 +169,7 @@ def run(job: Job) -> Manifest:
     examples, data = training_examples(job.recipe, options.task, tokenizer)
     if not examples:
         raise DataError(f"{data['path']}: no row is left to train on ({data['skipped_rows']} were left out)")
-    counts = f"{data['rows']} rows, {data['tokens']} tokens, {data['supervised_tokens']:g} supervised"
+    counts = f"{data['rows']} rows, {data['tokens']} tokens, {data['supervised_tokens']:.12g} supervised"
     say(f"{counts}; {data['skipped_rows']} rows left out, {data['cut_rows']} cut")
     for remark in getattr(task, "told", lambda *_: [])(tokenizer, options.task):
         say(remark)

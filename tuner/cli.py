@@ -57,16 +57,13 @@ def new(
 ) -> None:
     """Look at rows, a model and this machine, and write a commented recipe that passes `tuner check`."""
     from tuner.new import new as write_recipe
-    from tuner.plan import make_plan
-    from tuner.recipe import read_recipe
 
     named = dict(each.partition("=")[::2] for each in columns or [])
     if not all(named.values()):
         raise typer.BadParameter("--map is KEY=COLUMN, such as text=review")
-    for line in write_recipe(data, base, out, named):
+    # Columns of CoNLL files have numbers.
+    for line in write_recipe(data, base, out, {key: int(each) if each.isdecimal() else each for key, each in named.items()}):
         print(line)
-    for remark in make_plan(read_recipe(out), Path("runs") / out.stem).remarks():
-        print(f"note: {remark}")
 
 
 @app.command()
@@ -132,7 +129,7 @@ def prove(recipe: RecipePath, overrides: Overrides = None, out: Out = None) -> N
 
 @app.command()
 def data(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE|FILE", help="A recipe, or a file or folder of rows without one.")],
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE|FILE", help="A recipe, or a file, folder, pattern or URL of rows.")],
     overrides: Overrides = None,
     out: Out = None,
     rows: Annotated[int, typer.Option(min=0, help="Examples to show.")] = 3,
@@ -145,8 +142,8 @@ def data(
     from tuner.recipe import rows_only
 
     examples = max(rows, PAGE_EXAMPLES) if html else rows
-    if recipe.suffix in (".yaml", ".yml"):
-        plan, out_dir = _plan(recipe, overrides, out)
+    if recipe.endswith((".yaml", ".yml")):
+        plan, out_dir = _plan(Path(recipe), overrides, out)
         read, tasks = plan.recipe, pictured(plan, out_dir, examples)
     else:
         read, tasks = rows_only(recipe, overrides), []
@@ -154,7 +151,7 @@ def data(
     show([replace(task, examples=task.examples[:rows]) for task in tasks], quality)
     if html:
         try:
-            html.write_text(page(str(recipe), tasks, quality))
+            html.write_text(page(recipe, tasks, quality), encoding="utf-8")
         except OSError as error:
             raise typer.BadParameter(f"{html}: nothing can be written there: {error.strerror}") from None
         print(html)

@@ -147,18 +147,24 @@ def load_tokenizer(path: Path) -> Any:
     return tokenizer
 
 
+def splits_of(values: dict[str, Any], path: Path) -> tuple[str, list[str]]:
+    """(the name, the rules) by which the tokenizer in a file cuts text. Raises SourceError for those that are not known here."""
+    named = str(values.get("tokenizer.ggml.pre") or "default")
+    splits = next((splits for names, splits in SPLITS.items() if named in names), None)
+    if splits is None and values.get("tokenizer.ggml.model") == "gpt2":
+        raise SourceError(
+            f'{path}: its tokenizer cuts text by rules called "{named}", which are not known here, so the tokens would not be '
+            "those that the model has learned; use the original checkpoint"
+        )
+    return named, splits or []
+
+
 def _cut_as_named(backend: Any, values: dict[str, Any], path: Path) -> None:
     """Let the tokenizer cut text as the model's own does. transformers 5.17 reads all GGUF files as GPT-2's or as Llama 2's."""
     from tokenizers import Regex, decoders, normalizers, pre_tokenizers
 
     if values.get("tokenizer.ggml.model") == "gpt2":
-        named = values.get("tokenizer.ggml.pre") or "default"
-        splits = next((splits for names, splits in SPLITS.items() if named in names), None)
-        if splits is None:
-            raise SourceError(
-                f'{path}: its tokenizer cuts text by rules called "{named}", which are not known here, so the tokens would not be '
-                "those that the model has learned; use the original checkpoint"
-            )
+        named, splits = splits_of(values, path)
         as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         cuts = [pre_tokenizers.Split(Regex(each), "isolated") for each in splits]
         backend.pre_tokenizer = pre_tokenizers.Sequence([*cuts, as_bytes])

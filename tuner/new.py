@@ -14,9 +14,10 @@ from tuner import kinds
 from tuner.data import reading
 from tuner.data.quality import labels_of
 from tuner.data.rows import BadRows, OnBadRow, Row, usable
-from tuner.errors import DataError, RecipeError
+from tuner.errors import DataError, RecipeError, TunerError
 from tuner.families import family_of
-from tuner.recipe import rows_only
+from tuner.plan import make_plan
+from tuner.recipe import read_recipe, rows_only
 from tuner.source import Facts, Source, facts, find
 
 # Rows whose length in tokens is measured; the longest hundredth of them is known well enough.
@@ -50,7 +51,7 @@ class _Look:
         return self.shapes.most_common(1)[0][0]
 
 
-def new(data: str, base: str, out: Path, columns: dict[str, str]) -> list[str]:
+def new(data: str, base: str, out: Path, columns: dict[str, str | int]) -> list[str]:
     """Write a recipe to `out` and return what there is to say of it.
 
     Raises DataError for rows of no known shape, RecipeError where the model has no head for them or `out` exists, SourceError for
@@ -64,17 +65,26 @@ def new(data: str, base: str, out: Path, columns: dict[str, str]) -> list[str]:
     task = _task(data, look, known)
     task["max_tokens"], look.too_long = _lengths(look, source, known, task)
     keys = {"model": _moved(base, out), "train": _moved(data, out), "map": columns}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text("\n".join(_lines(out.name, keys, look, task, known)) + "\n", encoding="utf-8")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text("\n".join(_lines(out.name, keys, look, task, known)) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise RecipeError(f"{out}: nothing can be written there: {error.strerror}") from None
+    try:
+        remarks = make_plan(read_recipe(out), Path("runs") / out.stem).remarks()
+    except TunerError:
+        out.unlink()  # it would be in the way of the next try
+        raise
     return [
         f"{out}: {task['kind']}, since the rows of {data} have the shape {look.shape}",
+        *(f"note: {remark}" for remark in remarks),
         f"next: tuner check {out}; tuner data {out}; tuner run {out}",
     ]
 
 
-def _look(data: str, columns: dict[str, str]) -> _Look:
+def _look(data: str, columns: dict[str, str | int]) -> _Look:
     """Read all rows once."""
-    recipe = rows_only(Path(data), ["data.on_bad_row=skip", f"data.map={json.dumps(columns)}"])
+    recipe = rows_only(data, ["data.on_bad_row=skip", f"data.map={json.dumps(columns)}"])
     look, bad = _Look(), BadRows(recipe.data.on_bad_row)
     for row, _ in usable(reading.read(recipe, "train"), lambda row: row, bad):
         look.rows += 1
@@ -112,6 +122,8 @@ def _task(data: str, look: _Look, known: Facts) -> dict[str, Any]:
 def _unknown(data: str, look: _Look) -> str:
     """The columns there are, and which of them are likely meant."""
     values = {key: [str(row.record.get(key)) for row in look.first[:200]] for key in look.first[0].record}
+    if not values:
+        return f"{data}: its first row has no keys"
     text = max(values, key=lambda key: sum(map(len, values[key])))
     few = [key for key in values if key != text and 1 < len(set(values[key])) <= max(2, len(values[key]) // 4)]
     guess = f"--map text={text}" + (f" --map label={few[0]}" if few else "")
@@ -172,12 +184,9 @@ def _lines(name: str, keys: dict[str, Any], look: _Look, task: dict[str, Any], k
     yield from ("", f"model: {_flow(keys['model'])}", "", "data:")
     yield f"  train: {_flow({'path': keys['train'], 'map': keys['map']} if keys['map'] else keys['train'])}"
     yield f"  heldout_fraction: {share}   # never trained on; `heldout: FILE` takes rows of its own instead"
-    policies = dict.fromkeys(look.bad, "skip")
-    if look.too_long:
-        policies["too_long"] = getattr(kinds.load("tasks", task["kind"]), "TOO_LONG", "skip")
-    if policies:
-        found = [f"{count} {kind}" for kind, count in {**look.bad, "too_long": look.too_long}.items() if count]
-        yield f"  on_bad_row: {_flow(policies)}   # found: {', '.join(found)}; without this they stop the run"
+    policies = {**dict.fromkeys(look.bad, "skip"), "too_long": getattr(kinds.load("tasks", task["kind"]), "TOO_LONG", "skip")}
+    found = ", ".join(f"{count} {kind}" for kind, count in {**look.bad, "too_long": look.too_long}.items() if count)
+    yield f"  on_bad_row: {_flow(policies)}   # {f'found: {found}; ' if found else ''}without this they stop the run"
     yield from ("", "stages:", "  - tune:", f"      task: {_flow(task)}")
     yield f"      method: {_flow(method)}   # {why}"
     yield f"      epochs: {epochs}   # {-(-rows // batch) * epochs} steps"

@@ -225,12 +225,12 @@ def read_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
     return Recipe(path, tree, places)
 
 
-def rows_only(path: Path, overrides: list[str] | None = None) -> Recipe:
-    """A recipe that reads the rows of a file or folder and does nothing with them."""
-    tree: dict[str, Any] = {"data": {"train": str(path)}, "stages": [{"tokenizer": {}}]}
+def rows_only(source: str, overrides: list[str] | None = None) -> Recipe:
+    """A recipe that reads the rows of a file, folder, pattern or URL and does nothing with them."""
+    tree: dict[str, Any] = {"data": {"train": source}, "stages": [{"tokenizer": {}}]}
     for override in overrides or []:
         _override(tree, {}, override)
-    return Recipe(path, tree, {})
+    return Recipe(Path(source), tree, {})
 
 
 def json_schema() -> str:

@@ -87,6 +87,7 @@ def stage_fingerprint(plan: Plan, step: Step, parent: Bundle | None) -> str:
     """Changes with the stage's options and code version, the parent, the seed and the bytes of the training data."""
     data = plan.recipe.data
     told = step.options.model_dump(mode="json", exclude={"gate", "tolerance", "checkpoint_every_steps"})
+    read: list[Any] = getattr(step.stage, "reads", lambda *_: [])(plan.recipe, step.options)
     decided: list[Any] = []
     figure = getattr(step.stage, "decided_by", lambda *_: None)(step.options, parent)
     if data.holds_out and figure:
@@ -95,7 +96,7 @@ def stage_fingerprint(plan: Plan, step: Step, parent: Bundle | None) -> str:
     return fingerprint(
         step.name,
         step.stage.VERSION,
-        told,
+        [told, *read],
         parent.manifest.fingerprint if parent else None,
         plan.recipe.seed,
         [state(plan.recipe, "train"), [source.weight for source in data.train], data.train_rows, *decided],

@@ -98,6 +98,7 @@ def facts(source: Source) -> Facts:
     """Model type, number of parameters and longest context, from headers alone."""
     if source.is_gguf:
         values, parameters, shapes = gguf.read_header(source.path)
+        gguf.splits_of(values, source.path)
         kind = values.get("general.architecture")
         length = _whole(values.get(f"{kind}.context_length", 0), f"{source.path}: {kind}.context_length")
         return Facts(str(kind), parameters, length, chat_template="tokenizer.chat_template" in values, matrices=shapes)

@@ -4,21 +4,19 @@ Fertility is tokens a word (Rust et al. 2021, arXiv:2012.15613), where a word is
 no spaces between words, bytes a token is the figure to compare (Petrov et al. 2023, arXiv:2305.15425).
 """
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tuner.data import reading
-from tuner.data.quality import words_of
+from tuner.data.quality import WORD, words_of
 from tuner.data.rows import BadRows, usable
 from tuner.errors import RecipeError, SourceError
 from tuner.progress import counted
 from tuner.recipe import rows_only
 from tuner.source import Source, find
 
-WORD = re.compile(r"\w+")
 # Rows that the library encodes together, on all cores.
 BATCH_ROWS = 1_000
 WHOLE = "all"
@@ -86,6 +84,8 @@ def measure(references: list[str], data: str, by: str | None = None, only: list[
             for text, group, ids, again in zip(texts, groups, encoded, decoded, strict=True):
                 used[at].update(ids)
                 _count(found[at], {WHOLE, group} if group else {WHOLE}, text, ids, again, tokenizer.unk_token_id)
+    if not found[0].groups:
+        raise RecipeError(f"{data}: no row of it is in any of the groups {', '.join(only or [])}")
     for each, seen, reference in zip(found, used, references, strict=True):
         each.used = len(seen)
         each.embeddings = _embeddings(reference, each.size)
@@ -113,7 +113,7 @@ def pieces(text: str, tokenizer: Any) -> list[str]:
 
 
 def _batches(data: str, by: str | None, only: list[str] | None) -> Iterator[tuple[list[str], list[str]]]:
-    recipe = rows_only(Path(data), [])
+    recipe = rows_only(data)
     bad = BadRows(recipe.data.on_bad_row)
     texts: list[str] = []
     groups: list[str] = []
@@ -162,7 +162,7 @@ def _embeddings(reference: str, size: int) -> dict[str, int]:
             for name in (name for name in tensors.keys() if name.endswith(EMBEDDINGS)):  # noqa: SIM118 - no dictionary
                 rows = tensors.get_tensor(name).float()
                 lengths = rows[:size].norm(dim=1)
-                same = size - len(torch.unique(rows[:size], dim=0))
+                same = len(lengths) - len(torch.unique(rows[:size], dim=0))
                 short = int((lengths < HARDLY * lengths.median()).sum())
                 return {"beyond": max(0, len(rows) - size), "same": same, "short": short}
     return {}

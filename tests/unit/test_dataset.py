@@ -180,7 +180,7 @@ def test_every_change_makes_an_entry_of_its_own(read: Any, tmp_path: Path, token
         "a policy": lambda: read(on_bad_row={"too_long": "skip"}),
         "a map": lambda: read(map={"messages": "messages"}),
         "a fraction": lambda: read(heldout=None, heldout_fraction=0.5),
-        "a source's options": lambda: read(train={"path": "train.jsonl", "format": "jsonl", "map": {"messages": "messages"}}),
+        "a source's options": lambda: read(train={"path": "train.jsonl", "format": "json"}),
     }
     recipe = read()
     encoded(recipe, tokenizer)
@@ -251,6 +251,56 @@ def test_a_function_that_draws_its_rows_anew_is_refused(read: Any, tmp_path: Pat
         "import time\ndef rows():\n    for _ in range(3):\n        yield {'prompt': f'{time.time_ns()}', 'completion': 'b'}\n"
     )
     with pytest.raises(DataError, match=r"mine\.py:rows: gives other rows each time; seed what it draws"):
+        encoded(recipe, tokenizer)
+
+
+def test_sources_of_one_name_are_told_apart_by_their_arguments(read: Any, tmp_path: Path, tokenizer: Any) -> None:
+    recipe = read(train={"function": "mine.py:rows", "args": {"n": 3}}, heldout={"function": "mine.py:rows", "args": {"n": 2}})
+    (tmp_path / "mine.py").write_text(
+        "def rows(n):\n    for each in range(n):\n        yield {'prompt': f'{n} {each}', 'completion': 'b'}\n"
+    )
+    assert reading.identity(recipe, "train") != reading.identity(recipe, "heldout")
+    assert encoded(recipe, tokenizer)[1]["rows"] == 3
+    assert len(heldout_rows(recipe, recipe.stages[0][1].task, tokenizer)[0]) == 2
+
+
+def test_a_fraction_is_held_out_of_the_training_rows_alone(read: Any, tmp_path: Path) -> None:
+    recipe = read(heldout=None, heldout_fraction=0.5, test="test.jsonl", on_bad_row={"broken": "skip"})
+    write_rows(tmp_path / "test.jsonl", chat_rows(30, start=300))
+    write_rows(tmp_path / "train.jsonl", [*chat_rows(30), "{"])
+    counts = {which: [isinstance(row, DataError) for row in reading.read(recipe, which)] for which in ("train", "heldout", "test")}
+    assert len(counts["test"]) == 30
+    assert (sum(counts["train"]), sum(counts["heldout"])) == (1, 0), "a row that cannot be read is counted once"
+
+
+def test_columns_of_conll_files_are_chosen_by_number(read: Any, tmp_path: Path) -> None:
+    recipe = read(train={"path": "a.conll", "map": {"words": 1, "tags": 2}})
+    (tmp_path / "a.conll").write_text("U.N. NNP B-ORG\n\nEkeus NNP B-PER\n")
+    rows = [row.record for row in reading.read(recipe, "train") if not isinstance(row, DataError)]
+    assert rows == [{"words": ["U.N."], "tags": ["NNP"]}, {"words": ["Ekeus"], "tags": ["NNP"]}]
+
+
+def test_a_data_set_of_which_nothing_is_left_is_said(read: Any, tmp_path: Path, tokenizer: Any) -> None:
+    recipe = read(on_bad_row="skip")
+    write_rows(tmp_path / "train.jsonl", ["{"])
+    examples, data = encoded(recipe, tokenizer)
+    assert (len(examples), data["skipped_rows"]) == (0, 1)
+
+
+def test_a_cache_that_cannot_be_written_is_said_and_one_that_is_damaged_made_again(
+    read: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    recipe = read()
+    monkeypatch.setenv("TUNER_CACHE", str(tmp_path / "cache"))
+    wanted = list(encoded(recipe, tokenizer)[0])
+    (entry,) = (tmp_path / "cache" / "examples").iterdir()
+    (entry / "info.json").unlink()
+    assert list(encoded(recipe, tokenizer)[0]) == wanted
+    shutil.rmtree(tmp_path / "cache")
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(DataError, match="no examples can be kept there .*; TUNER_CACHE names another folder"):
         encoded(recipe, tokenizer)
 
 

@@ -288,6 +288,43 @@ def test_a_folder_that_may_not_be_read_is_said(tmp_path: Path) -> None:
         assert done.stdout.strip() == f"{path}: cannot be read: Permission denied", done.stderr
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("two.json", '[{"text": "a"}]\n[{"text": "b"}]', "two.json:1: there is more behind the end of the list"),
+        ("one.json", '{\n"text": "a"\n}', "one.json:1: found an object without one list of rows in it"),
+    ],
+)
+def test_nothing_behind_a_list_is_left_unread(tmp_path: Path, name: str, text: str, said: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(DataError) as error:
+        records(tmp_path / name)
+    assert said in str(error.value)
+
+
+def test_the_rows_are_those_of_the_outermost_list(tmp_path: Path) -> None:
+    tree = {"meta": {"data": [{"text": "wrong"}]}, "data": [{"text": "right"}]}
+    (tmp_path / "a.json").write_text(json.dumps(tree))
+    assert records(tmp_path / "a.json") == [{"text": "right"}]
+
+
+def test_a_bad_line_takes_no_good_one_with_it(tmp_path: Path) -> None:
+    (tmp_path / "a.TXT").write_bytes(b"one\r\n\xff\r\nthree\r\n")
+    found = read(tmp_path / "a.TXT", documents="line")
+    assert [row.record["text"] if isinstance(row, Row) else row.kind for row in found] == ["one", "encoding", "three"]
+
+
+def test_a_word_of_conll_may_be_a_number_sign(tmp_path: Path) -> None:
+    (tmp_path / "a.conll").write_text("# id = 1\nPaid NN O\n# # O\n5 CD O\n\n# comment\n#win NN O\n")
+    assert [row["words"] for row in records(tmp_path / "a.conll")] == [["Paid", "#", "5"], ["#win"]]
+
+
+def test_a_pattern_reads_a_file_once_whatever_leads_to_it(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(lines(ROWS))
+    (tmp_path / "loop").symlink_to(tmp_path)
+    assert records(tmp_path / "**" / "*.jsonl") == ROWS
+
+
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\r"), max_size=40)
 
 

@@ -44,6 +44,7 @@ CASES: dict[str, tuple[Any, str, str]] = {
     "text": (some(lambda n: {"text": text(n)}), "llama", "task: {kind: pretrain, max_tokens: 256}"),
     "labels, by GPT": (some(lambda n: {"text": text(n), "label": "ab"[n % 2]}), "llama", "task: {kind: classify, labels: [a, b], max_tokens: 32}"),
     "labels": (some(lambda n: {"text": text(n), "label": "ab"[n % 2]}), "bert", "task: {kind: classify, labels: [a, b], max_tokens: 32}"),
+    "labels that are numbers": (some(lambda n: {"text": text(n), "label": n % 2}), "bert", "task: {kind: classify, labels: ['0', '1'], max_tokens: 32}"),
     "several labels": (some(lambda n: {"text": text(n), "labels": ["a", "b"][: n % 3]}), "bert", "task: {kind: classify, form: multi, labels: [a, b], max_tokens: 32}"),
     "numbers": (some(lambda n: {"text": text(n), "score": n / 7}), "bert", "task: {kind: classify, form: number, max_tokens: 32}"),
     "tags": (some(lambda n: {"words": ["az", f"vm{n}"], "tags": ["O", ["B-X", "O"][n % 2]]}), "bert", "task: {kind: tokens, labels: [O, B-X], max_tokens: 32}"),
@@ -98,6 +99,8 @@ def test_what_was_written_is_trained_as_it_is(tiny_model: Path, tmp_path: Path) 
         (some(lambda n: {"text": "a", "label": f"{n}"}, 600), DataError, "more than 500 different labels"),
         (some(lambda n: {"body": text(n), "kind": "ab"[n % 2]}), DataError, "such as `--map text=body --map label=kind`"),
         (["{", "{"], DataError, "none of its rows can be used; the first: "),
+        ([{}, {}], DataError, "its first row has no keys"),
+        (some(lambda n: {"text": text(n), "label": n % 2}, 2), DataError, "heldout_fraction leaves no row"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_trained_is_said(tiny_bert: Path, tmp_path: Path, rows: Any, error: Any, said: str) -> None:

@@ -89,7 +89,16 @@ def test_the_estimate_agrees_with_the_sets_themselves(examined: Any) -> None:
 def test_a_held_out_row_that_is_trained_on_is_a_leak(examined: Any) -> None:
     quality = examined([{"text": sentence(1)}, {"text": sentence(2)}], [{"text": sentence(2)}, {"text": sentence(1) + " more"}])
     assert counts(quality) == {"held-out rows that are training rows, or nearly": 2}
-    assert "train.jsonl:2: the same as" in quality.leaks.listed[0]
+    assert "heldout.jsonl:1: the same as " in quality.leaks.listed[0]
+    assert quality.leaks.listed[0].endswith("train.jsonl:2")
+    assert "heldout.jsonl:2: nearly the same as " in quality.leaks.listed[1]
+
+
+def test_what_is_there_more_often_is_counted_by_the_rows_that_it_is_about(examined: Any) -> None:
+    once, often = {"text": sentence(1)}, [{"text": sentence(1)}] * 3
+    assert counts(examined(often, [once])) == {"rows that are there twice": 2, "held-out rows that are training rows, or nearly": 1}
+    assert counts(examined([once], often)) == {"held-out rows that are training rows, or nearly": 3}
+    assert counts(examined([once], test=often)) == {"training rows that hold a text of data.test": 1}
 
 
 def test_a_text_with_two_labels_is_a_contradiction(examined: Any) -> None:
@@ -105,7 +114,21 @@ def test_a_benchmark_in_the_training_rows_is_found_by_13_words(examined: Any) ->
     fewer = f"{sentence(53, 40)} {' '.join(asked.split()[:12])} {sentence(54, 40)}"
     quality = examined([{"text": inside}, {"text": fewer}], test=[{"text": asked}])
     assert counts(quality) == {"training rows that hold a text of data.test": 1}
-    assert "train.jsonl:1: shares 13 words with " in quality.contamination.listed[0]
+    assert quality.contamination.listed[0].endswith("test.jsonl:1, 13 in a row")
+    short = " ".join(asked.split()[:7])
+    quality = examined([{"text": f"{sentence(55)} {short} {sentence(56)}"}], test=[{"text": short}])
+    assert quality.contamination.listed[0].endswith("test.jsonl:1, 7 in a row")
+
+
+def test_signs_without_words_are_not_alike_and_a_system_message_is_looked_at(examined: Any) -> None:
+    key = "AKIA" + "IOSFODNN7EXAMPLQ"
+    turns = [
+        {"role": "system", "content": f"the key is {key}"},
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+    ]
+    quality = examined([{"text": "!!!"}, {"text": "???"}, {"text": "🙂"}, {"messages": turns}])
+    assert counts(quality) == {"rows with a secret in them": 1}
 
 
 def test_secrets_and_addresses_are_named_without_their_value(examined: Any) -> None:

@@ -69,6 +69,17 @@ def test_columns_are_called_what_the_recipe_says() -> None:
         changed({"review": "good"}, text="reviw")
 
 
+def test_labels_that_are_numbers_are_names(tmp_path: object) -> None:
+    assert changed({"text": "a", "label": 0})[1] == {"text": "a", "label": "0"}
+    assert changed({"words": ["a"], "tags": [3]})[1] == {"words": ["a"], "tags": ["3"]}
+    assert changed({"prompt": "a", "completion": "b", "label": True})[1]["label"] is True
+
+
+def test_text_that_looks_like_json_stays_text(tmp_path: object) -> None:
+    row = {"prompt": "[INST] hi", "completion": '{"a": 1}'}
+    assert changed(row, table=True)[1] == row
+
+
 def test_a_tables_cells_become_what_they_mean() -> None:
     assert changed({"sentence1": "a", "sentence2": "b", "score": "0.5"}, table=True)[1]["score"] == 0.5
     assert changed({"words": "a b", "tags": "O O"}, table=True)[1] == {"words": ["a", "b"], "tags": ["O", "O"]}
@@ -85,6 +96,9 @@ def test_a_tables_cells_become_what_they_mean() -> None:
         ({"conversations": "hi"}, "\"conversations\" is 'hi', expected a list"),
         ({"conversations": [{"from": "human"}]}, "conversations[0] is {'from': 'human'}, expected {\"from\", \"value\"}"),
         ({"instruction": "a", "output": None}, '"output" is None, expected text'),
+        ({"instruction": "a", "output": "b", "input": 5}, '"input" is 5, expected text'),
+        ({"instruction": "a", "output": "b", "history": 5}, '"history" is 5, expected a list'),
+        ({"messages": [ASKED, SAID], "tools": [1]}, '"tools" is [1], expected a list of'),
         ({"chosen": [ASKED, SAID], "rejected": [SAID, SAID]}, "they answer different questions"),
         ({"messages": [{**SAID, "tool_calls": [{"function": {"name": "add", "arguments": "{"}}]}]}, "the arguments of a tool call are no JSON"),
     ],

@@ -115,13 +115,28 @@ def test_special_tokens_and_the_template_are_what_the_recipe_says(trained: Any, 
         ({"model": "wordpiece", "chat_template": "chatml"}, "chat_template: a wordpiece tokenizer is for encoders"),
         ({"special_tokens": ["a", "a"]}, "special_tokens: one is empty, or stands there twice"),
         ({"model": "bp"}, 'did you mean "bpe"'),
-        ({"chat_template": "no.jinja"}, "no.jinja cannot be read"),
+        ({"chat_template": "no.jinja"}, "stages.0.tokenizer.chat_template: "),
+        ({"vocab_size": 259, "special_tokens": ["a", "b", "c"]}, "vocab_size: 259 leaves no room beside the 260 entries"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(trained: Any, options: dict[str, Any], said: str) -> None:
     with pytest.raises(RecipeError) as error:
         trained(**options)
     assert said in str(error.value)
+
+
+def test_an_edited_template_makes_another_tokenizer(tmp_path: Path) -> None:
+    from tuner.run import stage_fingerprint
+
+    write_rows(tmp_path / "train.jsonl", [{"text": "a b"}])
+    recipe = {"data": {"train": "train.jsonl"}, "stages": [{"tokenizer": {"chat_template": "t.jinja"}}]}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    made = set()
+    for template in ("{{ messages }}", "{{ messages }} "):
+        (tmp_path / "t.jinja").write_text(template)
+        plan = make_plan(read_recipe(tmp_path / "recipe.yaml"), tmp_path / "out")
+        made.add(stage_fingerprint(plan, plan.steps[0], None))
+    assert len(made) == 2
 
 
 def test_an_encoder_is_made_from_text_alone(tmp_path: Path) -> None:

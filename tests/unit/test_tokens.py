@@ -72,6 +72,11 @@ def test_embeddings_that_nothing_trained_are_counted(tmp_path: Path, tiny_model:
     assert measure([str(folder)], rows)[0].embeddings == {"beyond": 0, "same": 3, "short": 3}
 
 
+def test_marks_belong_to_their_words(of_bytes: Path, tmp_path: Path) -> None:
+    write_rows(tmp_path / "rows.jsonl", [{"text": "हिन्दी भाषा"}])
+    assert measure([str(of_bytes)], str(tmp_path / "rows.jsonl"))[0].groups[WHOLE].words == 2
+
+
 def test_a_text_is_cut_where_its_tokens_are(tokenizer: Any) -> None:
     text = "list the machine 日"
     assert "".join(pieces(text, tokenizer)) == text
@@ -93,5 +98,7 @@ def test_the_command_compares_them_side_by_side(of_bytes: Path, tiny_model: Path
 def test_what_cannot_be_counted_is_said(tiny_model: Path, rows: str, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"--by lang: .*rows\.jsonl:1 has no such key, but text, language"):
         measure([str(tiny_model)], rows, by="lang")
+    with pytest.raises(RecipeError, match="no row of it is in any of the groups zz"):
+        measure([str(tiny_model)], rows, by="language", only=["zz"])
     with pytest.raises(DataError, match="there is no such file"):
         measure([str(tiny_model)], str(tmp_path / "no.jsonl"))

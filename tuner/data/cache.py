@@ -11,14 +11,20 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints, overload
 from uuid import uuid4
 
-from tuner.errors import disk_errors
+from tuner.data.example import Example
+from tuner.errors import DataError, disk_errors
 
 # A file written to this recently could be written to again without its times changing.
 SETTLED_S = 2.0
+# What is kept of an example beside its own fields.
+BESIDE: dict[str, Any] = {
+    "_place": str, "_record": str | None, "_source": int, "_length": int, "_supervised": float, "_cut": bool
+}  # fmt: skip
 # Rows that are turned into a block of the file together.
 BLOCK_ROWS = 1024
 
@@ -87,15 +93,22 @@ def stored(key: str, make: Callable[[dict[str, Any]], Iterator[tuple[str, str | 
     if not (path / "info.json").is_file():
         part = path.with_name(f".{key}.{os.getpid()}.{uuid4().hex[:8]}.part")
         try:
+            part.mkdir(parents=True)
+        except OSError as error:
+            raise DataError(
+                f"{part.parent}: no examples can be kept there ({error.strerror}); TUNER_CACHE names another folder"
+            ) from None
+        try:
             with disk_errors(part):
-                part.mkdir(parents=True)
                 _write(part, make)
-            if not path.exists():
+            if not (path / "info.json").is_file():
+                shutil.rmtree(path, ignore_errors=True)  # what someone left of it
                 with suppress(OSError):  # another run was faster
                     part.rename(path)
         finally:
             shutil.rmtree(part, ignore_errors=True)
-    os.utime(path)  # when it was used last, for whoever tidies up
+    with suppress(OSError):
+        os.utime(path)  # when it was used last, for whoever tidies up
     return Stored(path)
 
 
@@ -103,16 +116,13 @@ def _write(part: Path, make: Callable[[dict[str, Any]], Iterator[tuple[str, str 
     import pyarrow as pa
 
     info: dict[str, Any] = {}
-    kind: type[Any] | None = None
+    examples = make(info)
+    first = next(examples, None)
+    kind: type[Any] = type(first[3]) if first else Example
+    schema = pa.schema([*_schema(kind), *(pa.field(name, _arrow(hint)) for name, hint in BESIDE.items())])
     block: list[dict[str, Any]] = []
-    with pa.OSFile(str(part / "examples.arrow"), "wb") as file:
-        writer: Any = None
-        for place, record, source, example in make(info):
-            if kind is None:
-                kind = type(example)
-                names = {"_place": str, "_record": str | None, "_source": int, "_length": int, "_supervised": float, "_cut": bool}
-                schema = pa.schema([*_schema(kind), *(pa.field(name, _arrow(hint)) for name, hint in names.items())])
-                writer = pa.ipc.new_file(file, schema)
+    with pa.OSFile(str(part / "examples.arrow"), "wb") as file, pa.ipc.new_file(file, schema) as writer:
+        for place, record, source, example in chain([first] if first else [], examples):
             said = {
                 "_place": place,
                 "_record": record,
@@ -125,19 +135,13 @@ def _write(part: Path, make: Callable[[dict[str, Any]], Iterator[tuple[str, str 
             if len(block) == BLOCK_ROWS:
                 writer.write_batch(pa.RecordBatch.from_pylist(block, schema=schema))
                 block = []
-        if kind is None:
-            from tuner.data.example import Example
-
-            kind = Example
-            writer = pa.ipc.new_file(file, pa.schema([*_schema(kind)]))
-        elif block:
+        if block:
             writer.write_batch(pa.RecordBatch.from_pylist(block, schema=schema))
-        writer.close()
     info["kind"] = f"{kind.__module__}:{kind.__qualname__}"
-    with (part / "info.json").open("w") as out:
-        json.dump(info, out)
-        out.flush()
-        os.fsync(out.fileno())
+    (part / "info.json").write_text(json.dumps(info))
+    for name in ("examples.arrow", "info.json"):
+        with (part / name).open("rb") as written:
+            os.fsync(written.fileno())
 
 
 def flattened(value: Any) -> Any:

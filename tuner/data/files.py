@@ -166,7 +166,9 @@ def _paths(path: str, made_by: str | None) -> tuple[list[str], list[str], bool]:
     if "://" in path:
         return _remote_paths(path)
     if any(letter in path for letter in "*?[") and not os.path.lexists(path):
-        matches = sorted(each for each in glob.glob(path, recursive=True) if not os.path.isdir(each))
+        # A link that leads back would give a file again and again: the shortest way to it counts.
+        places = {os.path.realpath(each): each for each in sorted(glob.glob(path, recursive=True), key=len, reverse=True)}
+        matches = sorted(each for place, each in places.items() if not os.path.isdir(place))
         if not matches:
             raise DataError(f"{path}: no file matches this pattern")
         return matches, [], True

@@ -10,6 +10,7 @@ import json
 import sys
 import traceback
 from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
 from typing import IO, Any
 
@@ -117,16 +118,17 @@ def _json(part: Part, file: IO[bytes]) -> Iterator[Row | DataError]:
     del data
     start = _list_start(part, text)
     if start is None:
-        from io import BytesIO
-
         yield from _json_lines(part, BytesIO(text.encode()))
         return
+    whole = text[_next(text, 0)] == "["
     decoder, at, line, counted = json.JSONDecoder(), start, 1, 0
     while True:
         at = _next(text, at)
         line, counted = line + text.count("\n", counted, at), at
         place = f"{part.path}:{line}"
         if text[at : at + 1] == "]":
+            if whole and _next(text, at + 1) < len(text):
+                raise DataError(f"{place}: there is more behind the end of the list; expected one list, or one object a line")
             return
         try:
             record, end = decoder.raw_decode(text, at)
@@ -170,13 +172,22 @@ def _list_start(part: Part, text: str) -> int | None:
         raise DataError(f"{part.path}:{line}: not JSON ({getattr(error, 'msg', error)}); expected a list of objects") from None
     lists = [key for key, value in tree.items() if _is_rows(value)] if isinstance(tree, dict) else []
     if len(lists) == 1:
-        from re import escape, search
-
-        found = search(rf'"{escape(lists[0])}"\s*:\s*\[', text)
-        if found:
-            return found.end()
+        return _value_start(text, lists[0]) + 1
     what = "an object without one list of rows in it" if isinstance(tree, dict) else f"a {type(tree).__name__}"
     raise DataError(f"{part.path}:1: found {'nothing' if tree is None else what}, expected a list of objects")
+
+
+def _value_start(text: str, wanted: str) -> int:
+    """Where the value of a key of the outermost object begins; of a key that is there twice the last one, which counts."""
+    decoder, at, found = json.JSONDecoder(), _next(text, 0) + 1, 0
+    while text[(at := _next(text, at))] != "}":
+        key, at = decoder.raw_decode(text, at)
+        at = _next(text, _next(text, at) + 1)  # behind the colon
+        found = at if key == wanted else found
+        _, at = decoder.raw_decode(text, at)
+        at = _next(text, at)
+        at += text[at] == ","
+    return found
 
 
 def _is_rows(value: Any) -> bool:
@@ -190,7 +201,8 @@ def _csv(part: Part, file: IO[bytes], delimiter: str | None) -> Iterator[Row | D
     def lines() -> Iterator[str]:
         for _, line in _lines(part, file):
             if isinstance(line, DataError):
-                raise line  # where a line cannot be read, no one knows where the next row begins
+                # No one knows where the next row begins.
+                raise DataError(f"{line}; in a table such a row cannot be left out, so the file has to be put right")
             yield line
 
     source = lines()
@@ -233,20 +245,27 @@ def _csv(part: Part, file: IO[bytes], delimiter: str | None) -> Iterator[Row | D
 
 def _text(part: Part, file: IO[bytes]) -> Iterator[Row | DataError]:
     """{"text": ...} for each document."""
-    markdown = Path(part.path.removesuffix(".gz").removesuffix(".zst")).suffix != ".txt"
-    unit = part.source.documents or ("file" if markdown else "paragraph")
+    name = part.path.lower().removesuffix(".gz").removesuffix(".zst")
+    unit = part.source.documents or ("file" if name.endswith((".md", ".markdown")) else "paragraph")
+    if unit == "line":
+        for number, line in _lines(part, file):
+            if isinstance(line, DataError):
+                yield line
+            elif line.strip():
+                yield Row(f"{part.path}:{number}", {"text": line.rstrip("\r\n")})
+        return
     start, broken = 1, None
     document: list[str] = []
     for number, line in _lines(part, file):
         if isinstance(line, DataError):
             broken = broken or line
             continue
-        ends = unit == "line" or (unit == "paragraph" and not line.strip())
+        ends = unit == "paragraph" and not line.strip()
         if line.strip() or (document and not ends):
             start = number if not document else start
             document.append(line)
         if ends and (document or broken):
-            yield broken or Row(f"{part.path}:{start}", {"text": "".join(document).removesuffix("\n" if unit == "line" else "")})
+            yield broken or Row(f"{part.path}:{start}", {"text": "".join(document)})
             document, broken = [], None
     if document or broken:
         yield broken or Row(f"{part.path}:{start}", {"text": "".join(document)})
@@ -261,7 +280,7 @@ def _conll(part: Part, file: IO[bytes]) -> Iterator[Row | DataError]:
         if not isinstance(column, int) or column == 0:
             raise DataError(f"{part.path}: map.{name} is {column!r}, expected the number of a column, from 1")
     start, record, broken = 1, _sentence(columns), None
-    number = 0
+    width: int | None = None
     for number, line in _lines(part, file):
         if isinstance(line, DataError):
             broken = broken or line
@@ -271,16 +290,24 @@ def _conll(part: Part, file: IO[bytes]) -> Iterator[Row | DataError]:
             if record["words"] or broken:
                 yield broken or Row(f"{part.path}:{start}", record)
             record, broken = _sentence(columns), None
-        elif (line.startswith("#") and len(fields) != 2) or fields[0] == "-DOCSTART-" or (universal and not fields[0].isdecimal()):
-            continue  # a comment, the mark of a document, a contraction's own line
+        elif fields[0] == "-DOCSTART-" or (universal and not fields[0].isdecimal()):
+            continue  # the mark of a document; a comment, or a contraction's own line
+        elif line.startswith("#") and not record["words"] and _is_comment(line, len(fields), width):
+            continue
         elif max(2, *map(abs, columns.values())) > len(fields):
             broken = broken or bad(f"{part.path}:{number}", f"{len(fields)} columns, expected a word and its tag", "broken")
         else:
+            width = width or len(fields)
             start = start if record["words"] else number
             for name, column in columns.items():
                 record[name].append(fields[column - 1 if column > 0 else column])
     if record["words"] or broken:
         yield broken or Row(f"{part.path}:{start}", record)
+
+
+def _is_comment(line: str, fields: int, width: int | None) -> bool:
+    """A line that begins with # before a sentence, and is no word of a file whose words have so many fields."""
+    return fields != width if width else " = " in line or fields == 1 or line.startswith(("#begin", "#end"))
 
 
 def _sentence(columns: dict[str, Any]) -> dict[str, list[str]]:
@@ -386,6 +413,7 @@ def function_rows(source: Source) -> Iterator[Row]:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     number = 0
+    sys.modules[spec.name] = module  # dataclasses look there
     try:
         spec.loader.exec_module(module)
         if not callable(getattr(module, name, None)):
@@ -395,6 +423,8 @@ def function_rows(source: Source) -> Iterator[Row]:
             number += 1
             if not isinstance(record, dict):
                 raise DataError(f"{file}:{name}: row {number} is a {type(record).__name__}, expected a mapping")
+            if not all(isinstance(key, str) for key in record):
+                raise DataError(f"{file}:{name}: row {number} has the keys {list(record)!r:.60}, expected text")
             yield Row(f"{file}:{name}:row {number}", record)
     except (DataError, GeneratorExit):
         raise

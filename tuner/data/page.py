@@ -27,6 +27,7 @@ def page(title: str, tasks: list[Pictured], quality: Quality) -> str:
     for task in tasks:
         body.append(f"<h2>{escape(task.kind)}: {task.rows} rows, {task.tokens} tokens, {task.supervised:.12g} learned</h2>")
         body += [f"<p>{escape(said)}</p>" for said in task.told]
+        body.append(f"<p>{task.skipped_rows} rows left out, {task.cut_rows} cut</p>{_listed(task.skipped, task.skipped_rows)}")
         body.append(f"<h3>Length of the rows in tokens</h3>{_bars(bins(task.lengths))}")
         body.append('<h3>What the model reads</h3><p>What is <span class="learned">learned</span>, and what is ')
         body.append('<span class="read">only read</span>; each token has a frame.</p>')

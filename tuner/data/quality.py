@@ -13,6 +13,8 @@ from hashlib import blake2b
 from random import Random
 from typing import Any
 
+import regex
+
 from tuner.data import reading
 from tuner.data.rows import BadRows, Row, usable
 from tuner.progress import counted
@@ -24,6 +26,8 @@ SIMILAR = 0.8
 SHINGLE = 3
 # Brown et al. 2020 (arXiv:2005.14165), appendix C: a text that shares so many words in a row with a benchmark has seen it.
 CONTAMINATED_WORDS = 13
+# A test text that is shorter counts as a whole; one of fewer words than this is anyone's.
+SHORT_WORDS = 5
 # Each kind of finding is counted whole and shown in part.
 LISTED = 20
 # Telling languages apart takes longer than everything else together; this many rows, drawn by chance, give a share to two percent.
@@ -31,7 +35,8 @@ LANGUAGE_ROWS = 2_000
 BLOCK_ROWS = 10_000
 # Where each row's own numbers are kept.
 SIDES = ("train", "heldout", "test")
-WORD = re.compile(r"\w+")
+# Letters with their marks, which Python's own \\w cuts apart in Hindi and Tamil, and digits.
+WORD = regex.compile(r"[\p{L}\p{M}\p{N}_]+")
 # Keys whose text tasks read.
 SPEAKING = (
     "text", "messages", "prompt", "completion", "chosen", "rejected", "words", "anchor", "positive", "negative", "negatives",
@@ -103,7 +108,9 @@ class Quality:
 def examine(recipe: Recipe) -> Quality:
     """Read every row of the recipe's data and say what is in there. Raises DataError as a run would."""
     found, numbers, drawn = Quality(), _Numbers(), _Drawn()
-    grams: dict[int, int] = {}
+    grams: dict[tuple[int, int], int] = {}
+    short: set[int] = set()  # how long the test texts are that have fewer words than a run
+    contaminated: set[int] = set()
     sides = [side for side in SIDES if side != "heldout" or recipe.data.holds_out]
     # What must not be in the training rows is looked at first.
     for side in reversed([side for side in sides if side != "test" or recipe.data.test]):
@@ -114,20 +121,25 @@ def examine(recipe: Recipe) -> Quality:
             words = words_of(row.record)
             numbers.add(side, row.place, words, _label(row.record))
             if side == "test":
-                grams.update(dict.fromkeys(_grams(words), len(numbers.places) - 1))
+                grams.update(dict.fromkeys(_runs(words, CONTAMINATED_WORDS), len(numbers.places) - 1))
+                if SHORT_WORDS <= (size := len(WORD.findall(words))) < CONTAMINATED_WORDS:
+                    short.add(size)
+                    grams.update(dict.fromkeys(_runs(words, size), len(numbers.places) - 1))
                 continue
-            _look(row, words, found)
+            _look(row, found)
             if side == "train":
                 drawn.add(words)
                 found.shapes[row.shape] += 1
                 found.characters.append(len(words))
                 for label in labels_of(row.record):
                     found.labels[label] += 1
-                if grams and (hit := next((each for each in _grams(words) if each in grams), None)) is not None:
-                    found.contamination.add(f"{row.place}: shares {CONTAMINATED_WORDS} words with {numbers.places[grams[hit]]}")
+                runs = (run for size in [CONTAMINATED_WORDS, *short] for run in _runs(words, size)) if grams else iter(())
+                if (hit := next((each for each in runs if each in grams), None)) is not None:
+                    contaminated.add(len(numbers.places) - 1)
+                    found.contamination.add(f"{row.place}: holds words of {numbers.places[grams[hit]]}, {hit[0]} in a row")
         if side == "train":
             found.bad = bad.told()
-    _compare(numbers, found)
+    _compare(numbers, found, contaminated)
     found.languages.update(_language(words) for words in drawn.texts if words.strip())
     return found
 
@@ -169,6 +181,15 @@ def _texts(value: Any) -> Iterator[str]:
             yield from _texts(each)
 
 
+def _everything(value: Any) -> Iterator[str]:
+    """Each text in a record."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _everything(each)
+
+
 def _label(record: dict[str, Any]) -> str:
     return repr([record[key] for key in ("label", "labels", "tags", "score") if key in record])
 
@@ -182,8 +203,9 @@ def labels_of(record: dict[str, Any]) -> Iterator[str]:
             yield from map(str, record[key])
 
 
-def _look(row: Row, words: str, found: Quality) -> None:
-    """What one row shows by itself."""
+def _look(row: Row, found: Quality) -> None:
+    """What one row shows by itself, whatever key it stands under."""
+    words = "\n".join(_everything(row.record))
     if "@" in words and (address := EMAIL.search(words)):
         found.emails.add(f"{row.place}: {address.group()}")
     if SUSPICIOUS.search(words) and (kind := _secret(words)):
@@ -214,13 +236,11 @@ def _language(words: str) -> str:
     return str(py3langid.classify(words)[0])
 
 
-def _grams(words: str) -> Iterator[int]:
-    """A number for each run of 13 words; a text of five words or more that is shorter is one run."""
+def _runs(words: str, size: int) -> Iterator[tuple[int, int]]:
+    """(how many, a number) for each run of so many words."""
     each = WORD.findall(words.lower())
-    if 5 <= len(each) < CONTAMINATED_WORDS:
-        yield hash(tuple(each))
-    for start in range(len(each) - CONTAMINATED_WORDS + 1):
-        yield hash(tuple(each[start : start + CONTAMINATED_WORDS]))
+    for start in range(len(each) - size + 1):
+        yield size, hash(tuple(each[start : start + size]))
 
 
 class _Numbers:
@@ -243,6 +263,16 @@ class _Numbers:
         if len(self._block) == BLOCK_ROWS:
             self._sketch()
 
+    def alike(self, index: int, other: int, *, nearly: bool = False) -> str:
+        """How to say that a row is like another one."""
+        return f"{self.places[index]}: {'nearly ' if nearly else ''}the same as {self.places[other]}"
+
+    def contaminate(self, index: int, test: int, found: Quality, known: set[int], *, nearly: bool = False) -> None:
+        """Count a training row that is a test row, unless it was counted before."""
+        if index not in known:
+            known.add(index)
+            found.contamination.add(self.alike(index, test, nearly=nearly))
+
     def _sketch(self) -> None:
         import numpy as np
         from rensa import RMinHash
@@ -262,26 +292,35 @@ class _Numbers:
 def shingles(words: str) -> list[str]:
     """Three words in a row each, in lower case; characters instead where words are not told apart by spaces."""
     each = WORD.findall(words.lower())
-    if len(words) > 20 * max(1, len(each)):
+    if len(words) > 20 * len(each):
         each = list(words)
     return [" ".join(each[at : at + SHINGLE]) for at in range(max(1, len(each) - SHINGLE + 1))]
 
 
-def _compare(numbers: _Numbers, found: Quality) -> None:
+def _compare(numbers: _Numbers, found: Quality, contaminated: set[int]) -> None:
     """Rows with each other: the same text, and nearly the same."""
     import numpy as np
 
     texts, labels = np.array(numbers.texts), np.array(numbers.labels)
     order = np.argsort(texts, kind="stable")
-    same = texts[order][1:] == texts[order][:-1]
-    # The first row with each text, by which the others are named.
-    first = np.arange(len(order))
-    for at in np.flatnonzero(same):
-        first[order[at + 1]] = first[order[at]]
-    for index in np.flatnonzero(first != np.arange(len(order))):
-        _pair(numbers, int(index), int(first[index]), found, labels, near=False)
-    sketches = numbers.sketches()
-    single = np.flatnonzero(first == np.arange(len(order)))
+    borders = np.flatnonzero(texts[order][1:] != texts[order][:-1]) + 1
+    # The first row of each side with each text stands for the others.
+    standing: list[int] = []
+    for start, end in zip([0, *borders.tolist()], [*borders.tolist(), len(order)], strict=True):
+        if end - start == 1:
+            standing.append(int(order[start]))
+            continue
+        train, heldout, test = ([at for at in order[start:end].tolist() if numbers.sides[at] == side] for side in range(3))
+        standing += [each[0] for each in (train, heldout, test) if each]
+        for at in heldout if train else []:
+            found.leaks.add(numbers.alike(at, train[0]))
+        for at in train if test else []:
+            numbers.contaminate(at, test[0], found, contaminated)
+        for at in train[1:]:
+            differs = labels[at] != labels[train[0]]
+            said = numbers.alike(at, train[0])
+            (found.contradictions if differs else found.duplicates).add(f"{said}, with another label" if differs else said)
+    sketches, single = numbers.sketches(), np.array(sorted(standing), dtype=np.int64)
     seen: set[int] = set()
     for start in range(0, PERMUTATIONS, BAND):
         band = np.ascontiguousarray(sketches[single, start : start + BAND]).view(f"V{4 * BAND}").ravel()
@@ -290,22 +329,19 @@ def _compare(numbers: _Numbers, found: Quality) -> None:
         ends = np.cumsum(counts)
         for group in np.flatnonzero(counts > 1):
             inside = single[members[ends[group] - counts[group] : ends[group]]]
-            alike = (sketches[inside[1:]] == sketches[inside[0]]).mean(axis=1)
-            for index, share in zip(inside[1:].tolist(), alike.tolist(), strict=True):
-                if share >= SIMILAR and index not in seen:
+            shares = (sketches[inside[1:]] == sketches[inside[0]]).mean(axis=1)
+            for index, share in zip(inside[1:].tolist(), shares.tolist(), strict=True):
+                if share >= SIMILAR and index not in seen and texts[index] != texts[inside[0]]:
                     seen.add(index)
-                    _pair(numbers, index, int(inside[0]), found, labels, near=True)
+                    _near(numbers, index, int(inside[0]), found, contaminated)
 
 
-def _pair(numbers: _Numbers, index: int, other: int, found: Quality, labels: Any, *, near: bool) -> None:
-    """Count two rows that are alike, by the sides that they are on. The other one was read before."""
-    sides = {SIDES[numbers.sides[index]], SIDES[numbers.sides[other]]}
-    is_like = f"{numbers.places[index]}: {'nearly ' if near else ''}the same as {numbers.places[other]}"
-    if sides == {"train", "heldout"}:
-        found.leaks.add(is_like)
-    elif sides == {"train", "test"}:
-        found.contamination.add(is_like)
-    elif not near and labels[index] != labels[other]:
-        found.contradictions.add(f"{is_like}, with another label")
-    elif sides == {"train"}:
-        (found.near_duplicates if near else found.duplicates).add(is_like)
+def _near(numbers: _Numbers, index: int, other: int, found: Quality, contaminated: set[int]) -> None:
+    """Count two rows that are nearly alike, by the sides that they are on."""
+    sides = {SIDES[numbers.sides[index]]: index, SIDES[numbers.sides[other]]: other}
+    if set(sides) == {"train", "heldout"}:
+        found.leaks.add(numbers.alike(sides["heldout"], sides["train"], nearly=True))
+    elif set(sides) == {"train", "test"}:
+        numbers.contaminate(sides["train"], sides["test"], found, contaminated, nearly=True)
+    elif set(sides) == {"train"}:
+        found.near_duplicates.add(numbers.alike(index, other, nearly=True))

@@ -12,6 +12,9 @@ from tuner.data.shapes import canonical
 from tuner.errors import DataError
 from tuner.recipe import Recipe
 
+# The sides between which `heldout_fraction` divides the training rows.
+SPLIT = ("train", "heldout")
+
 
 def sources(recipe: Recipe, which: str) -> list[Source]:
     """The sources of `train`, `heldout` or `test`. Rows that are held out by a fraction are among those of `train`."""
@@ -29,7 +32,8 @@ def found(recipe: Recipe, which: str) -> list[tuple[int, Part]]:
     """Each part with the number of its source, looked for once a run. Raises DataError where there is none."""
     key = ("parts", which)
     if key not in recipe.seen:
-        each = [parts(source, recipe.data.made_by) for source in sources(recipe, which)]
+        wanted = [source.model_copy(update={"map": {**recipe.data.map, **source.map}}) for source in sources(recipe, which)]
+        each = [parts(source, recipe.data.made_by) for source in wanted]
         recipe.seen[key] = [(number, part) for number, (inside, _) in enumerate(each) for part in inside]
         recipe.seen["passed over", which] = [path for _, others in each for path in others]
     there: list[tuple[int, Part]] = recipe.seen[key]
@@ -57,8 +61,8 @@ def state(recipe: Recipe, which: str, *, places: bool = False) -> list[Any]:
         [_identity(recipe, part), part.format, part.source.documents, part.source.map, part.path if places else None, number]
         for number, part in found(recipe, which)
     ]
-    drawn = [which, recipe.data.heldout_fraction] if recipe.data.heldout_fraction else None
-    return [each, recipe.data.map, drawn, recipe.data.on_bad_row.model_dump()]
+    drawn = [which, recipe.data.heldout_fraction] if recipe.data.heldout_fraction and which in SPLIT else None
+    return [each, drawn, recipe.data.on_bad_row.model_dump()]
 
 
 def read(recipe: Recipe, which: str) -> Iterator[Row | DataError]:
@@ -71,22 +75,25 @@ def read(recipe: Recipe, which: str) -> Iterator[Row | DataError]:
         digest, rows = hashlib.sha256(), 0
         for row in formats.rows(part):
             rows += 1
+            share = recipe.data.heldout_fraction if which in SPLIT else None
             if isinstance(row, DataError):
-                yield row
+                if not share or which == "train":  # once is enough
+                    yield row
                 continue
             if part.format is None and part.source.function:
                 digest.update(json.dumps(row.record, sort_keys=True, default=str).encode("utf-8", "surrogatepass") + b"\n")
-            if recipe.data.heldout_fraction and _held_out(row, recipe.data.heldout_fraction) != (which == "heldout"):
+            if share and _held_out(row, share) != (which == "heldout"):
                 continue
             try:
                 check_characters(row.record)
-                row = canonical(row, {**recipe.data.map, **part.source.map}, table=part.format in ("csv", "tsv"))
+                columns = {} if part.format == "conll" else part.source.map  # there they are numbers, and read already
+                row = canonical(row, columns, table=part.format in ("csv", "tsv"))
                 yield Row(row.place, row.record, row.shape, number)
             except DataError as error:
                 yield DataError(f"{row.place}: {error}", error.kind or "shape")
         if not rows:
             raise DataError(f"{part.path}:1: the file is empty; expected rows" + _form(part))
-        known = recipe.seen.get(("identity", part.path))
+        known = recipe.seen.get(_key("identity", part))
         drawn_anew = bool(part.source.function) and known not in (None, digest.hexdigest())
         if drawn_anew or part.stamp() != before:
             why = (
@@ -95,20 +102,25 @@ def read(recipe: Recipe, which: str) -> Iterator[Row | DataError]:
             raise DataError(f"{part.path}: {why}")
 
 
+def _key(what: str, part: Part) -> tuple[str, ...]:
+    """Two sources may have one name and differ in their arguments or split."""
+    return what, part.path, part.source.model_dump_json()
+
+
 def _form(part: Part) -> str:
     return ", one JSON object a line" if part.format == "jsonl" else ""
 
 
 def _stamp(recipe: Recipe, part: Part) -> tuple[int, ...] | None:
     """The file's size and times, which stay what they were when the run first looked at it."""
-    stamp: tuple[int, ...] | None = recipe.seen.setdefault(("stamp", part.path), part.stamp())
+    stamp: tuple[int, ...] | None = recipe.seen.setdefault(_key("stamp", part), part.stamp())
     if stamp != part.stamp():
         raise DataError(f"{part.path}: changed since the run began; start it again")
     return stamp
 
 
 def _identity(recipe: Recipe, part: Part) -> str:
-    key = ("identity", part.path)
+    key = _key("identity", part)
     _stamp(recipe, part)
     if key not in recipe.seen:
         recipe.seen[key] = part.identity()

@@ -65,6 +65,10 @@ LISTS = {
 }
 
 
+# Those of them that are plain text more often than not.
+TEXTS = frozenset(["chosen", "rejected", "prompt", "completion"])
+
+
 def shape_of(record: dict[str, Any]) -> str:
     """The name of the record's shape; empty where none fits."""
     return next((name for name, keys in SHAPES.items() if all(key in record for key in keys)), "")
@@ -93,6 +97,9 @@ def canonical(row: Row, columns: dict[str, str | int], *, table: bool) -> Row:
         "prompt and completion": _prompt,
         "preference pairs": _preference,
         "words and tags (tokens, ner_tags)": _tokens,
+        "words and tags": _named,
+        "text with a label": _named,
+        "text with labels": _named,
     }.get(shape)
     return Row(row.place, change(record) if change else record, shape)
 
@@ -114,7 +121,11 @@ def _typed(record: dict[str, Any]) -> dict[str, Any]:
         if isinstance(cell, str) and name in LISTS and cell.lstrip()[:1] in ("[", "{"):
             try:
                 value = json.loads(cell)
+                value = value if name not in TEXTS or _is_messages(value) else cell
             except ValueError as error:
+                if name in TEXTS:
+                    typed[name] = cell
+                    continue
                 raise DataError(f'"{name}" begins like JSON and is none ({getattr(error, "msg", error)}): {cell[:60]!r}') from None
         elif name in ("words", "tags") and isinstance(cell, str):
             value = cell.split()
@@ -128,6 +139,10 @@ def _typed(record: dict[str, Any]) -> dict[str, Any]:
         if value != "" or name in ("text", "input"):
             typed[name] = value
     return typed
+
+
+def _is_messages(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(each, dict) for each in value)
 
 
 def _messages(record: dict[str, Any]) -> dict[str, Any]:
@@ -167,7 +182,10 @@ def _parsed(text: str, what: str) -> Any:
 
 
 def _tools(tools: Any) -> Any:
-    return _parsed(tools, "the tools") if isinstance(tools, str) else tools
+    found = _parsed(tools, "the tools") if isinstance(tools, str) else tools
+    if not _is_messages(found):
+        raise DataError(f'"tools" is {found!r:.60}, expected a list of {{"type": "function", "function": {{...}}}}')
+    return found
 
 
 def _sharegpt(record: dict[str, Any]) -> dict[str, Any]:
@@ -193,9 +211,11 @@ def _sharegpt(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _alpaca(record: dict[str, Any]) -> dict[str, Any]:
-    for key in ("instruction", "output"):
-        if not isinstance(record[key], str):
+    for key in ("instruction", "output", "input", "system"):
+        if not isinstance(record.get(key, ""), str) and (record[key] is not None or key == "output"):
             raise DataError(f'"{key}" is {record[key]!r:.60}, expected text')
+    if not isinstance(record.get("history") or [], list):
+        raise DataError(f'"history" is {record["history"]!r:.60}, expected a list of [question, answer]')
     messages: list[Any] = [{"role": "system", "content": record["system"]}] if record.get("system") else []
     for at, pair in enumerate(record.get("history") or []):
         if not isinstance(pair, list) or len(pair) != 2:
@@ -231,10 +251,21 @@ def _preference(record: dict[str, Any]) -> dict[str, Any]:
     return {**rest, "messages": _turns(shared if shared[: len(before)] == before else before + shared), **answers}
 
 
+def _named(record: dict[str, Any]) -> dict[str, Any]:
+    """Labels that are whole numbers are names all the same."""
+
+    def name(value: Any) -> Any:
+        return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+    named = {key: name(record[key]) for key in ("label",) if key in record}
+    named |= {key: [name(each) for each in record[key]] for key in ("labels", "tags") if isinstance(record.get(key), list)}
+    return {**record, **named}
+
+
 def _said(answer: Any) -> bool:
     return isinstance(answer, list) and bool(answer) and isinstance(answer[-1], dict) and "content" in answer[-1]
 
 
 def _tokens(record: dict[str, Any]) -> dict[str, Any]:
     rest = {key: value for key, value in record.items() if key not in ("tokens", "ner_tags")}
-    return {**rest, "words": record["tokens"], "tags": record["ner_tags"]}
+    return _named({**rest, "words": record["tokens"], "tags": record["ner_tags"]})

@@ -98,7 +98,7 @@ def show(tasks: list[Pictured], quality: Quality) -> None:
 
 
 def pieces(example: Example, tokenizer: Any) -> list[tuple[str, bool]]:
-    """Each token's text, and whether it is learned. Joined, they are what the model reads.
+    """Each token's text, and whether it is learned. Joined, they are what the model reads, of tokenizers that keep spaces.
 
     Tokens that are a part of a character only stand together with those that complete it.
     """

@@ -5,7 +5,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -18,6 +18,9 @@ from tuner.kinds import Options as BaseOptions
 from tuner.progress import counted
 from tuner.recipe import Recipe
 from tuner.stages import Job
+
+if TYPE_CHECKING:
+    from tuner.plan import Plan, Step
 
 TAKES = frozenset({"nothing"})
 RESULT = "tokenizer"
@@ -54,7 +57,7 @@ class Options(BaseOptions):
     pre_tokenizer: Literal["gpt2", "llama3", "whitespace", "words"] | None = None
     """Where no piece goes across: `gpt2` by default, `words` (spaces, punctuation) for `wordpiece`; `llama3` splits numbers."""
     eos_token: str = Field("<|endoftext|>", min_length=1)
-    """Ends a document and pads. For `wordpiece`, which ends texts with [SEP], it means nothing."""
+    """Ends a document and pads; with `chat_template: chatml` it only pads. Not for `wordpiece`, which ends texts with [SEP]."""
     special_tokens: list[str] = Field(default_factory=list)
     """Further tokens that no text is cut across, such as "<|tool|>"."""
     min_frequency: int = Field(2, ge=1)
@@ -71,6 +74,9 @@ class Options(BaseOptions):
         if wordpiece and (self.chat_template or "eos_token" in self.model_fields_set):
             key = "chat_template" if self.chat_template else "eos_token"
             raise ValueError(f"{key}: a wordpiece tokenizer is for encoders, which do not write; leave it out")
+        always = len(self.special_tokens) + (5 if wordpiece else 257 + 2 * bool(self.chat_template))
+        if self.vocab_size <= always:
+            raise ValueError(f"vocab_size: {self.vocab_size} leaves no room beside the {always} entries that are always there")
         if len(set(self.special_tokens)) < len(self.special_tokens) or not all(self.special_tokens):
             raise ValueError("special_tokens: one is empty, or stands there twice")
         return self
@@ -88,7 +94,7 @@ def run(job: Job) -> Manifest:
     from tuner.source import versions
 
     options: Any = job.options
-    template, end = _chat(job, options)
+    template, end = _chat(job.recipe, options)
     roles = (
         BERT_ROLES if options.model == "wordpiece" else dict.fromkeys(("bos_token", "eos_token", "pad_token"), options.eos_token)
     )
@@ -154,7 +160,9 @@ def _wordpiece(recipe: Recipe, options: Options, special: list[str], bad: BadRow
     seen: Counter[str] = Counter()
     for text in texts(recipe, BadRows(recipe.data.on_bad_row)):
         seen.update(learner.normalizer.normalize_str(text) if learner.normalizer else text)
-    commonest = sorted((each for each in seen if not each.isspace()), key=lambda each: (-seen[each], each))[:MOST_CHARACTERS]
+    # Each character takes two entries, at the beginning of a word and within one; half of the rest is for pieces.
+    most = min(MOST_CHARACTERS, max(1, (options.vocab_size - len(special)) // 4))
+    commonest = sorted((each for each in seen if not each.isspace()), key=lambda each: (-seen[each], each))[:most]
     inside = [f"##{each}" for each in sorted(commonest)]
     common = {**_common(options, [*special, *inside]), "initial_alphabet": sorted(commonest), "limit_alphabet": len(commonest)}
     learner.train_from_iterator(texts(recipe, bad), trainers.WordPieceTrainer(min_frequency=options.min_frequency, **common))
@@ -200,18 +208,30 @@ def _settled(tokenizer: Any, special: int) -> Any:
     return Tokenizer.from_str(json.dumps(tree))
 
 
-def _chat(job: Job, options: Options) -> tuple[str | None, str | None]:
-    """(the chat template, the token that ends its turns where the template decides that)."""
+def check(plan: "Plan", step: "Step") -> None:
+    """Raises RecipeError for a chat template that is not there."""
+    try:
+        _chat(plan.recipe, step.options)
+    except DataError as error:
+        raise plan.recipe.error(str(error), "stages", step.index, "tokenizer", "chat_template") from None
+
+
+def reads(recipe: Recipe, options: Options) -> list[Any]:
+    """The text of the chat template, wherever it is from."""
+    return [_chat(recipe, options)[0]]
+
+
+def _chat(recipe: Recipe, options: Options) -> tuple[str | None, str | None]:
+    """(the chat template, the token that ends its turns where the template decides that). Raises DataError."""
     if options.chat_template is None:
         return None, None
     if options.chat_template == "chatml":
         return CHATML, "<|im_end|>"
-    path = job.recipe.path.parent / options.chat_template
+    path = recipe.path.parent / options.chat_template
     try:
         return path.read_text(encoding="utf-8"), None
     except (OSError, UnicodeDecodeError) as error:
-        place = ("stages", job.index, "tokenizer", "chat_template")
-        raise job.recipe.error(f"{path} cannot be read: {error}; `chatml` is the one that comes along", *place) from None
+        raise DataError(f"{path} cannot be read: {error}; `chatml` is the one that comes along") from None
 
 
 def texts(recipe: Recipe, bad: BadRows) -> Iterator[str]:

@@ -59,7 +59,8 @@ def check_row(record: dict[str, Any], options: Options, *, chat_template: bool =
             if key not in record:
                 raise DataError(f'the key "{key}" is missing beside {keys(record)}')
             if not isinstance(record[key], str) or not record[key]:
-                raise DataError(f'"{key}" is {_shown(record[key])}, expected text')
+                empty = key == "completion" and record[key] == ""
+                raise DataError(f'"{key}" is {_shown(record[key])}, expected text', "empty" if empty else "shape")
     else:
         raise DataError(f'found the keys {keys(record)}, expected "messages", or "prompt" and "completion"')
 
@@ -238,7 +239,7 @@ def _render(messages: list[dict[str, Any]], tokenizer: Any, tools: Any, *, add_g
         return str(
             tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt)
         )
-    except TemplateError as error:
+    except (TemplateError, TypeError, ValueError) as error:
         raise DataError(f"the model's chat template refuses this conversation: {error}", "turns") from None
 
 
@@ -269,7 +270,7 @@ def _check_messages(messages: Any) -> None:
         calls = message.get("tool_calls") or []
         _check_calls(calls, index, role)
         if not isinstance(content, str) or (role == "assistant" and not content.strip() and not calls):
-            kind = "empty" if role == "assistant" and not content else "shape"
+            kind = "empty" if role == "assistant" and not str(content or "").strip() else "shape"
             raise DataError(f"messages[{index}]: the content is {_shown(content)}, expected text", kind)
         expected = after.get(role) or (("tool",) if calls else ("user",))
     if messages[-1]["role"] != "assistant":
@@ -280,7 +281,9 @@ def _check_messages(messages: Any) -> None:
 def _check_calls(calls: Any, index: int, role: str) -> None:
     if calls and role != "assistant":
         raise DataError(f'messages[{index}]: "{role}" calls tools, and only the assistant may', "turns")
-    for call in calls if isinstance(calls, list) else [calls]:
+    if not isinstance(calls, list):
+        raise DataError(f'messages[{index}]: "tool_calls" is {_shown(calls)}, expected a list')
+    for call in calls:
         function = call.get("function") if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             wanted = '{"type": "function", "function": {"name", "arguments"}}'

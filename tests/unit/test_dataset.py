@@ -304,6 +304,20 @@ def test_a_cache_that_cannot_be_written_is_said_and_one_that_is_damaged_made_aga
         encoded(recipe, tokenizer)
 
 
+def test_what_no_one_has_used_for_a_month_is_removed(
+    read: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TUNER_CACHE", str(tmp_path / "cache"))
+    days = 86_400
+    for name, age in (("old", 31), ("new", 29), (".killed.part", 2), (".at-work.part", 0)):
+        (tmp_path / "cache/examples" / name).mkdir(parents=True)
+        os.utime(tmp_path / "cache/examples" / name, (time.time() - age * days,) * 2)
+    encoded(read(), tokenizer)
+    left = {each.name for each in (tmp_path / "cache/examples").iterdir()}
+    assert {"new", ".at-work.part"} < left
+    assert not {"old", ".killed.part"} & left
+
+
 def test_a_files_hash_is_remembered_until_it_is_written_to(tmp_path: Path) -> None:
     from tuner.data.files import sha256_of
 

@@ -21,6 +21,7 @@ from tuner.errors import DataError, disk_errors
 
 # A file written to this recently could be written to again without its times changing.
 SETTLED_S = 2.0
+KEPT_S, LEFT_S = 30 * 86_400.0, 86_400.0
 # What is kept of an example beside its own fields.
 BESIDE: dict[str, Any] = {
     "_place": str, "_record": str | None, "_source": int, "_length": int, "_supervised": float, "_cut": bool
@@ -92,6 +93,7 @@ def stored(key: str, make: Callable[[dict[str, Any]], Iterator[tuple[str, str | 
     path = folder() / "examples" / key
     if not (path / "info.json").is_file():
         part = path.with_name(f".{key}.{os.getpid()}.{uuid4().hex[:8]}.part")
+        _tidy(path.parent)
         try:
             part.mkdir(parents=True)
         except OSError as error:
@@ -110,6 +112,15 @@ def stored(key: str, make: Callable[[dict[str, Any]], Iterator[tuple[str, str | 
     with suppress(OSError):
         os.utime(path)  # when it was used last, for whoever tidies up
     return Stored(path)
+
+
+def _tidy(examples: Path) -> None:
+    """Remove what was not used for a month, and what a run that was killed more than a day ago has left."""
+    with suppress(OSError):
+        for entry in examples.iterdir():
+            unused_s = time.time() - entry.stat().st_mtime
+            if unused_s > (LEFT_S if entry.name.endswith(".part") else KEPT_S):
+                shutil.rmtree(entry, ignore_errors=True)
 
 
 def _write(part: Path, make: Callable[[dict[str, Any]], Iterator[tuple[str, str | None, int, Any]]]) -> None:

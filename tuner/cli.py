@@ -139,15 +139,17 @@ def data(
     from tuner.data.page import PAGE_EXAMPLES, page
     from tuner.data.quality import examine
     from tuner.data.show import pictured, show
+    from tuner.plan import check_by_shape, checker
     from tuner.recipe import rows_only
 
     examples = max(rows, PAGE_EXAMPLES) if html else rows
     if recipe.endswith((".yaml", ".yml")):
         plan, out_dir = _plan(Path(recipe), overrides, out)
-        read, tasks = plan.recipe, pictured(plan, out_dir, examples)
+        read, tasks, check = plan.recipe, pictured(plan, out_dir, examples), checker(plan.recipe, plan.facts)
     else:
-        read, tasks = rows_only(recipe, overrides), []
-    quality = examine(read)
+        # Without a recipe all that is wrong is said, and nothing stops at the first.
+        read, tasks, check = rows_only(recipe, ["data.on_bad_row=skip", *(overrides or [])]), [], check_by_shape
+    quality = examine(read, check)
     show([replace(task, examples=task.examples[:rows]) for task in tasks], quality)
     if html:
         try:

@@ -126,7 +126,12 @@ def _unknown(data: str, look: _Look) -> str:
         return f"{data}: its first row has no keys"
     text = max(values, key=lambda key: sum(map(len, values[key])))
     few = [key for key in values if key != text and 1 < len(set(values[key])) <= max(2, len(values[key]) // 4)]
+    other = [key for key in values if key != text and len(set(values[key])) > len(values[key]) // 2]
+    other = [key for key in other if not any(map(str.isdecimal, values[key]))]
     guess = f"--map text={text}" + (f" --map label={few[0]}" if few else "")
+    if other and not few:
+        first, second = [key for key in values if key in (text, other[0])]
+        guess = f"--map prompt={first} --map completion={second}"
     return f"{data}: the keys {', '.join(values)} are none of the known shapes; say what they are, such as `{guess}`"
 
 

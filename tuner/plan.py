@@ -4,7 +4,7 @@ before gives."""
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -183,7 +183,7 @@ def check_rows(recipe: Recipe, known: Facts) -> Looked:
 
     Raises DataError with the place of the first row that the tasks cannot read, and where nothing is held out in truth.
     """
-    readers = _readers(recipe)
+    readers, check = _readers(recipe), checker(recipe, known)
     seen: dict[str, set[int]] = {"train": set(), "heldout": set()}
     looked = Looked()
     read = frozenset().union(*(reader.KEYS for reader, _ in readers))
@@ -194,8 +194,7 @@ def check_rows(recipe: Recipe, known: Facts) -> Looked:
         shapes = looked.shapes.setdefault(key, Counter())
 
         def checked(row: Row, key: str = key, shapes: Counter[str] = shapes) -> None:
-            for reader, options in readers:
-                reader.check_row(row.record, options, chat_template=known.chat_template)
+            check(row)
             unread.update(set(_keys(row.record)) - read)
             seen[key].add(hash(json.dumps(row.record, sort_keys=True, default=str)))
             shapes[row.shape] += 1
@@ -215,6 +214,29 @@ def check_rows(recipe: Recipe, known: Facts) -> Looked:
     if copied and copied == len(seen["heldout"]):
         raise recipe.error("the held-out rows are all training rows, so nothing would be measured", "data", "heldout")
     return replace(looked, copied=copied, unread=sorted(unread))
+
+
+def checker(recipe: Recipe, known: Facts) -> Callable[[Row], None]:
+    """A function that raises DataError for a row that one of the recipe's tasks cannot read."""
+    readers = _readers(recipe)
+
+    def check(row: Row) -> None:
+        for reader, options in readers:
+            reader.check_row(row.record, options, chat_template=known.chat_template)
+
+    return check
+
+
+def check_by_shape(row: Row) -> None:
+    """Raises DataError for a row that no task for its shape could read, as far as that can be told without a recipe's labels."""
+    for name in kinds.names("tasks"):
+        task = kinds.load("tasks", name)
+        if row.shape in task.SHAPES and not any(field.is_required() for field in task.Options.model_fields.values()):
+            try:
+                options = task.Options(**task.SHAPES[row.shape])
+            except ValueError:
+                continue  # labels are missing
+            task.check_row(row.record, options, chat_template=True)
 
 
 def _keys(record: dict[str, Any]) -> Iterator[str]:

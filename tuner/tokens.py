@@ -13,7 +13,7 @@ from tuner.data import reading
 from tuner.data.quality import WORD, words_of
 from tuner.data.rows import BadRows, usable
 from tuner.errors import RecipeError, SourceError
-from tuner.progress import counted
+from tuner.progress import counted, say
 from tuner.recipe import rows_only
 from tuner.source import Source, find
 
@@ -113,7 +113,7 @@ def pieces(text: str, tokenizer: Any) -> list[str]:
 
 
 def _batches(data: str, by: str | None, only: list[str] | None) -> Iterator[tuple[list[str], list[str]]]:
-    recipe = rows_only(data)
+    recipe = rows_only(data, ["data.on_bad_row=skip"])
     bad = BadRows(recipe.data.on_bad_row)
     texts: list[str] = []
     groups: list[str] = []
@@ -129,6 +129,8 @@ def _batches(data: str, by: str | None, only: list[str] | None) -> Iterator[tupl
             texts, groups = [], []
     if texts:
         yield texts, groups
+    if bad.count:
+        say(f"{bad.count} rows cannot be used and were left out; the first: {bad.listed[0]}")
 
 
 def _count(found: Measured, groups: set[str], text: str, ids: list[int], again: str, unknown: int | None) -> None:

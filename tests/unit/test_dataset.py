@@ -273,6 +273,22 @@ def test_a_fraction_is_held_out_of_the_training_rows_alone(read: Any, tmp_path: 
     assert (sum(counts["train"]), sum(counts["heldout"])) == (1, 0), "a row that cannot be read is counted once"
 
 
+def test_a_list_on_one_line_loses_no_row(read: Any, tmp_path: Path, tokenizer: Any) -> None:
+    recipe = read(train="a.json", heldout="b.json")
+    (tmp_path / "a.json").write_text(json.dumps(chat_rows(20)))
+    (tmp_path / "b.json").write_text(json.dumps(chat_rows(7, start=50)))
+    assert encoded(recipe, tokenizer)[1]["rows"] == 20
+    assert len(heldout_rows(recipe, recipe.stages[0][1].task, tokenizer)[0]) == 7
+
+
+def test_an_empty_file_among_others_can_be_left_out(read: Any, tmp_path: Path, tokenizer: Any) -> None:
+    recipe = read(train="*rows.jsonl", on_bad_row={"broken": "skip"})
+    write_rows(tmp_path / "a-rows.jsonl", chat_rows(3))
+    write_rows(tmp_path / "b-rows.jsonl", [])
+    _, data = encoded(recipe, tokenizer)
+    assert (data["rows"], data["skipped_by_kind"]) == (3, {"broken": 1})
+
+
 def test_columns_of_conll_files_are_chosen_by_number(read: Any, tmp_path: Path) -> None:
     recipe = read(train={"path": "a.conll", "map": {"words": 1, "tags": 2}})
     (tmp_path / "a.conll").write_text("U.N. NNP B-ORG\n\nEkeus NNP B-PER\n")

@@ -225,7 +225,7 @@ def test_a_function_of_the_users_own_gives_rows(tmp_path: Path) -> None:
         ("no.jsonl.gz", b"plain", "no.jsonl.gz: cannot be unpacked"),
         ("half.parquet", None, "half.parquet: not a whole Parquet file: "),
         ("half.arrow", None, "half.arrow: not a whole Arrow file: "),
-        ("cut.json", b'[{"text": "a"}, {"text": "b"}', "cut.json:1: expected a comma or the end of the list behind this row; is the file whole?"),
+        ("cut.json", b'[{"text": "a"}, {"text": "b"}', "cut.json:1, row 2: expected a comma or the end of the list behind this row; is the file whole?"),
         ("cut2.json", b'[\n{"text": "a"},\n{"text"', "cut2.json:3: not JSON (Expecting ':' delimiter)"),
         ("number.json", b"17", "number.json:1: found a int, expected a list of objects"),
         ("bad.jsonl", b'{"text": "a"}\n{"text": "b"\n', "bad.jsonl:2: not JSON (Expecting ',' delimiter), found '{\"text\": \"b\"'; expected one object a line"),
@@ -291,7 +291,7 @@ def test_a_folder_that_may_not_be_read_is_said(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [
-        ("two.json", '[{"text": "a"}]\n[{"text": "b"}]', "two.json:1: there is more behind the end of the list"),
+        ("two.json", '[{"text": "a"}]\n[{"text": "b"}]', "two.json:1, row 2: there is more behind the end of the list"),
         ("one.json", '{\n"text": "a"\n}', "one.json:1: found an object without one list of rows in it"),
     ],
 )
@@ -300,6 +300,11 @@ def test_nothing_behind_a_list_is_left_unread(tmp_path: Path, name: str, text: s
     with pytest.raises(DataError) as error:
         records(tmp_path / name)
     assert said in str(error.value)
+
+
+def test_rows_on_one_line_have_places_of_their_own(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps(ROWS))
+    assert places(tmp_path / "a.json") == ["a.json:1", "a.json:1, row 2", "a.json:1, row 3"]
 
 
 def test_the_rows_are_those_of_the_outermost_list(tmp_path: Path) -> None:

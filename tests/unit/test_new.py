@@ -77,7 +77,10 @@ def test_what_was_written_is_trained_as_it_is(tiny_model: Path, tmp_path: Path) 
     given = ("--data", tmp_path / "rows.csv", "--base", tiny_model, "--out", recipe)
     refused = tuner("new", *given)
     assert refused.returncode == 2
-    assert "the keys question, answer are none of the known shapes; say what they are, such as `--map text=" in refused.stderr
+    assert (
+        "the keys question, answer are none of the known shapes; say what they are, such as `--map prompt=question --map completion=answer`"
+        in refused.stderr
+    )
     done = tuner("new", *given, "--map", "prompt=question", "--map", "completion=answer")
     assert done.returncode == 0, done.stderr
     assert "on_bad_row: {" in recipe.read_text()

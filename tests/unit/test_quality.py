@@ -170,6 +170,13 @@ def test_the_command_says_it_for_a_recipe_and_for_a_file_alone(recipe_file: Any,
     assert "3 train rows: text with a label (text, label)" in done.stdout
     assert "labels: 5 66.7%, 1 33.3%" in done.stdout
     assert "1 rows that are there twice" in done.stdout
+    talk = {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]}
+    write_rows(tmp_path / "talks.jsonl", [talk, {"conversations": talk["conversations"][:1]}, "{"])
+    done = tuner("data", tmp_path / "talks.jsonl")
+    assert done.returncode == 0, done.stderr
+    assert "1 train rows: ShareGPT" in done.stdout
+    assert "2 train rows cannot be used" in done.stdout
+    assert "talks.jsonl:2: the last message is from" in done.stdout
     refused = tuner("data", tmp_path / "review.csv")
     assert refused.returncode == 2
     assert 'did you mean "reviews.csv"' in refused.stderr

@@ -80,7 +80,9 @@ def test_a_template_that_marks_answers_is_believed(tokenizer: Any, inside: str, 
     assert sft.has_markers(marked) and not sft.has_markers(tokenizer)
     assert learned(example, marked) == "az vm list<|im_end|>az vnet show<|im_end|>"
     assert example == encode({"messages": TURNS}, tokenizer), "the same text, with the mask derived"
-    assert sft.told(marked, sft.Options()) == ["what is learned is what the chat template marks as the assistant's"]
+    assert sft.told(marked, sft.Options(), {"messages": 1}) == [
+        "what is learned is what the chat template marks as the assistant's"
+    ]
 
 
 def test_a_template_without_markers_and_one_without_ends_are_said(tokenizer: Any) -> None:
@@ -88,9 +90,11 @@ def test_a_template_without_markers_and_one_without_ends_are_said(tokenizer: Any
 
     bare = copy.deepcopy(tokenizer)
     bare.chat_template = BARE_TEMPLATE
-    (derived,) = sft.told(tokenizer, sft.Options())
+    (derived,) = sft.told(tokenizer, sft.Options(), {"messages": 1})
     assert derived.startswith("the chat template marks no answers")
-    assert sft.told(bare, sft.Options())[1].startswith("the chat template ends no answer, so <|im_end|> is added")
+    (plain,) = sft.told(tokenizer, sft.Options(), {"prompt and completion": 1})
+    assert plain.startswith("prompts and completions are learned as they are, without the chat template")
+    assert sft.told(bare, sft.Options(), {"messages": 1})[1].startswith("the chat template ends no answer, so <|im_end|> is added")
 
 
 def test_a_text_that_begins_twice_is_refused(tokenizer: Any) -> None:

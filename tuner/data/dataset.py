@@ -63,7 +63,8 @@ def training_examples(recipe: Recipe, task: Any, tokenizer: Any, rows: int | Non
     the recipe leaves those out.
     """
     examples = _encoded(recipe, "train", task, tokenizer)
-    places, sources = examples.column("place"), examples.column("source")
+    sources = examples.column("source")
+    places = list(zip(sources, examples.column("place"), strict=True))  # two sources may have one name
     draw = random.Random(recipe.seed)
     found = _weighed(recipe, places, sources)
     draw.shuffle(found)
@@ -96,10 +97,12 @@ def heldout_rows(recipe: Recipe, task: Any, tokenizer: Any) -> tuple[list[tuple[
     if not len(examples):
         left_out = examples.info["skipped_rows"]
         raise DataError(f"{reading.named(recipe, which)}: no row is left to measure on ({left_out} were left out)")
-    places, records = examples.column("place"), examples.column("record")
+    sources, records = examples.column("source"), examples.column("record")
+    places = list(zip(sources, examples.column("place"), strict=True))
     wanted = set(list(dict.fromkeys(places))[: recipe.data.heldout_rows])
     found = [index for index, place in enumerate(places) if place in wanted]
-    return [(Row(places[index], json.loads(records[index])), examples[index]) for index in found], examples.info
+    rows = [Row(places[index][1], json.loads(records[index]), source=sources[index]) for index in found]
+    return list(zip(rows, (examples[index] for index in found), strict=True)), examples.info
 
 
 def questions(recipe: Recipe, task: Any, tokenizer: Any, rows: list[tuple[Row, Example]] | None = None) -> list[dict[str, Any]]:
@@ -113,11 +116,11 @@ def _encoded(recipe: Recipe, which: str, task: Any, tokenizer: Any, *, records: 
     """Every usable row's examples; with the rows' `records` where they are asked for."""
 
     def make(info: dict[str, Any]) -> Iterator[tuple[str, str | None, int, Any]]:
-        bad, shapes, last = BadRows(recipe.data.on_bad_row), Counter[str](), ""
+        bad, shapes, last = BadRows(recipe.data.on_bad_row), Counter[str](), (-1, "")
         rows = counted("encoding rows", reading.read(recipe, which))
         for row, example in kinds.load("tasks", task.kind).examples(rows, tokenizer, task, bad):
-            shapes[row.shape] += row.place != last
-            last = row.place
+            shapes[row.shape] += (row.source, row.place) != last
+            last = row.source, row.place
             yield row.place, json.dumps(row.record, default=str) if records else None, row.source, example
         info |= {**bad.told(), "shapes": dict(shapes)}
 
@@ -125,7 +128,7 @@ def _encoded(recipe: Recipe, which: str, task: Any, tokenizer: Any, *, records: 
     return stored(fingerprint(_code(), rows, records, task.model_dump(mode="json"), _said_by(tokenizer)), make)
 
 
-def _weighed(recipe: Recipe, places: list[str], sources: list[int]) -> list[int]:
+def _weighed(recipe: Recipe, places: list[tuple[int, str]], sources: list[int]) -> list[int]:
     """The index of each example as often as its source's weight says; of a fraction the rows that the seed draws."""
     weights = [source.weight for source in reading.sources(recipe, "train")]
     if all(weight == 1.0 for weight in weights):
@@ -133,7 +136,7 @@ def _weighed(recipe: Recipe, places: list[str], sources: list[int]) -> list[int]
 
     def times(index: int) -> int:
         whole, rest = divmod(weights[sources[index]], 1.0)
-        return int(whole) + (random.Random(f"{recipe.seed}:{places[index]}").random() < rest)
+        return int(whole) + (random.Random(f"{recipe.seed}:{places[index][1]}").random() < rest)
 
     return [index for index in range(len(places)) for _ in range(times(index))]
 

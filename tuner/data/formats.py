@@ -122,10 +122,13 @@ def _json(part: Part, file: IO[bytes]) -> Iterator[Row | DataError]:
         return
     whole = text[_next(text, 0)] == "["
     decoder, at, line, counted = json.JSONDecoder(), start, 1, 0
+    number, last = 0, 0
     while True:
         at = _next(text, at)
         line, counted = line + text.count("\n", counted, at), at
-        place = f"{part.path}:{line}"
+        number += 1
+        # Of several rows in a line each has a place of its own, by which it is known from here on.
+        place, last = f"{part.path}:{line}" + (f", row {number}" if line == last else ""), line
         if text[at : at + 1] == "]":
             if whole and _next(text, at + 1) < len(text):
                 raise DataError(f"{place}: there is more behind the end of the list; expected one list, or one object a line")

@@ -48,10 +48,9 @@ def page(title: str, tasks: list[Pictured], quality: Quality) -> str:
 def _counts(quality: Quality) -> str:
     rows = [(f"{side} rows", str(count)) for side, count in quality.rows.items()]
     rows += [(f"of the shape {name or 'that no one knows'}", str(count)) for name, count in quality.shapes.items()]
-    left_out = quality.bad.get("skipped_rows", 0)
-    rows.append(("rows left out", str(left_out)))
+    rows += [(f"{side} rows that cannot be used", str(bad["skipped_rows"])) for side, bad in quality.bad.items()]
     cells = "".join(f'<tr><td>{escape(name)}</td><td class="number">{count}</td></tr>' for name, count in rows)
-    reasons = _listed(quality.bad.get("skipped", []), left_out)
+    reasons = "".join(_listed(bad["skipped"], bad["skipped_rows"]) for bad in quality.bad.values())
     return f"<table>{cells}</table>{reasons}"
 
 

@@ -6,7 +6,7 @@ One pass over the rows; of each a few numbers are kept (about 450 bytes), so tha
 import re
 from array import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from hashlib import blake2b
@@ -76,8 +76,8 @@ class Quality:
 
     rows: dict[str, int] = field(default_factory=dict)
     shapes: Counter[str] = field(default_factory=Counter)
-    bad: dict[str, Any] = field(default_factory=dict)
-    """Rows that were left out, as in a manifest."""
+    bad: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Of each side the rows that cannot be used, as in a manifest."""
     characters: list[int] = field(default_factory=list)
     """Length of each training row's text."""
     labels: Counter[str] = field(default_factory=Counter)
@@ -105,8 +105,11 @@ class Quality:
         yield "rows with an e-mail address in them", self.emails
 
 
-def examine(recipe: Recipe) -> Quality:
-    """Read every row of the recipe's data and say what is in there. Raises DataError as a run would."""
+def examine(recipe: Recipe, check: Callable[[Row], object] = lambda row: row) -> Quality:
+    """Read every row of the recipe's data and say what is in there.
+
+    `check` raises DataError for a row that cannot be used, beside what readers find. Raises DataError as a run would.
+    """
     found, numbers, drawn = Quality(), _Numbers(), _Drawn()
     grams: dict[tuple[int, int], int] = {}
     short: set[int] = set()  # how long the test texts are that have fewer words than a run
@@ -116,7 +119,7 @@ def examine(recipe: Recipe) -> Quality:
     for side in reversed([side for side in sides if side != "test" or recipe.data.test]):
         bad = BadRows(recipe.data.on_bad_row)
         found.rows[side] = 0
-        for row, _ in counted(f"reading {side} rows", usable(reading.read(recipe, side), lambda row: row, bad)):
+        for row, _ in counted(f"reading {side} rows", usable(reading.read(recipe, side), check, bad)):
             found.rows[side] += 1
             words = words_of(row.record)
             numbers.add(side, row.place, words, _label(row.record))
@@ -137,8 +140,7 @@ def examine(recipe: Recipe) -> Quality:
                 if (hit := next((each for each in runs if each in grams), None)) is not None:
                     contaminated.add(len(numbers.places) - 1)
                     found.contamination.add(f"{row.place}: holds words of {numbers.places[grams[hit]]}, {hit[0]} in a row")
-        if side == "train":
-            found.bad = bad.told()
+        found.bad[side] = bad.told()
     _compare(numbers, found, contaminated)
     found.languages.update(_language(words) for words in drawn.texts if words.strip())
     return found

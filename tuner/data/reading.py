@@ -68,7 +68,8 @@ def state(recipe: Recipe, which: str, *, places: bool = False) -> list[Any]:
 def read(recipe: Recipe, which: str) -> Iterator[Row | DataError]:
     """Rows in order; one that is damaged is a DataError in its place, for `usable` to decide about.
 
-    Raises DataError for a file that is empty, that is damaged as a whole, or that has changed since the run began.
+    An empty file counts as a damaged row. Raises DataError for a file that is damaged as a whole, or has changed since the run
+    began.
     """
     for number, part in found(recipe, which):
         before = _stamp(recipe, part)
@@ -92,7 +93,7 @@ def read(recipe: Recipe, which: str) -> Iterator[Row | DataError]:
             except DataError as error:
                 yield DataError(f"{row.place}: {error}", error.kind or "shape")
         if not rows:
-            raise DataError(f"{part.path}:1: the file is empty; expected rows" + _form(part))
+            yield DataError(f"{part.path}:1: the file is empty; expected rows" + _form(part), "broken")
         known = recipe.seen.get(_key("identity", part))
         drawn_anew = bool(part.source.function) and known not in (None, digest.hexdigest())
         if drawn_anew or part.stamp() != before:

@@ -131,7 +131,7 @@ def check_characters(value: Any) -> None:
 
 def first_of_each(rows: list[Any]) -> list[Any]:
     """The first example of each row: a long document has several."""
-    first: dict[str, Any] = {}
+    first: dict[tuple[int, str], Any] = {}
     for row, example in rows:
-        first.setdefault(row.place, (row, example))
+        first.setdefault((row.source, row.place), (row, example))
     return list(first.values())

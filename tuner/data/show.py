@@ -17,6 +17,8 @@ from tuner.data.shapes import told
 from tuner.plan import Plan
 
 BINS = 10
+# Of each kind of finding; a page has more.
+SHOWN = 3
 TOKEN_COLOURS = ("bright_cyan", "bright_yellow", "bright_green", "bright_magenta")
 BAR_WIDTH = 40
 
@@ -53,7 +55,7 @@ def pictured(plan: Plan, out_dir: Path, rows: int) -> list[Pictured]:
         shown = getattr(kinds.load("tasks", task.kind), "shown", lambda example, _: [("", example)])
         first = [[(name, pieces(part, tokenizer)) for name, part in shown(each, task)] for each in examples[:rows]]
         counts = {key: data[key] for key in ("rows", "tokens", "skipped", "skipped_rows", "cut_rows")}
-        said: list[str] = getattr(kinds.load("tasks", task.kind), "told", lambda *_: [])(tokenizer, task)
+        said: list[str] = getattr(kinds.load("tasks", task.kind), "told", lambda *_: [])(tokenizer, task, data["shapes"])
         counts |= {"supervised": data["supervised_tokens"], "lengths": examples.lengths}
         found.append(Pictured(task.kind, said, examples=first, **counts))
     return found
@@ -83,6 +85,10 @@ def show(tasks: list[Pictured], quality: Quality) -> None:
     console.rule("the data")
     rows = ", ".join(f"{count} {side} rows" for side, count in quality.rows.items())
     console.print(f"{rows}: {told(quality.shapes)}", markup=False, soft_wrap=True)
+    for side, bad in quality.bad.items():
+        if bad["skipped_rows"]:
+            console.print(f"{bad['skipped_rows']} {side} rows cannot be used", style="bold red", markup=False)
+            _print_some(console, bad["skipped"], bad["skipped_rows"])
     for name, counts in (("labels", quality.labels), ("languages", quality.languages)):
         if counts:
             most = ", ".join(f"{each} {count / sum(counts.values()):.1%}" for each, count in counts.most_common(12))
@@ -90,11 +96,17 @@ def show(tasks: list[Pictured], quality: Quality) -> None:
     for name, found in quality.lines():
         if found.count:
             console.print(f"{found.count} {name}", style="bold red", markup=False)
-            for each in found.listed[:3]:
-                console.print(f"  {each}", markup=False, soft_wrap=True)
+            _print_some(console, found.listed, found.count)
     nothing = [name for name, found in quality.lines() if not found.count]
     if nothing:
         console.print(f"none: {'; '.join(nothing)}", markup=False, soft_wrap=True)
+
+
+def _print_some(console: Console, listed: list[str], count: int) -> None:
+    for each in listed[:SHOWN]:
+        console.print(f"  {each}", markup=False, soft_wrap=True)
+    if count > SHOWN:
+        console.print(f"  and {count - SHOWN} more")
 
 
 def pieces(example: Example, tokenizer: Any) -> list[tuple[str, bool]]:

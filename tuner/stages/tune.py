@@ -82,7 +82,7 @@ class Options(BaseOptions):
     @model_validator(mode="after")
     def _one_length(self) -> "Options":
         if self.steps and self.epochs:
-            raise ValueError("steps and epochs both say how long to train; give one")
+            raise ValueError("steps and epochs both say how long to train; give one (`epochs: null` takes the other away)")
         if self.micro_batch_size and self.batch_size % self.micro_batch_size:
             raise ValueError(f"micro_batch_size {self.micro_batch_size} does not divide batch_size {self.batch_size}")
         return self
@@ -171,7 +171,7 @@ def run(job: Job) -> Manifest:
         raise DataError(f"{data['path']}: no row is left to train on ({data['skipped_rows']} were left out)")
     counts = f"{data['rows']} rows, {data['tokens']} tokens, {data['supervised_tokens']:.12g} supervised"
     say(f"{counts}; {data['skipped_rows']} rows left out, {data['cut_rows']} cut")
-    for remark in getattr(task, "told", lambda *_: [])(tokenizer, options.task):
+    for remark in getattr(task, "told", lambda *_: [])(tokenizer, options.task, data["shapes"]):
         say(remark)
     for remark in getattr(task, "unseen", lambda *_: [])(examples, options.task):
         say(remark)

@@ -17,7 +17,8 @@ and, where there is something to say:
 check(options, facts)         raises RecipeError for a model that it does not suit
 remarks(options, family)      what is allowed for this family and probably not meant
 unseen(examples, options)     remarks on what no training example shows
-told(tokenizer, options)      how the tokens that are learned are found, for `tuner data` and the run
+told(tokenizer, options, shapes)
+                              how the tokens that are learned are found, for `tuner data` and the run
 shown(example, options)       a name and an Example for each part of an example, for `tuner data`; by default the example itself
 proposed(shape, labels, family, facts)
                               the options for `tuner new`, where they are more than those in SHAPES

@@ -27,8 +27,9 @@ SPOKEN = frozenset(
     {"messages", "messages.role", "messages.content", "messages.tool_calls", "messages.tool_call_id", "messages.name"}
 )
 KEYS = SPOKEN | {"prompt", "completion", "tools", "tools.type", "tools.function"}
+PLAIN = "prompt and completion"
 # Of rows as tuner/data/shapes.py names them: those that this task reads, with the options that they want.
-SHAPES: dict[str, dict[str, Any]] = {"messages": {}, "ShareGPT": {}, "Alpaca": {}, "prompt and completion": {}}
+SHAPES: dict[str, dict[str, Any]] = {"messages": {}, "ShareGPT": {}, "Alpaca": {}, PLAIN: {}}
 ROLES = ("system", "user", "assistant", "tool")
 
 
@@ -142,13 +143,19 @@ def has_markers(tokenizer: Any) -> bool:
     return bool(re.search(r"{%-?\s*generation\s*-?%}", tokenizer.chat_template or ""))
 
 
-def told(tokenizer: Any, options: Options) -> list[str]:  # noqa: ARG001 - a task's common signature
-    """How it is known which words are the assistant's, and what ends them."""
+def told(tokenizer: Any, options: Options, shapes: dict[str, int]) -> list[str]:  # noqa: ARG001 - a task's common signature
+    """How it is known which words are the assistant's, and what ends them, in rows of these shapes."""
     if not tokenizer.chat_template:
         return []
-    said = ["what is learned is what the chat template marks as the assistant's"]
-    if not has_markers(tokenizer):
-        said = ["the chat template marks no answers: what is learned is derived from renderings of each turn, and verified"]
+    said = []
+    if PLAIN in shapes:
+        said.append("prompts and completions are learned as they are, without the chat template: ask for them at /v1/completions")
+    if not set(shapes) - {PLAIN}:
+        return said
+    if has_markers(tokenizer):
+        said.append("what is learned is what the chat template marks as the assistant's")
+    else:
+        said.append("the chat template marks no answers: what is learned is derived from renderings of each turn, and verified")
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     with suppress(DataError):
         rendered = _render(turns, tokenizer, None, add_generation_prompt=False)

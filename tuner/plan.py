@@ -1,7 +1,6 @@
 """Decides, before anything is loaded, what a recipe will do and whether it can: a chain of stages, each taking what the one
 before gives."""
 
-import json
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -196,7 +195,7 @@ def check_rows(recipe: Recipe, known: Facts) -> Looked:
         def checked(row: Row, key: str = key, shapes: Counter[str] = shapes) -> None:
             check(row)
             unread.update(set(_keys(row.record)) - read)
-            seen[key].add(hash(json.dumps(row.record, sort_keys=True, default=str)))
+            seen[key].add(hash(row.content))
             shapes[row.shape] += 1
 
         try:

@@ -284,5 +284,5 @@ def _rows_identity(source: Source) -> str:
         return str(formats.hub_rows(source)._fingerprint)  # datasets' own name for what it loaded
     digest = hashlib.sha256()
     for row in formats.function_rows(source):
-        digest.update(json.dumps(row.record, sort_keys=True, default=str).encode("utf-8", "surrogatepass") + b"\n")
+        digest.update(row.content + b"\n")
     return digest.hexdigest()

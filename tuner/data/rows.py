@@ -1,5 +1,6 @@
 """A row with its place, and what happens to rows that cannot be used."""
 
+import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -30,6 +31,11 @@ class Row:
     """The form that it was written in (tuner/data/shapes.py)."""
     source: int = 0
     """Which of the recipe's sources it is from."""
+
+    @property
+    def content(self) -> bytes:
+        """The record alone, the same bytes for the same record."""
+        return json.dumps(self.record, sort_keys=True, default=str).encode("utf-8", "surrogatepass")
 
 
 class OnBadRow(Options):

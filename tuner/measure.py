@@ -3,19 +3,22 @@
 What was trained in one process is opened again here, so a save that lost something shows as a number.
 """
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 from tuner import kinds, probe
 from tuner.bundle import Bundle, add_results, fingerprint
 from tuner.checkpoint import load_model, load_tokenizer
 from tuner.data.dataset import heldout_rows, questions
+from tuner.data.example import IGNORE, Example
 from tuner.data.reading import state
 from tuner.objective import heldout_loss
 from tuner.progress import timed
 from tuner.recipe import Recipe
 from tuner.tasks import fits
 
-VERSION = 6
+VERSION = 7
 
 
 def measured(bundle: Bundle, recipe: Recipe, *, task: Any, reference: Bundle | None = None, base: Bundle | None = None) -> Bundle:
@@ -35,7 +38,7 @@ def measured(bundle: Bundle, recipe: Recipe, *, task: Any, reference: Bundle | N
     items = head.record(model, tokenizer, questions(recipe, task, tokenizer, rows), recipe.probe.answer_tokens)
     metrics: dict[str, Any] = {
         "key": key,
-        **dict.fromkeys(("base", "before", "heldout_loss", "heldout_tokens", "heldout_skipped", "scores")),
+        **dict.fromkeys(("base", "before", "heldout_loss", "heldout_tokens", "bits_per_byte", "heldout_skipped", "scores")),
     }
     metrics["task"] = told(task)
     if reference is not None:
@@ -59,10 +62,24 @@ def measured(bundle: Bundle, recipe: Recipe, *, task: Any, reference: Bundle | N
             examples = objective.prepared(examples)
         rows = [(row, example) for (row, _), example in zip(rows, examples, strict=True)]
         metrics |= heldout_loss(objective, examples)
+        metrics |= _per_byte(metrics, examples, tokenizer)
         cut = sum(getattr(example, "cut", False) for example in examples)
         metrics["heldout_skipped"] = {"count": skipped["skipped_rows"], "listed": skipped["skipped"], "cut": cut}
         metrics["scores"] = module.scores(model, tokenizer, rows, task, recipe.evaluate) or None
     return add_results(bundle, metrics=metrics, probe=items)
+
+
+def _per_byte(loss: dict[str, Any], examples: Sequence[Any], tokenizer: Any) -> dict[str, float]:
+    """The held-out loss as bits for each byte of the learned text: comparable between tokenizers, which a loss a token is not.
+
+    Nothing for tasks that learn no text.
+    """
+    if not all(isinstance(example, Example) for example in examples):
+        return {}
+    learned = [[label for label in example.labels[1:] if label != IGNORE] for example in examples]
+    texts = tokenizer.batch_decode(learned, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    size = sum(len(text.encode("utf-8")) for text in texts)
+    return {"bits_per_byte": round(loss["heldout_loss"] * loss["heldout_tokens"] / math.log(2) / size, 5)} if size else {}
 
 
 def with_loss_before(bundle: Bundle, base: Bundle, recipe: Recipe, task: Any) -> Bundle:

@@ -123,9 +123,13 @@ class Plan:
         last = [step for step in self.steps if step.trains][-1:]
         if self.result == "adapter" and last:
             method = kinds.load("methods", last[0].options.method.kind)
-            if why := method.not_live(last[0].options.method, self.architecture):
+            if why := method.not_live(last[0].options.method, self.architecture, new_tokens=self._new_tokens(last[0])):
                 return f'the adapter cannot be served live: {why}; put "- merge: {{}}" last to serve it'
         return None
+
+    def _new_tokens(self, step: Step) -> bool:
+        """The model that the step trains has just got tokens that it has yet to learn."""
+        return bool(getattr(self.steps[step.index - 1].stage, "ADDS_TOKENS", False)) if step.index else self.facts.new_tokens
 
     def serving(self) -> str:
         """One line on how the result can be served."""
@@ -206,7 +210,11 @@ def check_rows(recipe: Recipe, known: Facts) -> Looked:
         looked.rows[key] = sum(1 for _ in usable(islice(reading.read(recipe, key), CHECKED_ROWS), checked, bad))
         looked.skipped[key] = bad.count
         if not looked.rows[key]:
-            why = f"none of its rows can be used; the first: {bad.listed[0]}" if bad.listed else "heldout_fraction leaves no row"
+            why = (
+                f"none of its rows can be used; the first: {bad.listed[0]}"
+                if bad.listed
+                else "heldout_fraction leaves no row; a larger one does"
+            )
             raise DataError(f"{reading.named(recipe, key)}: {why}")
         looked.passed_over.extend(each for each in reading.passed_over(recipe, key) if each not in looked.passed_over)
     copied = len(seen["heldout"] & seen["train"])

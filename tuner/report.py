@@ -25,14 +25,20 @@ def result_name(bundle: Bundle) -> str:
 def rows(bundles: list[Bundle], out_dir: Path) -> list[dict[str, str]]:
     """One row for each measured bundle, and one for the endpoint where it was asked and serves the last of them."""
     measured = [bundle for bundle in bundles if "probe" in bundle.manifest.metrics]
+    # A token of one tokenizer is not a token of another.
+    several = (
+        len({bundle.manifest.metrics["heldout_tokens"] for bundle in measured if "bits_per_byte" in bundle.manifest.metrics}) > 1
+    )
     found = []
     for bundle, following in zip(measured, [*measured, None][1:], strict=True):
         # The model before tuning is asked the tuned model's questions only once those exist.
         asked = following.manifest.metrics.get("base") if following else None
-        found.append(_row(result_name(bundle), {**bundle.manifest.metrics, **({"probe": asked} if asked else {})}))
+        found.append(
+            _row(result_name(bundle), {**bundle.manifest.metrics, **({"probe": asked} if asked else {})}, per_byte=several)
+        )
     served = read_served(out_dir)
     if served and bundles and all(served.get(name) == value for name, value in _identity(bundles[-1]).items()):
-        found.append(_row("served", served["metrics"]))
+        found.append(_row("served", served["metrics"], per_byte=several))
     return found
 
 
@@ -101,10 +107,12 @@ def _columns(found: list[dict[str, str]]) -> list[str]:
     return list(max(found, key=lambda row: len(list(row)), default={}))
 
 
-def _row(name: str, metrics: dict[str, Any]) -> dict[str, str]:
+def _row(name: str, metrics: dict[str, Any], *, per_byte: bool) -> dict[str, str]:
     shown = {key: _score(key, value) for key, value in metrics.get("scores", {}).items()}
     scores = {key: value for key, value in shown.items() if key != "rows"}
     loss = {"held-out loss": f"{metrics['heldout_loss']:.3f}"} if "heldout_loss" in metrics else {}
+    if per_byte:
+        loss["bits per byte"] = f"{metrics['bits_per_byte']:.3f}" if "bits_per_byte" in metrics else ""
     probe = metrics["probe"]
     agreement = {"probe agreement": f"{probe['agreement']:.1%}", "largest difference": f"{probe['max_difference']:.5f}"}
     return {"": name, **loss, **scores, **agreement}

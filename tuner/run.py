@@ -63,7 +63,7 @@ def run(plan: Plan, out_dir: Path) -> list[Bundle]:
             before = bundles[-1] if bundles else None
             bundle = _finished(plan, step, before, out_dir) or _made(plan, step, before, out_dir)
             task = task_of(plan.recipe, step.index)
-            if step.gives != "tokenizer" and plan.learns:
+            if step.gives != "tokenizer" and plan.learns and (step.trains or fits(bundle, task)):
                 base = before if step.trains else base
                 # A recipe that tunes nothing compares with the model that it was given.
                 untrained = before if before and before.manifest.probe else None

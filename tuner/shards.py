@@ -4,6 +4,7 @@ peft's own layers do the sums, one at a time; transformers' own rules say which 
 """
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,10 @@ from tuner.source import weight_files
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+
+# Tensors of an adapter, beside those of the model.
+_ADDED = re.compile(r"\.lora_|\.trainable_tokens_")
 
 
 def merge(adapter: Bundle, folder: Path, dtype: "torch.dtype", *, original: bool = False) -> None:
@@ -73,11 +78,13 @@ def _tensors(inner: Any, files: list[Path], model_type: str, rounding: str | Non
     """Each tensor of the merged checkpoint under the name that it has in one; adapted weights are merged."""
     import torch
     from peft.tuners.lora import LoraLayer
-    from peft.utils import ModulesToSaveWrapper
+    from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
     from safetensors import safe_open
 
     modules = dict(inner.named_modules())
-    adapted = {f"{name}.weight": module for name, module in modules.items() if isinstance(module, LoraLayer)}
+    adapted: dict[str, Any] = {f"{name}.weight": module for name, module in modules.items() if isinstance(module, LoraLayer)}
+    tokens = {f"{name}.weight": each for name, each in modules.items() if isinstance(each, TrainableTokensWrapper)}
+    adapted |= {name: each.token_adapter for name, each in tokens.items() if not each.token_adapter.tied_adapter}
     trained = {
         f"{name}.{part}": tensor
         for name, module in modules.items()
@@ -85,7 +92,7 @@ def _tensors(inner: Any, files: list[Path], model_type: str, rounding: str | Non
         for part, tensor in module.modules_to_save["default"].state_dict().items()
     }
     linears = {_plain(name) for name in block_linears(inner, family_of(model_type)[1].linears)} if rounding else set()
-    shapes = {_plain(name): tensor for name, tensor in inner.state_dict().items() if ".lora_" not in name}
+    shapes = {_plain(name): tensor for name, tensor in inner.state_dict().items() if not _ADDED.search(name)}
     names = _Names(inner, shapes)
     left, missing = dict(trained), set(shapes) - set(inner.all_tied_weights_keys)
     for file in files:
@@ -118,7 +125,9 @@ def _tensors(inner: Any, files: list[Path], model_type: str, rounding: str | Non
 
 def _plain(name: str) -> str:
     """A module's name as it is without peft's layers around it."""
-    return name.replace(".base_layer", "").replace(".original_module", "").replace(".modules_to_save.default", "")
+    for layer in (".token_adapter", ".base_layer", ".original_module", ".modules_to_save.default"):
+        name = name.replace(layer, "")
+    return name
 
 
 class _Names:

@@ -77,6 +77,8 @@ class Facts:
     """What its head tells apart, in the order of its scores, where it names them."""
     pooling: str | None = None
     """How it makes vectors, where it says so: `mean`, `cls` or `last`."""
+    new_tokens: bool = False
+    """It was given tokens that it has yet to learn."""
 
 
 def find(reference: str, revision: str | None = None) -> Source:
@@ -103,7 +105,7 @@ def facts(source: Source) -> Facts:
         length = _whole(values.get(f"{kind}.context_length", 0), f"{source.path}: {kind}.context_length")
         return Facts(str(kind), parameters, length, chat_template="tokenizer.chat_template" in values, matrices=shapes)
     folder = source.checkpoint
-    kind = open_bundle(source.path).manifest.kind if source.is_bundle else "model"
+    made = open_bundle(source.path).manifest if source.is_bundle else None
     config = read_config(folder)
     remote = "hub" in source.identity and not _weights_are_here(folder)
     shapes = {} if remote else {name: shape for file in weight_files(folder) for name, shape in _shapes(file).items()}
@@ -111,12 +113,13 @@ def facts(source: Source) -> Facts:
         str(config["model_type"]),
         _hub_parameters(source) if remote else sum(math.prod(shape) for shape in shapes.values()),
         _context(config, folder),
-        kind,
+        made.kind if made else "model",
         _has_chat_template(folder),
         {name.removesuffix(".weight"): shape for name, shape in shapes.items() if name.endswith(".weight") and len(shape) == 2},
         head=head_of(config),
         labels=tuple(label_names(config)),
-        pooling=_pooling(folder),
+        pooling=pooling_of(folder),
+        new_tokens=made is not None and "new_tokens" in made.serving,
     )
 
 
@@ -237,7 +240,7 @@ def _context(config: dict[str, Any], folder: Path) -> int:
     return longest
 
 
-def _pooling(folder: Path) -> str | None:
+def pooling_of(folder: Path) -> str | None:
     """What sentence-transformers reads beside a checkpoint: which hidden states become a vector."""
     try:
         modes = json.loads((folder / "1_Pooling/config.json").read_text(encoding="utf-8"))

@@ -11,6 +11,7 @@ import pytest
 
 from tests.conftest import tuner
 from tests.e2e.test_serving import ROOT
+from tuner.errors import SourceError
 
 pytestmark = pytest.mark.slow
 
@@ -19,6 +20,8 @@ PACKAGE = "llama-cpp-python==0.3.36"
 # transformers 5.17 has no GGUF reader for these.
 CLOSED = {"bert-bge", "command-r", "gemma-4", "mpt", "refact"}
 OPEN = {"deepseek-coder", "deepseek-llm", "falcon", "gpt-2", "llama-bpe", "llama-spm", "phi-3", "qwen2", "qwen35", "starcoder"}
+# These put a space before each part of a text that is cut by itself.
+SENTENCEPIECE = {"llama-spm", "phi-3"}
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +65,40 @@ def test_a_vocabulary_gives_the_ids_that_its_cases_say_before_and_after_it_is_sa
         assert saved(text, add_special_tokens=False)["input_ids"] == ids, repr(text)
         assert alone.encode(text, add_special_tokens=False).ids == ids, repr(text)
         assert saved.decode(ids) == text
+
+
+@pytest.mark.parametrize("name", sorted(OPEN))
+def test_a_vocabulary_is_extended_by_what_saves_tokens_and_text_comes_back(vocabularies: Path, name: str, tmp_path: Path) -> None:
+    from tokenizers import Tokenizer
+
+    from tuner import gguf, vocabulary
+
+    file = vocabularies / f"ggml-vocab-{name}.gguf"
+    cases = Path(f"{file}.inp").read_text(encoding="utf-8").split("\n__ggml_vocab_test__\n")
+    rows = [json.loads(line) for line in (ROOT / "recipes/data/udhr/train.jsonl").read_text(encoding="utf-8").splitlines()]
+    texts = [row["text"] for row in rows if row["language"] in ("por_BR", "rus", "hin", "jpn", "arb", "eng")]
+    assert len(texts) > 100
+    old = gguf.load_tokenizer(file)
+    entries = vocabulary.learn(old, vocabulary.words(old, texts), 200, 4)
+    if name in SENTENCEPIECE:
+        with pytest.raises(SourceError, match="does not give a text back: 'a HbA1c b' becomes 'a HbA1c  b'"):
+            vocabulary.extend(old, entries, ["HbA1c"], tmp_path)
+    new = vocabulary.extend(old, entries, [] if name in SENTENCEPIECE else ["<|tool|>", "HbA1c"], tmp_path)
+    alone = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert 100 < len(entries.pieces) <= 200
+    before, after = (vocabulary.count(each, texts).total() for each in (old, new))
+    assert after < 0.95 * before
+    for text in [*texts, *cases, "an <|tool|>HbA1c test, HbA1cs"]:
+        ids = new(text, add_special_tokens=False)["input_ids"]
+        assert alone.encode(text, add_special_tokens=False).ids == ids, repr(text)
+        assert new.decode(ids, clean_up_tokenization_spaces=False) == old.decode(
+            old(text, add_special_tokens=False)["input_ids"], clean_up_tokenization_spaces=False
+        ), repr(text)
+    # Where no pair that was learned stands, nothing changes.
+    untouched = [text for text in cases if not set(new(text)["input_ids"]) - set(old.get_vocab().values())]
+    assert len(untouched) > 20
+    for text in untouched:
+        assert new(text)["input_ids"] == old(text)["input_ids"], repr(text)
 
 
 @pytest.mark.parametrize("model", ["bpe", "unigram"])

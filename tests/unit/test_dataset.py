@@ -396,7 +396,7 @@ def test_conversations_with_tools_are_learned_where_the_template_shows_them(read
     write_rows(tmp_path / "train.jsonl", [row])
     able = copy.deepcopy(tokenizer)
     able.chat_template = (
-        "{% if tools %}{{ tools | tojson }}\n{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+        "{% if tools %}{{ tools[0].function | tojson }}\n{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
         "{% for c in m.tool_calls or [] %}{{ c.function.name }} {{ c.function.arguments.group }}{% endfor %}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )

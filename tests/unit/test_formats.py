@@ -177,6 +177,29 @@ def test_a_url_is_read_through_its_file_system(tmp_path: Path) -> None:
         records("nosuch://x/a.jsonl")
 
 
+def test_an_object_store_is_read_by_folder_pattern_and_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the kind of file that s3fs and gcsfs give, which is not Python's own."""
+    from fsspec.implementations.memory import MemoryFileSystem
+    from fsspec.spec import AbstractBufferedFile
+
+    class Stored(AbstractBufferedFile):  # type: ignore[misc]
+        def _fetch_range(self, start: int, end: int) -> bytes:
+            return bytes(self.fs.cat_file(self.path, start, end))
+
+    store = MemoryFileSystem()
+    for name in ("rows.jsonl", "rows.jsonl.gz", "rows.csv", "rows.parquet"):
+        WRITERS[name](tmp_path / name)
+        store.pipe_file(f"/bucket/{name}", (tmp_path / name).read_bytes())
+    try:
+        monkeypatch.setattr(MemoryFileSystem, "open", lambda own, path: Stored(own, path, "rb", size=own.info(path)["size"]))
+        for name in ("rows.jsonl", "rows.jsonl.gz", "rows.csv", "rows.parquet"):
+            assert records(f"memory://bucket/{name}") == records(str(tmp_path / name))
+        assert records("memory://bucket/rows.jsonl*") == ROWS * 2
+        assert len(records("memory://bucket/")) == 4 * len(ROWS)
+    finally:
+        store.rm("/bucket", recursive=True)
+
+
 def test_a_data_set_of_the_hub_is_read_by_the_datasets_library(tmp_path: Path) -> None:
     """From a local folder in the hub's form, since tests have no hub; the call is the same."""
     (tmp_path / "set").mkdir()

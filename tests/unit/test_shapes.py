@@ -11,7 +11,7 @@ from tuner.errors import DataError
 ASKED, SAID = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}
 CHAT = {"messages": [ASKED, SAID]}
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
-TOOL = {"type": "function", "function": {"name": "add", "parameters": {}}}
+TOOL = {"type": "function", "function": {"name": "add", "description": None, "parameters": {}}}
 
 
 def changed(record: dict[str, Any], *, table: bool = False, **columns: str) -> tuple[str, dict[str, Any]]:
@@ -99,6 +99,7 @@ def test_a_tables_cells_become_what_they_mean() -> None:
         ({"instruction": "a", "output": "b", "input": 5}, '"input" is 5, expected text'),
         ({"instruction": "a", "output": "b", "history": 5}, '"history" is 5, expected a list'),
         ({"messages": [ASKED, SAID], "tools": [1]}, '"tools" is [1], expected a list of'),
+        ({"messages": [ASKED, SAID], "tools": [{"type": "function"}]}, "a tool is {'type': 'function'}, expected"),
         ({"chosen": [ASKED, SAID], "rejected": [SAID, SAID]}, "they answer different questions"),
         ({"messages": [{**SAID, "tool_calls": [{"function": {"name": "add", "arguments": "{"}}]}]}, "the arguments of a tool call are no JSON"),
     ],

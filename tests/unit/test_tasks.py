@@ -10,7 +10,7 @@ from tuner.data.rows import BadRows, OnBadRow, Row
 from tuner.errors import DataError
 from tuner.heads.sequence import MULTI, REGRESSION, SINGLE, LabelLoss
 from tuner.heads.token import TagLoss
-from tuner.tasks import classify, masked, tokens
+from tuner.tasks import classify, embed, masked, preference, pretrain, sft, tokens
 
 
 def bert(head: str, **config: Any) -> Any:
@@ -116,6 +116,27 @@ def wordpiece() -> Any:
 
     names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "list", "vm", "qua", "##gga"]
     return BertTokenizer(vocab={name: number for number, name in enumerate(names)})
+
+
+@pytest.mark.parametrize(
+    ("task", "options", "row", "key"),
+    [
+        (pretrain, {}, {"text": "x"}, "text"),
+        (masked, {}, {"text": "x"}, "text"),
+        (classify, {"labels": ["a", "b"]}, {"text": "x", "label": "a"}, "text"),
+        (embed, {}, {"anchor": "x", "positive": "y"}, "positive"),
+        (preference, {}, {"prompt": "x", "chosen": "y", "rejected": "z"}, "chosen"),
+        (sft, {}, {"prompt": "x", "completion": "y"}, "completion"),
+    ],
+)
+def test_a_cell_without_text_is_empty_and_a_missing_one_is_another_shape(
+    task: Any, options: dict[str, Any], row: dict[str, Any], key: str
+) -> None:
+    without = {name: value for name, value in row.items() if name != key}
+    for wrong, kind in [({**row, key: ""}, "empty"), ({**row, key: None}, "empty"), ({**row, key: 7}, "shape"), (without, "shape")]:
+        with pytest.raises(DataError) as refused:
+            task.check_row(wrong, task.Options(**options))
+        assert (refused.value.kind or "shape") == kind, wrong
 
 
 def test_a_text_of_which_nothing_can_be_hidden_is_refused() -> None:

@@ -83,6 +83,19 @@ def test_a_text_is_cut_where_its_tokens_are(tokenizer: Any) -> None:
     assert len(pieces(text, tokenizer)) < len(text)
 
 
+def test_pieces_that_keep_no_spaces_are_shown_as_words() -> None:
+    from transformers import BertTokenizer
+
+    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "list", "qua", "##gga", "vm"]
+    own = BertTokenizer(vocab={name: number for number, name in enumerate(names)})
+    assert pieces("list quagga vm", own) == ["list", " qua", "gga", " vm"]
+
+
+def test_a_text_that_is_shown_without_colours_has_a_stroke_between_tokens(of_bytes: Path) -> None:
+    done = tuner("tokens", of_bytes, "--text", "az vm")
+    assert done.stdout.splitlines()[-1] == "a|z| |v|m"
+
+
 def test_the_command_compares_them_side_by_side(of_bytes: Path, tiny_model: Path, rows: str) -> None:
     done = tuner("tokens", of_bytes, tiny_model, "--data", rows, "--by", "language", "--only", "fr,ja", "--text", "list été")
     assert done.returncode == 0, done.stderr

@@ -124,7 +124,10 @@ class Part:
         import pyarrow as pa
 
         with readable(self.path):
-            raw: IO[bytes] = _file_system(self.path)[0].open(self.path) if self.remote else Path(self.path).open("rb")  # noqa: SIM115
+            # The library's own files read no more than whole lines, however long these are.
+            raw: IO[bytes] = (
+                io.BufferedReader(_file_system(self.path)[0].open(self.path)) if self.remote else Path(self.path).open("rb")  # noqa: SIM115
+            )
         with raw:
             if self.compression is None:
                 yield raw

@@ -38,6 +38,11 @@ class Row:
         return json.dumps(self.record, sort_keys=True, default=str).encode("utf-8", "surrogatepass")
 
 
+def lacking(value: Any, *, there: bool = True) -> str:
+    """What is wrong with a value that is no text: `empty` where its key is `there` and nothing stands under it, else `shape`."""
+    return "empty" if there and (value is None or (isinstance(value, str) and not value.strip())) else "shape"
+
+
 class OnBadRow(Options):
     """What happens to rows that cannot be used, by what is wrong: `error` stops, `skip` leaves them out, counts and lists them."""
 
@@ -52,7 +57,7 @@ class OnBadRow(Options):
     turns: Choice = "error"
     """A role that no one knows, or turns out of order."""
     empty: Choice = "error"
-    """The assistant says nothing."""
+    """There is no text: an empty cell, null, or an assistant that says nothing."""
     label: Choice = "error"
     """No label, or one that the recipe does not name."""
     too_long: Literal["error", "skip", "truncate"] = "error"

@@ -185,7 +185,17 @@ def _tools(tools: Any) -> Any:
     found = _parsed(tools, "the tools") if isinstance(tools, str) else tools
     if not _is_messages(found):
         raise DataError(f'"tools" is {found!r:.60}, expected a list of {{"type": "function", "function": {{...}}}}')
-    return found
+    return [_tool(each) for each in found]
+
+
+def _tool(tool: dict[str, Any]) -> dict[str, Any]:
+    """A function as vLLM hands it to a chat template, whatever a client sends: these keys, in this order."""
+    function = tool.get("function", tool)  # some leave the outer object out
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        wanted = '{"type": "function", "function": {"name", "description", "parameters"}}'
+        raise DataError(f"a tool is {tool!r:.60}, expected {wanted}")
+    strict = {} if function.get("strict") is None else {"strict": function["strict"]}
+    return {"type": "function", "function": {**{key: function.get(key) for key in ("name", "description", "parameters")}, **strict}}
 
 
 def _sharegpt(record: dict[str, Any]) -> dict[str, Any]:

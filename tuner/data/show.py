@@ -116,12 +116,22 @@ def pieces(example: Example, tokenizer: Any) -> list[tuple[str, bool]]:
     """
     found: list[tuple[str, bool]] = []
     start = 0
+    inside = _inside_words(tokenizer)
     for at in range(1, len(example.ids) + 1):
         text = tokenizer.decode(example.ids[start:at])
+        if inside:
+            own = tokenizer.convert_ids_to_tokens(example.ids[start])
+            text = text.removeprefix(inside) if own.startswith(inside) else f"{' ' if found else ''}{text}"
         if "\ufffd" not in text or at == len(example.ids) or at - start > 8:
             found.append((text, any(label != IGNORE for label in example.labels[start:at])))
             start = at
     return found
+
+
+def _inside_words(tokenizer: Any) -> str:
+    """What WordPiece writes before a piece within a word, since it keeps no spaces; nothing for tokenizers that do."""
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    return str(model["continuing_subword_prefix"]) if model["type"] == "WordPiece" else ""
 
 
 def render(each: list[tuple[str, bool]]) -> Text:
@@ -193,6 +203,8 @@ def show_tokens(references: list[str], data: str | None, text: str | None, *, to
         parts = pieces(str(text), tokenizer)
         for at, piece in enumerate(parts):
             shown.append(piece.replace("\n", "⏎\n"), style=f"black on {TOKEN_COLOURS[at % len(TOKEN_COLOURS)]}")
+            if not console.is_terminal and at + 1 < len(parts):
+                shown.append("|")  # a file has no colours
         console.print(Text(f"{reference}: {len(tokenizer(text, add_special_tokens=False)['input_ids'])} tokens\n") + shown)
     if data is None:
         return

@@ -1,8 +1,31 @@
-"""A text as the tokens that an encoder reads."""
+"""The text of rows, and a text as the tokens that an encoder reads."""
 
+from collections.abc import Iterator
 from typing import Any
 
+from tuner.data import reading
+from tuner.data.quality import words_of
+from tuner.data.rows import BadRows, usable
 from tuner.errors import DataError
+from tuner.progress import counted
+from tuner.recipe import Recipe
+
+
+def texts(recipe: Recipe, bad: BadRows, key: str = "train") -> Iterator[str]:
+    """The text in each row of `train` or `heldout`. A row that has none raises DataError with its place, or is counted in `bad`."""
+    rows = counted("reading text", reading.read(recipe, key))
+    for _, text in usable(rows, lambda row: text_of(row.record), bad):
+        yield text
+
+
+def text_of(record: dict[str, Any]) -> str:
+    """The record's text; raises DataError where it has none."""
+    if isinstance(record.get("prompt"), str) and isinstance(record.get("completion"), str):
+        return str(record["prompt"] + record["completion"])
+    text = words_of(record)
+    if not text.strip():
+        raise DataError(f"found no text under the keys {', '.join(record) or 'of an empty object'}")
+    return text
 
 
 def encode(text: str, tokenizer: Any, *, max_tokens: int, cut: bool) -> tuple[list[int], bool]:

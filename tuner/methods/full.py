@@ -1,5 +1,6 @@
 """Every weight of the model is trained."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -25,7 +26,14 @@ def check(options: Options, plan: "Plan") -> None:
     """Any model can be trained in full."""
 
 
-def prepare(model: Any, options: Options, family: Family, architecture: Architecture, fresh: list[str]) -> Any:  # noqa: ARG001 - common signature
+def prepare(
+    model: Any,
+    options: Options,  # noqa: ARG001 - common signature
+    family: Family,  # noqa: ARG001 - common signature
+    architecture: Architecture,  # noqa: ARG001 - common signature
+    fresh: list[str],  # noqa: ARG001 - common signature
+    new_tokens: Sequence[int] = (),  # noqa: ARG001 - common signature
+) -> Any:
     """The model itself, every parameter trained."""
     return model.requires_grad_(True)
 
@@ -53,6 +61,6 @@ def reopen(bundle: Bundle) -> Any:
     return load_model(bundle)
 
 
-def serving(options: Options, architecture: Architecture) -> dict[str, Any]:  # noqa: ARG001 - common signature
+def serving(options: Options, architecture: Architecture, *, new_tokens: bool = False) -> dict[str, Any]:  # noqa: ARG001 - common signature
     """Facts for an engine."""
     return {}

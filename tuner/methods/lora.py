@@ -3,6 +3,7 @@ arXiv:2106.09685, equation 3). The adapter itself is peft's."""
 
 import difflib
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -59,8 +60,10 @@ def check(options: Options, plan: "Plan") -> None:
         adaptable(matching(names, options.targets), options.targets, plan.architecture)
 
 
-def prepare(model: Any, options: Options, family: Family, architecture: Architecture, fresh: list[str]) -> Any:
-    """The model with a fresh adapter, and the `fresh` modules of its head trained in full beside it.
+def prepare(
+    model: Any, options: Options, family: Family, architecture: Architecture, fresh: list[str], new_tokens: Sequence[int] = ()
+) -> Any:
+    """The model with a fresh adapter, the `fresh` modules of its head trained in full beside it, and its `new_tokens`' embeddings.
 
     Raises RecipeError where `targets` matches nothing.
     """
@@ -82,6 +85,7 @@ def prepare(model: Any, options: Options, family: Family, architecture: Architec
         use_dora=options.dora,
         use_rslora=options.rslora,
         modules_to_save=fresh or None,
+        trainable_token_indices={name: list(new_tokens) for name in _embeddings(model)} if new_tokens else None,
         task_type="CAUSAL_LM" if model.can_generate() else None,
     )
     _in_float32(model, fresh)
@@ -89,8 +93,23 @@ def prepare(model: Any, options: Options, family: Family, architecture: Architec
     reached = len(layers(adapted)) - len(fresh)
     if reached != len(names):
         raise RecipeError(f"the adapter was meant for {len(names)} linears and reached {reached}")
-    say(f"adapter: {reached} of {len(known)} linears")
+    rows = f", and the embeddings of {len(new_tokens)} new tokens" if new_tokens else ""
+    say(f"adapter: {reached} of {len(known)} linears{rows}")
     return adapted
+
+
+def _embeddings(model: Any) -> list[str]:
+    """Names of the layers with a row for each token: the embeddings, and an output layer that is not tied to them.
+
+    Raises RecipeError for an output layer with a bias, which peft 0.21 leaves out where rows are trained.
+    """
+    embeddings, output = model.get_input_embeddings(), model.get_output_embeddings()
+    names = {id(module): name for name, module in model.named_modules()}
+    if output is None:
+        return [names[id(embeddings)]]
+    if output.bias is not None:
+        raise RecipeError("the model's output layer has a bias, and beside an adapter no new tokens of it are trained; use full")
+    return [names[id(each)] for each in ([embeddings] if output.weight is embeddings.weight else [embeddings, output])]
 
 
 def targets(model: Any, wanted: str, family: Family, architecture: Architecture) -> list[str]:
@@ -123,10 +142,10 @@ def matching(names: list[str], pattern: str) -> list[str]:
 
 
 def layers(model: Any) -> dict[str, list["nn.Parameter"]]:
-    """Adapted module name to the parameters of its adapter."""
+    """Adapted module name to the parameters of its adapter. New tokens are none: a first step need not have one of them."""
     found: dict[str, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad and ".token_adapter." not in name:
             module = name.split(".lora_")[0].split(".modules_to_save.")[0].removeprefix("base_model.model.")
             found.setdefault(module, []).append(parameter)
     return found
@@ -166,14 +185,16 @@ def _in_float32(model: Any, fresh: list[str]) -> None:
         output.register_forward_pre_hook(lambda module, inputs: tuple(each.to(module.weight.dtype) for each in inputs))
 
 
-def serving(options: Options, architecture: Architecture) -> dict[str, Any]:
+def serving(options: Options, architecture: Architecture, *, new_tokens: bool = False) -> dict[str, Any]:
     """Facts for an engine, and for whoever opens the adapter again: how the base was rounded when it was trained."""
-    why = not_live(options, architecture)
+    why = not_live(options, architecture, new_tokens=new_tokens)
     return {"adapter_rank": options.rank, "live_adapter": not why, "not_live": why, "storage": options.storage}
 
 
-def not_live(options: Options, architecture: Architecture) -> str | None:
+def not_live(options: Options, architecture: Architecture, *, new_tokens: bool = False) -> str | None:
     """Why no engine takes the adapter while it runs; None where vLLM does."""
+    if new_tokens:
+        return "it has embeddings of new tokens, and vLLM takes none"
     if options.storage in ROUNDED:
         return f"it was trained on weights rounded to {options.storage}, and an engine has others"
     if options.dora:

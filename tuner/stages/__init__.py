@@ -17,6 +17,7 @@ check_row(record, options, *, chat_template)
                     raises DataError for a row that it cannot read; a stage whose options have a `task` leaves that to the task
 reads(recipe, options)
                     what else the result follows from, such as the text of a file that an option names
+ADDS_TOKENS         the model that it gives has tokens that it has yet to learn
 facts(options, n)   what is known of a model that the stage makes, with a vocabulary of n
 """
 

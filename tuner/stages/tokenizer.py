@@ -4,18 +4,17 @@
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
 from tuner.bundle import Manifest
 from tuner.data import reading
-from tuner.data.quality import words_of
-from tuner.data.rows import BadRows, usable
+from tuner.data.rows import BadRows
+from tuner.data.text import text_of, texts
 from tuner.errors import DataError
 from tuner.kinds import Options as BaseOptions
-from tuner.progress import counted
+from tuner.progress import say
 from tuner.recipe import Recipe
 from tuner.stages import Job
 
@@ -106,6 +105,9 @@ def run(job: Job) -> Manifest:
         tokenizer = _wordpiece(job.recipe, options, special, bad)
     else:
         tokenizer = _of_bytes(job.recipe, options, special, bad)
+    size = tokenizer.get_vocab_size()
+    short = f"; {options.vocab_size:,} were asked for, and the text has no more pieces" if size < options.vocab_size else ""
+    say(f"tokenizer: {size:,} entries{short}")
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, extra_special_tokens=options.special_tokens, **roles)
     fast.chat_template = template
     fast.save_pretrained(job.folder)
@@ -115,7 +117,7 @@ def run(job: Job) -> Manifest:
         fingerprint=job.fingerprint,
         recipe=job.told(),
         data={**reading.identity(job.recipe, "train"), **bad.told()},
-        metrics={"tokenizer": {"vocab_size": tokenizer.get_vocab_size()}},
+        metrics={"tokenizer": {"vocab_size": size}},
         versions=versions(),
     )
 
@@ -234,23 +236,6 @@ def _chat(recipe: Recipe, options: Options) -> tuple[str | None, str | None]:
         raise DataError(f"{path} cannot be read: {error}; `chatml` is the one that comes along") from None
 
 
-def texts(recipe: Recipe, bad: BadRows) -> Iterator[str]:
-    """The text in each training row. A row that has none raises DataError with its place, or is counted in `bad`."""
-    rows = counted("reading text", reading.read(recipe, "train"))
-    for _, text in usable(rows, lambda row: text_of(row.record), bad):
-        yield text
-
-
 def check_row(record: dict[str, Any], options: Options, *, chat_template: bool) -> None:  # noqa: ARG001 - a row's common signature
     """Raises DataError for a record without text."""
     text_of(record)
-
-
-def text_of(record: dict[str, Any]) -> str:
-    """The record's text; raises DataError where it has none."""
-    if isinstance(record.get("prompt"), str) and isinstance(record.get("completion"), str):
-        return str(record["prompt"] + record["completion"])
-    text = words_of(record)
-    if not text.strip():
-        raise DataError(f"found no text under the keys {', '.join(record) or 'of an empty object'}")
-    return text

@@ -178,7 +178,7 @@ def run(job: Job) -> Manifest:
     torch.manual_seed(job.recipe.seed)
     model, head = _model(job, tokenizer)
     layers = method.layers(model)
-    trained = sum(parameter.numel() for parameters in layers.values() for parameter in parameters)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     say(f"{options.method.kind}: {len(layers)} layers, {trained:,} parameters are trained on {device()}")
     objective = task.objective(model, tokenizer, options.task)
     watch = _watch(job, task, objective, tokenizer) if options.watch else None
@@ -214,7 +214,7 @@ def _manifest(job: Job, task: Any, method: Any, head: dict[str, Any], **rest: An
     assert base is not None
     _, architecture = family_of(str(base.manifest.model_type))
     serving = {
-        **method.serving(options.method, architecture),
+        **method.serving(options.method, architecture, new_tokens="new_tokens" in base.manifest.serving),
         **(task.serving(options.task) if hasattr(task, "serving") else {}),
         **head,
     }
@@ -269,7 +269,8 @@ def _model(job: Job, tokenizer: Any) -> tuple[Any, dict[str, Any]]:
             raise job.recipe.error(message, "stages", job.index, "tune", "gradient_checkpointing")
         model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": scan.computed_again})
     try:
-        return method.prepare(model, options.method, family, architecture, fresh), head
+        new_tokens = range(*base.manifest.serving.get("new_tokens", (0, 0)))
+        return method.prepare(model, options.method, family, architecture, fresh, new_tokens), head
     except RecipeError as error:
         raise job.recipe.error(str(error), "stages", job.index, "tune", "method") from None
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from tuner.data.example import IGNORE, Example, Labelled, repeated
-from tuner.data.rows import BadRows, Row, usable
+from tuner.data.rows import BadRows, Row, lacking, usable
 from tuner.data.text import encode
 from tuner.errors import DataError, nearest
 from tuner.kinds import Options as BaseOptions
@@ -66,7 +66,8 @@ def check_row(record: dict[str, Any], options: Options, *, chat_template: bool =
     """Raises DataError unless the record has a text, and the label or number that the options ask for."""
     if not isinstance(record.get("text"), str) or not record["text"].strip():
         keys = ", ".join(f'"{key}"' for key in record) or "nothing"
-        raise DataError(f'found {keys}, expected "text" with some text in it, and "label", "labels" or "score"')
+        why = lacking(record.get("text"), there="text" in record)
+        raise DataError(f'found {keys}, expected "text" with some text in it, and "label", "labels" or "score"', why)
     target(record, options)
 
 

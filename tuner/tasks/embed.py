@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from tuner.data.example import IGNORE, Example, Texts
-from tuner.data.rows import BadRows, Row, usable
+from tuner.data.rows import BadRows, Row, lacking, usable
 from tuner.data.text import encode
 from tuner.errors import DataError, RecipeError
 from tuner.kinds import Options as BaseOptions
@@ -76,7 +76,8 @@ def texts(record: dict[str, Any], options: Options) -> list[str]:
     for key, text in zip(keys, found, strict=True):
         if not isinstance(text, str) or not text.strip():
             there = ", ".join(f'"{name}"' for name in record)
-            raise DataError(f'"{key}" is {text!r:.60}, expected text; found {there}')
+            why = lacking(text, there=key.partition("[")[0] in record)
+            raise DataError(f'"{key}" is {text!r:.60}, expected text; found {there}', why)
     return [str(text) for text in found]
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from tuner.data.example import IGNORE, Example
-from tuner.data.rows import BadRows, Row, usable
+from tuner.data.rows import BadRows, Row, lacking, usable
 from tuner.errors import DataError
 from tuner.kinds import Options as BaseOptions
 from tuner.recipe import Evaluate
@@ -53,7 +53,8 @@ def check_row(record: dict[str, Any], options: Options, *, chat_template: bool =
     """Raises DataError unless the record is {"text": "..."}."""
     if not isinstance(record.get("text"), str) or not record["text"].strip():
         keys = ", ".join(f'"{key}"' for key in record) or "nothing"
-        raise DataError(f'found {keys}, expected "text" with some text in it')
+        why = lacking(record.get("text"), there="text" in record)
+        raise DataError(f'found {keys}, expected "text" with some text in it', why)
 
 
 def examples(rows: Iterator[Row], tokenizer: Any, options: Options, bad: BadRows) -> Iterator[tuple[Row, Maskable]]:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from tuner.data.example import IGNORE, Example
-from tuner.data.rows import BadRows, Row, usable
+from tuner.data.rows import BadRows, Row, lacking, usable
 from tuner.errors import DataError
 from tuner.kinds import Options as BaseOptions
 from tuner.recipe import Evaluate
@@ -74,7 +74,8 @@ def check_row(record: dict[str, Any], options: Options, *, chat_template: bool =
     for key in answers:
         if not isinstance(record.get(key), str) or not record[key].strip():
             unpaired = ', or "completion" and "label"' if options.loss == "kto" else ""
-            raise DataError(f'"{key}" is {record.get(key)!r:.60}, expected text{unpaired}')
+            why = lacking(record.get(key), there=key in record)
+            raise DataError(f'"{key}" is {record.get(key)!r:.60}, expected text{unpaired}', why)
         sft.check_row(_answered(record, key), sft.Options(), chat_template=chat_template)
     if len(answers) == 2 and record["chosen"] == record["rejected"]:
         raise DataError('"chosen" and "rejected" are the same, so there is nothing to prefer')

@@ -6,7 +6,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from tuner.data.example import Example
-from tuner.data.rows import BadRows, Row, usable
+from tuner.data.rows import BadRows, Row, lacking, usable
 from tuner.errors import DataError
 from tuner.kinds import Options as BaseOptions
 from tuner.score import of_answers as scores
@@ -52,7 +52,7 @@ def check_row(record: dict[str, Any], options: Options, *, chat_template: bool =
         found = ", ".join(f'"{key}"' for key in record) or "nothing"
         raise DataError(f'found {found}, expected the key "text"')
     if not isinstance(record["text"], str) or not record["text"].strip():
-        raise DataError(f'"text" is {record["text"]!r:.60}, expected text')
+        raise DataError(f'"text" is {record["text"]!r:.60}, expected text', lacking(record["text"]))
 
 
 def examples(rows: Iterator[Row], tokenizer: Any, options: Options, bad: BadRows) -> Iterator[tuple[Row, Example]]:

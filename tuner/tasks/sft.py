@@ -13,7 +13,7 @@ from pydantic import Field
 
 from tuner.checkpoint import ends_of_turn
 from tuner.data.example import IGNORE, Example
-from tuner.data.rows import BadRows, Row, usable
+from tuner.data.rows import BadRows, Row, lacking, usable
 from tuner.errors import DataError
 from tuner.kinds import Options as BaseOptions
 from tuner.score import of_answers as scores
@@ -60,8 +60,7 @@ def check_row(record: dict[str, Any], options: Options, *, chat_template: bool =
             if key not in record:
                 raise DataError(f'the key "{key}" is missing beside {keys(record)}')
             if not isinstance(record[key], str) or not record[key]:
-                empty = key == "completion" and record[key] == ""
-                raise DataError(f'"{key}" is {_shown(record[key])}, expected text', "empty" if empty else "shape")
+                raise DataError(f'"{key}" is {_shown(record[key])}, expected text', lacking(record[key]))
     else:
         raise DataError(f'found the keys {keys(record)}, expected "messages", or "prompt" and "completion"')
 
@@ -277,7 +276,7 @@ def _check_messages(messages: Any) -> None:
         calls = message.get("tool_calls") or []
         _check_calls(calls, index, role)
         if not isinstance(content, str) or (role == "assistant" and not content.strip() and not calls):
-            kind = "empty" if role == "assistant" and not str(content or "").strip() else "shape"
+            kind = lacking(content) if role == "assistant" else "shape"
             raise DataError(f"messages[{index}]: the content is {_shown(content)}, expected text", kind)
         expected = after.get(role) or (("tool",) if calls else ("user",))
     if messages[-1]["role"] != "assistant":

@@ -73,6 +73,25 @@ def load_model(bundle: Bundle, storage: str = "fp32", *, original: bool = False)
     return model.to(device()).eval()
 
 
+def save_model(model: Any, folder: Path, like: Path | None = None, **options: Any) -> None:
+    """Write an ordinary checkpoint. How it generates stands in a file that is taken from `like` as it is, where there is one:
+    transformers reads settings that contradict each other, which many checkpoints have, and refuses to write them."""
+    from transformers import GenerationConfig
+
+    if model.can_generate():
+        model.generation_config = GenerationConfig.from_model_config(model.config)
+    model.save_pretrained(folder, **options)
+    if like is not None:
+        copy_generation_config(model, like, folder)
+
+
+def copy_generation_config(model: Any, like: Path, folder: Path) -> None:
+    """Take over the file that says where a model's answers end, where there is one."""
+    said = like / "generation_config.json"
+    if model.can_generate() and said.is_file():
+        (folder / said.name).write_bytes(said.read_bytes())
+
+
 def head_options(adapter: Bundle) -> dict[str, Any]:
     """What `open_base` has to know of the head that an adapter was trained with."""
     serving = adapter.manifest.serving

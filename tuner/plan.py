@@ -1,13 +1,17 @@
 """Decides, before anything is loaded, what a recipe will do and whether it can: a chain of stages, each taking what the one
 before gives."""
 
+import math
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
+
+from pydantic import ValidationError
 
 from tuner import kinds
 from tuner.data import reading
@@ -131,6 +135,12 @@ class Plan:
         """The model that the step trains has just got tokens that it has yet to learn."""
         return bool(getattr(self.steps[step.index - 1].stage, "ADDS_TOKENS", False)) if step.index else self.facts.new_tokens
 
+    def _rows_bytes(self, step: Step) -> int:
+        """What training single rows of the embeddings takes: peft keeps a copy of all, and two gradients."""
+        if step.gives != "adapter" or not self._new_tokens(step):
+            return 0
+        return 12 * max((math.prod(shape) for shape in self.facts.matrices.values()), default=0)
+
     def serving(self) -> str:
         """One line on how the result can be served."""
         what = {"adapter": "the adapter is served live on its base", "quantized": "the quantized model is served by itself"}
@@ -159,7 +169,7 @@ class Plan:
                 weights = STORED_BYTES[kinds.load("methods", step.options.method.kind).storage(step.options.method)]
                 trained = 0.05 if step.gives == "adapter" else 1.0
                 state = STATE_BYTES[step.options.optimizer]
-                need = max(need, int(self.facts.parameters * (weights + (8 + state) * trained)))
+                need = max(need, int(self.facts.parameters * (weights + (8 + state) * trained)) + self._rows_bytes(step))
         return need + 1_500_000_000
 
 
@@ -296,9 +306,9 @@ def _advice(have: str, wanted: frozenset[str]) -> str:
         return '; name one with "model:"'
     for name in kinds.names("stages"):
         stage = kinds.load("stages", name)
-        optional = not any(field.is_required() for field in stage.Options.model_fields.values())
-        if optional and have in stage.TAKES and stage.gives(stage.Options()) in wanted:
-            return f'; put "- {name}: {{}}" before it'
+        with suppress(ValidationError):  # one that has to be told something
+            if have in stage.TAKES and stage.gives(stage.Options()) in wanted:
+                return f'; put "- {name}: {{}}" before it'
     return ""
 
 

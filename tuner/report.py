@@ -51,7 +51,9 @@ def write_report(bundles: list[Bundle], out_dir: Path) -> Path:
         lines += ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
         lines += ["| " + " | ".join(row.get(column, "") for column in columns) + " |" for row in found]
     for bundle in bundles:
-        data = bundle.manifest.data
+        stage, data = bundle.manifest.stage, bundle.manifest.data
+        if said := stage in kinds.names("stages") and getattr(kinds.load("stages", stage), "told", None):
+            lines += ["", *said(bundle.manifest.metrics[stage])]
         if data.get("cut_rows"):
             lines += ["", f"{bundle.manifest.stage}: {data['cut_rows']} of {data['rows']} rows were cut to the longest allowed."]
         if data.get("skipped_rows"):

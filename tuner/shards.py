@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tuner import kinds
 from tuner.bundle import Bundle
-from tuner.checkpoint import ROUNDED, block_linears, head_options, quiet, rounded
+from tuner.checkpoint import ROUNDED, block_linears, copy_generation_config, head_options, quiet, rounded
 from tuner.errors import SourceError
 from tuner.families import family_of
 from tuner.source import weight_files
@@ -46,10 +46,8 @@ def merge(adapter: Bundle, folder: Path, dtype: "torch.dtype", *, original: bool
     inner.config.architectures, inner.config.dtype = [type(inner).__name__], str(dtype).removeprefix("torch.")
     inner.config.save_pretrained(folder)
     if inner.can_generate():
-        said = adapter.base().path / "generation_config.json"
         inner.generation_config.save_pretrained(folder)
-        if said.is_file():
-            (folder / said.name).write_bytes(said.read_bytes())
+        copy_generation_config(inner, adapter.base().path, folder)
 
 
 def _outline(adapter: Bundle) -> Any:

@@ -77,6 +77,8 @@ class Facts:
     """What its head tells apart, in the order of its scores, where it names them."""
     pooling: str | None = None
     """How it makes vectors, where it says so: `mean`, `cls` or `last`."""
+    output_bias: bool = False
+    """Its output layer has a bias: a vector with a number for each token."""
     new_tokens: bool = False
     """It was given tokens that it has yet to learn."""
 
@@ -119,6 +121,7 @@ def facts(source: Source) -> Facts:
         head=head_of(config),
         labels=tuple(label_names(config)),
         pooling=pooling_of(folder),
+        output_bias=[config.get("vocab_size")] in shapes.values(),
         new_tokens=made is not None and "new_tokens" in made.serving,
     )
 

@@ -10,16 +10,21 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import islice, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from tuner.errors import SourceError
+from tuner.progress import say
 
-# Texts that the library encodes together, on all cores.
-BATCH_TEXTS = 1_000
+# Characters that the library encodes together, on all cores; a token takes it a quarter of a kilobyte meanwhile.
+BATCH_CHARACTERS = 1_000_000
+# Tokens of different words that are looked at, about a gigabyte; where spaces stand between words no text of 200 MB has as many.
+MOST_TOKENS = 10_000_000
 # How SentencePiece marks the beginning of a word, and writes a byte of a character that it does not have.
 WORD_BEGINS, BYTE = "▁", re.compile(r"<0x[0-9A-F]{2}>")
+# A letter or digit of a script that puts spaces between words: not Thai, Lao, Burmese, Khmer, Chinese, Japanese or Korean.
+SPACED = r"[^\W\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\uffff]"
 
 Word = tuple[str, ...]
 
@@ -37,14 +42,21 @@ class Entries:
 def words(tokenizer: Any, texts: Iterable[str]) -> Counter[Word]:
     """How often each word of the texts occurs, as the tokens that it is cut into; a word of one token is left out.
 
-    A word is what the tokenizer's own rules never let a token reach across.
+    A word is what the tokenizer's own rules never let a token reach across. Once the different ones have MOST_TOKENS tokens, no
+    more are taken up, and that is said.
     """
-    backend = _whole_texts(tokenizer)
+    backend, names = _whole_texts(tokenizer), {number: token for token, number in tokenizer.get_vocab().items()}
     apart = {*tokenizer.get_added_vocab(), tokenizer.unk_token}
     found: Counter[Word] = Counter()
+    kept = 0
     for batch in _batches(texts):
         for encoding in backend.encode_batch(batch, add_special_tokens=False):
-            found.update(word for word in _split(encoding.tokens, encoding.word_ids, apart) if len(word) > 1)
+            for word in _split([names[number] for number in encoding.ids], encoding.word_ids, apart):
+                if len(word) > 1 and (kept < MOST_TOKENS or word in found):
+                    kept += 0 if word in found else len(word)
+                    found[word] += 1
+    if kept >= MOST_TOKENS:
+        say(f"learning from the words that come first, which are {kept:,} tokens; of more only those among them are counted")
     return found
 
 
@@ -58,19 +70,19 @@ def count(tokenizer: Any, texts: Iterable[str]) -> Counter[int]:
     return found
 
 
-def learn(tokenizer: Any, found: Counter[Word], most: int, min_frequency: int) -> Entries:
-    """At most so many new tokens, of which each occurs at least `min_frequency` times in the words.
+def require_learnable(tokenizer: Any) -> None:
+    """Raises SourceError for a tokenizer that is neither BPE nor WordPiece."""
+    model = _tree(tokenizer)["model"]
+    if model["type"] not in ("BPE", "WordPiece") or (model["type"] == "BPE" and model.get("continuing_subword_prefix")):
+        kind = "BPE with marks inside words" if model["type"] == "BPE" else model["type"]
+        raise SourceError(f"learned: the tokenizer is {kind}, and tokens are learned for BPE and WordPiece; list some instead")
 
-    Raises SourceError for a tokenizer that is neither BPE nor WordPiece.
-    """
+
+def learn(tokenizer: Any, found: Counter[Word], most: int, min_frequency: int) -> Entries:
+    """At most so many new tokens, of which each occurs at least `min_frequency` times in the words."""
     model = _tree(tokenizer)["model"]
     if model["type"] == "WordPiece":
-        return _whole_words(found, most, min_frequency, model["continuing_subword_prefix"])
-    if model["type"] != "BPE" or model.get("continuing_subword_prefix"):
-        kind = "BPE with marks inside words" if model["type"] == "BPE" else model["type"]
-        raise SourceError(
-            f"the tokenizer is {kind}; what can be learned are pieces for BPE and WordPiece: name the new ones with `listed`"
-        )
+        return _whole_words(found, most, min_frequency, model)
     return _merges(found, most, min_frequency, model["vocab"])
 
 
@@ -90,7 +102,10 @@ def extend(tokenizer: Any, learned: Entries, listed: list[str], folder: Path) ->
     # Marks such as <|im_end|> may be no part of the model's vocabulary; there they keep their numbers, whatever comes behind.
     numbers = {**old, **{token: max(old.values()) + 1 + at for at, token in enumerate([*learned.pieces, *listed])}}
     if isinstance(vocabulary, dict):
-        tree["model"]["vocab"] = dict(sorted(numbers.items(), key=lambda each: each[1]))
+        # WordPiece would cut other words by a listed one.
+        left_out = set(listed) if tree["model"]["type"] == "WordPiece" else set()
+        own = [each for each in numbers.items() if each[0] not in left_out]
+        tree["model"]["vocab"] = dict(sorted(own, key=lambda each: each[1]))
     if learned.merges:
         spelled = all(isinstance(each, str) for each in tree["model"]["merges"])
         tree["model"]["merges"] += [" ".join(each) if spelled else list(each) for each in learned.merges]
@@ -106,11 +121,19 @@ def extend(tokenizer: Any, learned: Entries, listed: list[str], folder: Path) ->
         raise SourceError(f"transformers opens the extended tokenizer without {wrong[0]!r} and {len(wrong) - 1} others")
     for token in listed:
         text = f"a {token} b"
-        again = opened.decode(opened(text, add_special_tokens=False)["input_ids"], clean_up_tokenization_spaces=False)
-        if again != tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"], clean_up_tokenization_spaces=False):
-            # SentencePiece puts a space before each part of a text, and behind a listed token a part begins.
-            raise SourceError(f"with {token!r} listed this tokenizer does not give a text back: {text!r} becomes {again!r}")
+        again = _again(text, opened)
+        if again not in (_again(text, tokenizer), f"{_again('a', tokenizer)} {token} {_again('b', tokenizer)}"):
+            # SentencePiece puts a space before each part of a text, and behind a listed token a part begins. Byte-level
+            # tokenizers take a listed token's letters beyond ASCII for bytes.
+            raise SourceError(
+                f"with {token!r} listed this tokenizer does not give a text back: {text!r} becomes {again!r}; leave it to `learned`"
+            )
     return opened
+
+
+def _again(text: str, tokenizer: Any) -> str:
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
 
 def _whole_texts(tokenizer: Any) -> Any:
@@ -124,8 +147,15 @@ def _whole_texts(tokenizer: Any) -> Any:
 
 
 def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    left = iter(texts)
-    while batch := list(islice(left, BATCH_TEXTS)):
+    batch: list[str] = []
+    size = 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if size >= BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
         yield batch
 
 
@@ -136,7 +166,7 @@ def _tree(tokenizer: Any) -> dict[str, Any]:
 
 def _is_word(token: str) -> bool:
     """It begins and ends as words do, so that it must not be found within one."""
-    return bool(re.fullmatch(r"\w(.*\w)?", token, re.DOTALL))
+    return bool(re.fullmatch(rf"{SPACED}(.*{SPACED})?", token, re.DOTALL))
 
 
 def _split(tokens: list[str], word_ids: list[int | None], apart: set[str]) -> Iterator[Word]:
@@ -153,10 +183,19 @@ def _split(tokens: list[str], word_ids: list[int | None], apart: set[str]) -> It
     yield tuple(word)
 
 
-def _whole_words(found: Counter[Word], most: int, min_frequency: int, prefix: str) -> Entries:
-    gains = {word: times * (len(word) - 1) for word, times in found.items() if times >= min_frequency}
+def _whole_words(found: Counter[Word], most: int, min_frequency: int, model: dict[str, Any]) -> Entries:
+    """Words that save most. Of a longer one the rest has to be there in letters, or it would become unknown."""
+    prefix = model["continuing_subword_prefix"]
+    spelled = {word: "".join(piece.removeprefix(prefix) for piece in word) for word in found}
+    barred: set[str] = set()
+    for text in spelled.values():
+        last = max((at for at, letter in enumerate(text) if prefix + letter not in model["vocab"]), default=0)
+        barred.update(text[:end] for end in range(1, last + 1))
+    gains = {
+        word: times * (len(word) - 1) for word, times in found.items() if times >= min_frequency and spelled[word] not in barred
+    }
     best = sorted(gains, key=lambda word: (-gains[word], word))[:most]
-    return Entries({"".join(piece.removeprefix(prefix) for piece in word): list(word) for word in best})
+    return Entries({spelled[word]: list(word) for word in best})
 
 
 def _merges(found: Counter[Word], most: int, min_frequency: int, old: dict[str, int]) -> Entries:

@@ -123,10 +123,54 @@ def test_wordpiece_gets_the_words_that_save_most(tmp_path: Path) -> None:
     assert new.tokenize("Permeability's") == ["permeability", "'", "s"]
 
 
-def test_unigram_takes_listed_tokens_and_says_why_it_learns_none(tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match="the tokenizer is Unigram.*`listed`"):
-        learned(unigram(), 5)
+def test_a_word_that_would_make_a_longer_one_unknown_is_not_learned(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    made: Any = Tokenizer(
+        models.WordPiece({piece: at for at, piece in enumerate(["[UNK]", "ab", "##c", "##cd", "##e"])}, unk_token="[UNK]")
+    )
+    made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    old = PreTrainedTokenizerFast(tokenizer_object=made, unk_token="[UNK]", pad_token="[UNK]")
+    texts = ["abc abc abc abce abcd"]
+    found = vocabulary.learn(old, vocabulary.words(old, texts), 5, 1)
+    assert set(found.pieces) == {"abce", "abcd"}, "abc would leave a d, for which there is no piece"
+    assert old.unk_token_id not in vocabulary.count(vocabulary.extend(old, found, [], tmp_path), texts)
+
+
+def test_listed_tokens_of_wordpiece_are_whole_words_as_they_are_written(tmp_path: Path) -> None:
+    old = wordpiece()
+    new = vocabulary.extend(old, learned(old, 2), ["HbA1c", "<|tool|>"], tmp_path)
+    assert new.tokenize("the HbA1c <|tool|> permeability") == ["the", "HbA1c", "<|tool|>", "permeability"]
+    assert "HbA1c" not in new.tokenize("the HbA1cs")
+
+
+def test_what_a_byte_level_tokenizer_would_give_back_as_bytes_is_not_listed(tmp_path: Path) -> None:
+    with pytest.raises(
+        SourceError, match="with 'reservatório' listed this tokenizer does not give a text back.*leave it to `learned`"
+    ):
+        vocabulary.extend(bpe(280), vocabulary.Entries(), ["reservatório"], tmp_path)
+
+
+def test_a_listed_word_of_a_script_without_spaces_is_found_among_others(tmp_path: Path) -> None:
     old = unigram()
+    new = vocabulary.extend(old, vocabulary.Entries(), ["貯留層"], tmp_path)
+    assert new.convert_tokens_to_ids("貯留層") in new("この貯留層の特性")["input_ids"]
+
+
+def test_no_more_words_are_taken_up_than_fit(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = vocabulary.words(bpe(280), TEXTS)
+    monkeypatch.setattr(vocabulary, "MOST_TOKENS", 20)
+    some = vocabulary.words(bpe(280), TEXTS)
+    assert 20 <= sum(map(len, some)) < sum(map(len, whole))
+    assert all(whole[word] == times for word, times in some.items())
+    assert "learning from the words that come first" in capsys.readouterr().err
+
+
+def test_unigram_takes_listed_tokens_and_says_why_it_learns_none(tmp_path: Path) -> None:
+    old = unigram()
+    with pytest.raises(SourceError, match="the tokenizer is Unigram, and tokens are learned for BPE and WordPiece; list some"):
+        vocabulary.require_learnable(old)
     before = copy.deepcopy(old)("the porosity")["input_ids"]
     new = vocabulary.extend(old, vocabulary.Entries(), ["porosity"], tmp_path)
     assert len(new("the porosity")["input_ids"]) < len(before)

@@ -5,7 +5,7 @@ from typing import Any
 
 from tuner.data import reading
 from tuner.data.quality import words_of
-from tuner.data.rows import BadRows, usable
+from tuner.data.rows import BadRows, lacking, usable
 from tuner.errors import DataError
 from tuner.progress import counted
 from tuner.recipe import Recipe
@@ -24,7 +24,8 @@ def text_of(record: dict[str, Any]) -> str:
         return str(record["prompt"] + record["completion"])
     text = words_of(record)
     if not text.strip():
-        raise DataError(f"found no text under the keys {', '.join(record) or 'of an empty object'}")
+        kind = "empty" if any(lacking(value) == "empty" for value in record.values()) else "shape"
+        raise DataError(f"found no text under the keys {', '.join(record) or 'of an empty object'}", kind)
     return text
 
 

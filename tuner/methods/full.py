@@ -51,7 +51,9 @@ def layers(model: Any) -> dict[str, list["nn.Parameter"]]:
 
 def save(model: Any, folder: Path) -> None:
     """Write an ordinary checkpoint."""
-    model.save_pretrained(folder)
+    from tuner.checkpoint import save_model
+
+    save_model(model, folder)
 
 
 def reopen(bundle: Bundle) -> Any:

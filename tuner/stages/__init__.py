@@ -13,10 +13,12 @@ gate(...)           raises GateError where the measured result is not good enoug
 decided_by(options, parent)
                     the held-out figure that decides what comes out, beside measuring it; None where none does
 check(plan, step)   raises RecipeError where the stage cannot work in this recipe
-check_row(record, options, *, chat_template)
-                    raises DataError for a row that it cannot read; a stage whose options have a `task` leaves that to the task
+KEYS, check_row(record, options, *, chat_template)
+                    the keys of a record that it reads; raises DataError for a row that it cannot read; a stage whose options have a
+                    `task` leaves both to the task
 reads(recipe, options)
                     what else the result follows from, such as the text of a file that an option names
+told(figures)       what to say of its figures in the manifest's metrics
 ADDS_TOKENS         the model that it gives has tokens that it has yet to learn
 facts(options, n)   what is known of a model that the stage makes, with a vocabulary of n
 """
@@ -25,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tuner import kinds
 from tuner.bundle import Bundle
 from tuner.recipe import Recipe
 
@@ -47,3 +50,16 @@ class Job:
         """The part of the recipe that this stage followed, for the manifest."""
         told: dict[str, Any] = self.options.model_dump(mode="json")
         return {**told, "seed": self.recipe.seed}
+
+
+def kept_of_head(job: Job) -> dict[str, Any]:
+    """What the manifest of a model says of the head that it has from the job's parent; other programs' files on it are written."""
+    from tuner.source import pooling_of
+
+    assert job.parent is not None
+    head = kinds.load("heads", str(job.parent.manifest.head))
+    pooling = job.parent.manifest.serving.get("pooling") or pooling_of(job.parent.path)
+    if pooling is None or not hasattr(head, "describe"):
+        return {}
+    head.describe(job.folder, {"pooling": pooling})
+    return {"pooling": pooling}

@@ -9,7 +9,7 @@ from tuner.bundle import Bundle, Manifest
 from tuner.checkpoint import ROUNDED
 from tuner.errors import GateError
 from tuner.kinds import Options as BaseOptions
-from tuner.stages import Job
+from tuner.stages import Job, kept_of_head
 
 TAKES = frozenset({"adapter"})
 VERSION = 3
@@ -50,12 +50,8 @@ def run(job: Job) -> Manifest:
     merge(job.parent, job.folder, getattr(torch, job.options.dtype), original=onto == "original")
     load_tokenizer(job.parent.path).save_pretrained(job.folder)
     metrics = {"merge": {"onto": onto, **losses}}
-    given = job.parent.manifest.serving
-    serving = {"pooling": given["pooling"]} if "pooling" in given else {}
-    if describe := getattr(kinds.load("heads", str(job.parent.manifest.head)), "describe", None):
-        describe(job.folder, serving)
     return describe_model(
-        job.folder, stage="merge", fingerprint=job.fingerprint, recipe=job.told(), metrics=metrics, serving=serving
+        job.folder, stage="merge", fingerprint=job.fingerprint, recipe=job.told(), metrics=metrics, serving=kept_of_head(job)
     )
 
 

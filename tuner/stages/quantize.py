@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from tuner.plan import Plan, Step
 
 TAKES = frozenset({"model"})
-VERSION = 1
+VERSION = 2
 RESULT = "quantized"
 # Kernels exist for these sizes; the largest that divides the layers costs least and is as exact.
 GROUP_SIZES = (128, 64, 32)
@@ -63,7 +63,7 @@ def run(job: Job) -> Manifest:
     from llmcompressor import oneshot
     from llmcompressor.modifiers.quantization import GPTQModifier, QuantizationModifier
 
-    from tuner.checkpoint import load_model, load_tokenizer, no_bars
+    from tuner.checkpoint import load_model, load_tokenizer, no_bars, save_model
     from tuner.data.dataset import task_of, training_examples
     from tuner.families import family_of
     from tuner.source import describe_model
@@ -96,7 +96,7 @@ def run(job: Job) -> Manifest:
             shuffle_calibration_samples=False,
         )
     with no_bars():
-        model.save_pretrained(job.folder, save_compressed=True)
+        save_model(model, job.folder, like=job.parent.path, save_compressed=True)
     tokenizer.save_pretrained(job.folder)
     serving = {"scheme": options.scheme, "group_size": scheme["weights"].get("group_size")}
     return describe_model(

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 TAKES = frozenset({"model"})
 # Also of the task, the method and the loop.
-VERSION = 4
+VERSION = 5
 RESULT = "tuned"
 # The same sums in the same types on the same machine: what is saved loses nothing (nats, or components of vectors).
 REOPENED_TOLERANCE = 1.0e-3
@@ -155,7 +155,7 @@ def run(job: Job) -> Manifest:
     """Encode the data, train, save what was trained, and see that it answers when it is opened again."""
     import torch
 
-    from tuner.checkpoint import device, load_tokenizer
+    from tuner.checkpoint import copy_generation_config, device, load_tokenizer
     from tuner.data.dataset import training_examples
     from tuner.data.packing import PackedRows
     from tuner.fit import fit
@@ -194,9 +194,7 @@ def run(job: Job) -> Manifest:
     answers, effect = _answers(job, task, model, tokenizer)
     method.save(model, job.folder)
     tokenizer.save_pretrained(job.folder)
-    said = base.path / "generation_config.json"
-    if said.is_file() and task.HEAD == "causal" and not (job.folder / said.name).exists():
-        (job.folder / said.name).write_bytes(said.read_bytes())  # where the model's answers end
+    copy_generation_config(model, base.path, job.folder)
     training = {**measured, **untrained, **effect, "layers": len(layers), "trained_parameters": trained}
     manifest = _manifest(job, task, method, head, data=data, metrics={"training": training})
     # One model in memory at a time; peft's layers point back at each other, so they wait for the collector.

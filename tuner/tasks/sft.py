@@ -276,8 +276,7 @@ def _check_messages(messages: Any) -> None:
         calls = message.get("tool_calls") or []
         _check_calls(calls, index, role)
         if not isinstance(content, str) or (role == "assistant" and not content.strip() and not calls):
-            kind = lacking(content) if role == "assistant" else "shape"
-            raise DataError(f"messages[{index}]: the content is {_shown(content)}, expected text", kind)
+            raise DataError(f"messages[{index}]: the content is {_shown(content)}, expected text", lacking(content))
         expected = after.get(role) or (("tool",) if calls else ("user",))
     if messages[-1]["role"] != "assistant":
         last = messages[-1]["role"]

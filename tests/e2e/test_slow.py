@@ -95,6 +95,15 @@ RECIPES = {
 }
 
 
+def test_new_tokens_make_text_shorter_and_are_learned_and_served(results: Any) -> None:
+    out = results("smollm2-extend")
+    heldout = manifest(out, "extend")["metrics"]["extend"]["heldout"]
+    assert heldout["after"] < 0.8 * heldout["before"]
+    before, untrained, after = (manifest(out, stage)["metrics"]["bits_per_byte"] for stage in ("base", "extend", "merge"))
+    assert after < before - 0.2 < untrained
+    served(out / "merge")
+
+
 def served(folder: Path) -> None:
     """It is served, which is to say that vLLM answered its probe."""
     server = Server(folder, "--port", "0")

@@ -227,6 +227,11 @@ def check_rows(recipe: Recipe, known: Facts) -> Looked:
             )
             raise DataError(f"{reading.named(recipe, key)}: {why}")
         looked.passed_over.extend(each for each in reading.passed_over(recipe, key) if each not in looked.passed_over)
+    if recipe.data.test:
+        try:
+            reading.found(recipe, "test")
+        except DataError as error:
+            raise recipe.error(str(error), "data", "test") from None
     copied = len(seen["heldout"] & seen["train"])
     if copied and copied == len(seen["heldout"]):
         raise recipe.error("the held-out rows are all training rows, so nothing would be measured", "data", "heldout")

@@ -310,10 +310,17 @@ def test_a_cache_that_cannot_be_written_is_said_and_one_that_is_damaged_made_aga
 
     recipe = read()
     monkeypatch.setenv("TUNER_CACHE", str(tmp_path / "cache"))
+    os.utime(tmp_path / "train.jsonl", (0, 0))  # long enough ago for its hash to be remembered
     wanted = list(encoded(recipe, tokenizer)[0])
     (entry,) = (tmp_path / "cache" / "examples").iterdir()
     (entry / "info.json").unlink()
     assert list(encoded(recipe, tokenizer)[0]) == wanted
+    for name, damage in (("examples.arrow", b"ARROW1"), ("examples.arrow", b""), ("info.json", b"{}"), ("info.json", b"[")):
+        (entry / name).write_bytes(damage)
+        assert list(encoded(recipe, tokenizer)[0]) == wanted, name
+    for note in (tmp_path / "cache" / "hashes").iterdir():
+        note.write_text("{}")
+    assert list(encoded(read_recipe(recipe.path), tokenizer)[0]) == wanted
     shutil.rmtree(tmp_path / "cache")
     (tmp_path / "cache").write_text("a file")
     with pytest.raises(DataError, match="no examples can be kept there .*; TUNER_CACHE names another folder"):

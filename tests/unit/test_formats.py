@@ -151,6 +151,41 @@ def test_a_link_that_leads_back_is_followed_once(tmp_path: Path) -> None:
         records(tmp_path / "x")
 
 
+def test_values_of_a_parquet_file_that_python_has_not_are_said_of_their_row(tmp_path: Path) -> None:
+    late = pa.array([0, 400_000_000_000_000_000], pa.timestamp("us"))
+    text = pa.StringArray.from_buffers(2, pa.py_buffer(b"\0\0\0\0\1\0\0\0\4\0\0\0"), pa.py_buffer(b"afr\xf6"))
+    for name, table in (("late", pa.table({"text": ["a", "b"], "when": late})), ("latin", pa.table({"text": text}))):
+        pyarrow.parquet.write_table(table, tmp_path / f"{name}.parquet")
+        good, bad = read(tmp_path / f"{name}.parquet")
+        assert isinstance(good, Row) and good.record["text"] == "a"
+        assert isinstance(bad, DataError)
+        said = (
+            ("broken", 'the column "when" holds')
+            if name == "late"
+            else ("encoding", 'the column "text" holds bytes that are not UTF-8')
+        )
+        assert bad.kind == said[0] and f"{name}.parquet:row 2: {said[1]}" in str(bad)
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "rows.parquet"])
+def test_an_empty_cell_where_a_text_belongs_is_empty(tmp_path: Path, name: str) -> None:
+    from tuner.data.reading import read as read_rows
+    from tuner.recipe import rows_only
+    from tuner.tasks import sft
+
+    cells = [{"prompt": "a", "completion": "b", "note": None}, {"prompt": None, "completion": "c", "note": "d"}]
+    path = tmp_path / name
+    if name.endswith("csv"):
+        path.write_text("prompt,completion,note\na,b,\n,c,d\n")
+    else:
+        parquet(path, cells)
+    good, bad = (row for row in read_rows(rows_only(str(path)), "train") if isinstance(row, Row))
+    assert good.record == {"prompt": "a", "completion": "b"}
+    with pytest.raises(DataError) as refused:
+        sft.check_row(bad.record, sft.Options())
+    assert refused.value.kind == "empty"
+
+
 def test_a_url_is_read_through_its_file_system(tmp_path: Path) -> None:
     """A real server on loopback; object stores come through the same interface."""
     WRITERS["rows.jsonl.gz"](tmp_path / "rows.jsonl.gz")

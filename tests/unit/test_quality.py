@@ -101,6 +101,42 @@ def test_what_is_there_more_often_is_counted_by_the_rows_that_it_is_about(examin
     assert counts(examined([once], test=often)) == {"training rows that hold a text of data.test": 1}
 
 
+def varied(number: int, changes: int) -> list[dict[str, str]]:
+    """A text, and so many others of which each differs from it in one word."""
+    words = sentence(number, 120).split()
+    return [{"text": " ".join([*words[:at], f"changed{at}", *words[at + 1 :]])} for at in range(5, 5 + 12 * changes, 12)]
+
+
+def test_each_row_that_is_nearly_another_one_is_counted_once(examined: Any) -> None:
+    one, rest = {"text": sentence(7, 120)}, [{"text": sentence(number)} for number in range(100, 150)]
+    quality = examined([one, *rest], varied(7, 3))
+    assert counts(quality) == {"held-out rows that are training rows, or nearly": 3}
+    quality = examined([*varied(7, 3), *rest], [one])
+    assert counts(quality) == {"held-out rows that are training rows, or nearly": 1, "rows that are nearly another one": 2}
+    template = [{"text": f"{sentence(9, 40)} number {number} of the {number % 7}"} for number in range(300)]
+    quality = examined(template[40:], template[:40])
+    assert quality.leaks.count <= 40 and quality.near_duplicates.count <= 259
+    assert quality.leaks.count > 30 and quality.near_duplicates.count > 200
+
+
+def test_a_benchmark_need_not_have_the_form_of_the_training_rows(recipe_file: Any, tmp_path: Path) -> None:
+    conversation = (
+        json.loads((tmp_path / "train.jsonl").read_text().splitlines()[0]) if (tmp_path / "train.jsonl").is_file() else None
+    )
+    path = recipe_file(lambda tree: tree["data"].update({"test": "test.jsonl"}))
+    conversation = conversation or json.loads((tmp_path / "train.jsonl").read_text().splitlines()[0])
+    said = conversation["messages"][0]["content"] + "\n" + conversation["messages"][1]["content"]
+    assert tuner("check", path).returncode == 2
+    assert "test.jsonl: there is no such file" in tuner("check", path).stderr
+    write_rows(tmp_path / "test.jsonl", [{"question": said, "answer": sentence(3)}, {"id": 5}])
+    done = tuner("data", path, "--set", "data.on_bad_row=skip")
+    assert done.returncode == 0, done.stderr
+    assert "1 test rows" in done.stdout
+    write_rows(tmp_path / "test.jsonl", [{"id": 5}])
+    done = tuner("data", path, "--set", "data.on_bad_row=skip")
+    assert done.returncode == 2 and "no row of data.test can be used" in done.stderr
+
+
 def test_a_text_with_two_labels_is_a_contradiction(examined: Any) -> None:
     rows = [{"text": sentence(1), "label": "good"}, {"text": sentence(1), "label": "bad"}, {"text": sentence(2), "label": "bad"}]
     quality = examined(rows)
@@ -136,13 +172,14 @@ def test_secrets_and_addresses_are_named_without_their_value(examined: Any) -> N
     rows = [
         {"text": f"use {key} for it"},
         {"text": "write to jane.doe@example.org today"},
-        {"text": "https://me:passw0rd@host/x"},
+        {"text": "https://me:passw0rd@host.example/x"},
         {"text": "me @ home, 5@6"},
     ]
     quality = examined(rows)
     assert counts(quality) == {"rows with a secret in them": 2, "rows with an e-mail address in them": 1}
     assert "train.jsonl:1: AWS Access Key" in quality.secrets.listed[0]
-    assert key not in str(quality)
+    assert key not in str(quality) and "passw0rd" not in str(quality) and "jane" not in str(quality)
+    assert quality.emails.listed[0].endswith("train.jsonl:2: j...@example.org")
 
 
 def test_languages_are_told_apart(examined: Any) -> None:

@@ -42,7 +42,7 @@ def remembered(path: str, found: os.stat_result, work: Callable[[], str]) -> str
 
     stamp = [path, found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino, found.st_dev]
     note = folder() / "hashes" / hashlib.sha256(path.encode("utf-8", "surrogateescape")).hexdigest()[:32]
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, KeyError, TypeError):
         said = json.loads(note.read_text())
         if said["stamp"] == stamp:
             return str(said["value"])
@@ -91,6 +91,8 @@ def stored(key: str, make: Callable[[dict[str, Any]], Iterator[tuple[str, str | 
     what else there is to say. Raises whatever `make` raises, and DiskFull.
     """
     path = folder() / "examples" / key
+    if (found := _opened(path)) is not None:
+        return found
     if not (path / "info.json").is_file():
         part = path.with_name(f".{key}.{os.getpid()}.{uuid4().hex[:8]}.part")
         _tidy(path.parent)
@@ -109,9 +111,22 @@ def stored(key: str, make: Callable[[dict[str, Any]], Iterator[tuple[str, str | 
                     part.rename(path)
         finally:
             shutil.rmtree(part, ignore_errors=True)
-    with suppress(OSError):
-        os.utime(path)  # when it was used last, for whoever tidies up
     return Stored(path)
+
+
+def _opened(path: Path) -> Stored | None:
+    """What is kept there; None where nothing is, or what is there was damaged, which is removed."""
+    import pyarrow as pa
+
+    if not (path / "info.json").is_file():
+        return None
+    try:
+        with suppress(PermissionError):
+            os.utime(path)  # when it was used last, for whoever tidies up
+        return Stored(path)
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException):
+        shutil.rmtree(path, ignore_errors=True)
+        return None
 
 
 def _tidy(examples: Path) -> None:

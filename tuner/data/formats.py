@@ -16,6 +16,7 @@ from typing import IO, Any
 
 from tuner.data.files import Part, Source, readable
 from tuner.data.rows import Row
+from tuner.data.shapes import WANTED
 from tuner.errors import DataError, nearest
 
 # Longer rows are a file without line ends more often than a row, and would be held in memory whole.
@@ -354,25 +355,51 @@ class _whole:
             raise DataError(f"{self.part.path}: not a whole {self.kind} file: {str(error).splitlines()[0][:120]}") from None
 
 
-def _batches(part: Part, batches: Iterator[Any]) -> Iterator[Row]:
+def _batches(part: Part, batches: Iterator[Any]) -> Iterator[Row | DataError]:
     number = 0
     for batch in batches:
-        for record in batch.to_pylist():
+        try:
+            records: Iterator[Any] = iter(batch.to_pylist())
+        except _NO_PYTHON:
+            records = (_record(batch, at) for at in range(batch.num_rows))
+        for record in records:
             number += 1
-            yield Row(f"{part.path}:row {number}", without_nulls(record))
+            place = f"{part.path}:row {number}"
+            if isinstance(record, DataError):
+                yield bad(place, str(record), str(record.kind))
+            else:
+                yield Row(place, without_nulls(record))
 
 
-def without_nulls(value: Any) -> Any:
-    """Columnar formats give every object the keys of all others, with nothing in them; a row's own missing value stays."""
-    if isinstance(value, dict):
-        return {key: _inner(each) for key, each in value.items() if each is not None}
-    return value
+# What pyarrow raises for values that Python has not: bytes in a text that are no UTF-8, a time after the year 9999.
+_NO_PYTHON = (ValueError, OverflowError)
 
 
-def _inner(value: Any) -> Any:
+def _record(batch: Any, at: int) -> dict[str, Any] | DataError:
+    """One row of a batch; of a value that Python cannot have the column is named."""
+    record: dict[str, Any] = {}
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        try:
+            record[name] = column[at].as_py()
+        except _NO_PYTHON as error:
+            kind = "encoding" if isinstance(error, UnicodeDecodeError) else "broken"
+            return DataError(f'the column "{name}" holds {"bytes that are not UTF-8" if kind == "encoding" else error}', kind)
+    return record
+
+
+def without_nulls(record: dict[str, Any]) -> dict[str, Any]:
+    """Columnar formats give every object the keys of all others, with nothing in them. A text that is missing stays null."""
+    conversation = record.get("messages") or record.get("conversations")
+    texts = () if conversation else WANTED
+    return {key: _dense(value) for key, value in record.items() if value is not None or key in texts}
+
+
+def _dense(value: Any) -> Any:
     if isinstance(value, list):
-        return [_inner(each) for each in value]
-    return without_nulls(value)
+        return [_dense(each) for each in value]
+    if isinstance(value, dict):
+        return {key: _dense(each) for key, each in value.items() if each is not None}
+    return value
 
 
 def hub_rows(source: Source) -> Any:

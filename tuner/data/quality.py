@@ -17,6 +17,7 @@ import regex
 
 from tuner.data import reading
 from tuner.data.rows import BadRows, Row, usable
+from tuner.errors import DataError
 from tuner.progress import counted
 from tuner.recipe import Recipe
 
@@ -24,6 +25,8 @@ from tuner.recipe import Recipe
 PERMUTATIONS, BAND = 64, 8
 SIMILAR = 0.8
 SHINGLE = 3
+# Of rows that share a band, each is compared with so many: thousands of rows from one template would take their square.
+MOST_COMPARED = 64
 # Brown et al. 2020 (arXiv:2005.14165), appendix C: a text that shares so many words in a row with a benchmark has seen it.
 CONTAMINATED_WORDS = 13
 # A test text that is shorter counts as a whole; one of fewer words than this is anyone's.
@@ -53,7 +56,9 @@ DETECTORS = (
 )  # fmt: skip
 # Nothing that they look for is without one of these.
 SUSPICIOUS = re.compile(r"[A-Za-z0-9+/=_\-.]{20,}|://[^/\s:@]+:[^/\s]+@|PRIVATE KEY")
-EMAIL = re.compile(r"[A-Za-z0-9._%+-]+@[A-Za-z0-9-]+(?:\.[A-Za-z0-9-]+)*\.[A-Za-z]{2,}")
+EMAIL = re.compile(r"([A-Za-z0-9])[A-Za-z0-9._%+-]*(@[A-Za-z0-9-]+(?:\.[A-Za-z0-9-]+)*\.[A-Za-z]{2,})")
+# https://name:password@host is no address, and its password is not repeated.
+CREDENTIALS = re.compile(r"://[^/\s@]*@")
 
 
 @dataclass
@@ -95,12 +100,14 @@ class Quality:
     emails: Findings = field(default_factory=Findings)
 
     def lines(self) -> Iterator[tuple[str, Findings]]:
-        """The name of each kind of finding, with what was found."""
+        """The name of each kind of finding that was looked for, with what was found."""
         yield "rows that are there twice", self.duplicates
         yield "rows that are nearly another one", self.near_duplicates
         yield "texts with two labels", self.contradictions
-        yield "held-out rows that are training rows, or nearly", self.leaks
-        yield "training rows that hold a text of data.test", self.contamination
+        if "heldout" in self.rows:
+            yield "held-out rows that are training rows, or nearly", self.leaks
+        if "test" in self.rows:
+            yield "training rows that hold a text of data.test", self.contamination
         yield "rows with a secret in them", self.secrets
         yield "rows with an e-mail address in them", self.emails
 
@@ -119,7 +126,9 @@ def examine(recipe: Recipe, check: Callable[[Row], object] = lambda row: row) ->
     for side in reversed([side for side in sides if side != "test" or recipe.data.test]):
         bad = BadRows(recipe.data.on_bad_row)
         found.rows[side] = 0
-        for row, _ in counted(f"reading {side} rows", usable(reading.read(recipe, side), check, bad)):
+        # A benchmark need not be in the form that the recipe learns from.
+        wanted = check if side != "test" else _require_words
+        for row, _ in counted(f"reading {side} rows", usable(reading.read(recipe, side), wanted, bad)):
             found.rows[side] += 1
             words = words_of(row.record)
             numbers.add(side, row.place, words, _label(row.record))
@@ -141,9 +150,16 @@ def examine(recipe: Recipe, check: Callable[[Row], object] = lambda row: row) ->
                     contaminated.add(len(numbers.places) - 1)
                     found.contamination.add(f"{row.place}: holds words of {numbers.places[grams[hit]]}, {hit[0]} in a row")
         found.bad[side] = bad.told()
+        if side == "test" and not found.rows[side]:
+            raise DataError(f"{reading.named(recipe, side)}: no row of data.test can be used; the first: {bad.listed[0]}")
     _compare(numbers, found, contaminated)
     found.languages.update(_language(words) for words in drawn.texts if words.strip())
     return found
+
+
+def _require_words(row: Row) -> None:
+    if not words_of(row.record).strip():
+        raise DataError(f"found no text under the keys {', '.join(row.record) or 'of an empty object'}", "empty")
 
 
 class _Drawn:
@@ -208,8 +224,8 @@ def labels_of(record: dict[str, Any]) -> Iterator[str]:
 def _look(row: Row, found: Quality) -> None:
     """What one row shows by itself, whatever key it stands under."""
     words = "\n".join(_everything(row.record))
-    if "@" in words and (address := EMAIL.search(words)):
-        found.emails.add(f"{row.place}: {address.group()}")
+    if "@" in words and (address := EMAIL.search(CREDENTIALS.sub("://", words))):
+        found.emails.add(f"{row.place}: {address[1]}...{address[2]}")
     if SUSPICIOUS.search(words) and (kind := _secret(words)):
         found.secrets.add(f"{row.place}: {kind}")
 
@@ -308,6 +324,7 @@ def _compare(numbers: _Numbers, found: Quality, contaminated: set[int]) -> None:
     borders = np.flatnonzero(texts[order][1:] != texts[order][:-1]) + 1
     # The first row of each side with each text stands for the others.
     standing: list[int] = []
+    leaked: set[int] = set()
     for start, end in zip([0, *borders.tolist()], [*borders.tolist(), len(order)], strict=True):
         if end - start == 1:
             standing.append(int(order[start]))
@@ -315,6 +332,7 @@ def _compare(numbers: _Numbers, found: Quality, contaminated: set[int]) -> None:
         train, heldout, test = ([at for at in order[start:end].tolist() if numbers.sides[at] == side] for side in range(3))
         standing += [each[0] for each in (train, heldout, test) if each]
         for at in heldout if train else []:
+            leaked.add(at)
             found.leaks.add(numbers.alike(at, train[0]))
         for at in train if test else []:
             numbers.contaminate(at, test[0], found, contaminated)
@@ -323,27 +341,32 @@ def _compare(numbers: _Numbers, found: Quality, contaminated: set[int]) -> None:
             said = numbers.alike(at, train[0])
             (found.contradictions if differs else found.duplicates).add(f"{said}, with another label" if differs else said)
     sketches, single = numbers.sketches(), np.array(sorted(standing), dtype=np.int64)
-    seen: set[int] = set()
+    sides, repeated = np.array(numbers.sides), set[int]()
+
+    def like(index: int, others: Any) -> int | None:
+        """The first of the other rows that has nearly the same text, and not the very same."""
+        others = others[:MOST_COMPARED]
+        near = (sketches[others] == sketches[index]).mean(axis=1) >= SIMILAR
+        alike = others[near & (texts[others] != texts[index])]
+        return int(alike[0]) if len(alike) else None
+
     for start in range(0, PERMUTATIONS, BAND):
         band = np.ascontiguousarray(sketches[single, start : start + BAND]).view(f"V{4 * BAND}").ravel()
         _, groups, counts = np.unique(band, return_inverse=True, return_counts=True)
         members = np.argsort(groups, kind="stable")
         ends = np.cumsum(counts)
         for group in np.flatnonzero(counts > 1):
-            inside = single[members[ends[group] - counts[group] : ends[group]]]
-            shares = (sketches[inside[1:]] == sketches[inside[0]]).mean(axis=1)
-            for index, share in zip(inside[1:].tolist(), shares.tolist(), strict=True):
-                if share >= SIMILAR and index not in seen and texts[index] != texts[inside[0]]:
-                    seen.add(index)
-                    _near(numbers, index, int(inside[0]), found, contaminated)
-
-
-def _near(numbers: _Numbers, index: int, other: int, found: Quality, contaminated: set[int]) -> None:
-    """Count two rows that are nearly alike, by the sides that they are on."""
-    sides = {SIDES[numbers.sides[index]]: index, SIDES[numbers.sides[other]]: other}
-    if set(sides) == {"train", "heldout"}:
-        found.leaks.add(numbers.alike(sides["heldout"], sides["train"], nearly=True))
-    elif set(sides) == {"train", "test"}:
-        numbers.contaminate(sides["train"], sides["test"], found, contaminated, nearly=True)
-    elif set(sides) == {"train"}:
-        found.near_duplicates.add(numbers.alike(index, other, nearly=True))
+            inside = np.sort(single[members[ends[group] - counts[group] : ends[group]]])
+            train, heldout, test = (inside[sides[inside] == side] for side in range(3))
+            # Each row is counted once, however many it is like.
+            for at in heldout.tolist():
+                if at not in leaked and (other := like(at, train)) is not None:
+                    leaked.add(at)
+                    found.leaks.add(numbers.alike(at, other, nearly=True))
+            for at in train.tolist() if len(test) else []:
+                if at not in contaminated and (other := like(at, test)) is not None:
+                    numbers.contaminate(at, other, found, contaminated, nearly=True)
+            for place, at in enumerate(train.tolist()):
+                if place and at not in repeated and (other := like(at, train[:place])) is not None:
+                    repeated.add(at)
+                    found.near_duplicates.add(numbers.alike(at, other, nearly=True))

@@ -48,6 +48,8 @@ SPEAKERS = {
     "bot": "assistant",
     "observation": "tool",
 }
+# Texts that a row of their shape cannot be without: an empty cell under one of these is a text that is missing.
+WANTED = ("text", "prompt", "completion", "chosen", "rejected", "anchor", "positive", "sentence1", "sentence2")
 # Columns of a table, where every value is text, that mean something else.
 LISTS = {
     "messages",
@@ -63,7 +65,6 @@ LISTS = {
     "rejected",
     "prompt",
 }
-
 
 # Those of them that are plain text more often than not.
 TEXTS = frozenset(["chosen", "rejected", "prompt", "completion"])
@@ -136,7 +137,7 @@ def _typed(record: dict[str, Any]) -> dict[str, Any]:
                 raise DataError(f'"score" is {cell!r:.60}, expected a number') from None
         elif name == "label" and "completion" in record and isinstance(cell, str):
             value = {"true": True, "1": True, "false": False, "0": False}.get(cell.strip().lower(), cell)
-        if value != "" or name in ("text", "input"):
+        if value != "" or name in ("input", *WANTED):
             typed[name] = value
     return typed
 

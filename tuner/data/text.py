@@ -29,12 +29,21 @@ def text_of(record: dict[str, Any]) -> str:
     return text
 
 
+def require_one_beginning(ids: list[int], tokenizer: Any) -> None:
+    """Raises DataError for tokens that begin twice, which no model has seen."""
+    begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.cls_token_id
+    if begin is not None and ids[:2] == [begin, begin]:
+        name = tokenizer.convert_ids_to_tokens(begin)
+        raise DataError(f"begins with {name} twice: the tokenizer puts one there by itself; take it out of the text")
+
+
 def encode(text: str, tokenizer: Any, *, max_tokens: int, cut: bool) -> tuple[list[int], bool]:
     """(ids with the tokenizer's own special tokens, whether they were cut off at `max_tokens`).
 
     Raises DataError for a longer text where that is not allowed.
     """
     ids = list(tokenizer(text)["input_ids"])
+    require_one_beginning(ids, tokenizer)
     if len(ids) <= max_tokens:
         return ids, False
     if not cut:

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from tuner.data.example import IGNORE, Example
 from tuner.data.rows import BadRows, Row, lacking, usable
+from tuner.data.text import require_one_beginning
 from tuner.errors import DataError
 from tuner.kinds import Options as BaseOptions
 from tuner.recipe import Evaluate
@@ -66,6 +67,7 @@ def examples(rows: Iterator[Row], tokenizer: Any, options: Options, bad: BadRows
             raise DataError("the model's tokenizer has no mask token, so nothing can be hidden")
         found = tokenizer(row.record["text"], truncation=True, max_length=options.max_tokens, return_overflowing_tokens=True)
         made = [_maskable(ids, found.word_ids(block), options) for block, ids in enumerate(found["input_ids"])]
+        require_one_beginning(made[0].ids, tokenizer)
         if not made[0].words:
             raise DataError("the tokenizer makes no token of this text, so nothing can be hidden")
         return [block for block in made if block.words]

@@ -7,6 +7,7 @@ from pydantic import Field
 
 from tuner.data.example import Example
 from tuner.data.rows import BadRows, Row, lacking, usable
+from tuner.data.text import require_one_beginning
 from tuner.errors import DataError
 from tuner.kinds import Options as BaseOptions
 from tuner.score import of_answers as scores
@@ -63,6 +64,7 @@ def examples(rows: Iterator[Row], tokenizer: Any, options: Options, bad: BadRows
         ids = [*tokenizer(row.record["text"])["input_ids"], tokenizer.eos_token_id]
         if len(ids) < 3:
             raise DataError(f"{len(ids)} tokens: too short to predict anything")
+        require_one_beginning(ids, tokenizer)
         return ids
 
     for row, ids in usable(rows, tokens, bad):

@@ -14,6 +14,7 @@ from pydantic import Field
 from tuner.checkpoint import ends_of_turn
 from tuner.data.example import IGNORE, Example
 from tuner.data.rows import BadRows, Row, lacking, usable
+from tuner.data.text import require_one_beginning
 from tuner.errors import DataError
 from tuner.kinds import Options as BaseOptions
 from tuner.score import of_answers as scores
@@ -128,13 +129,15 @@ def encode(record: dict[str, Any], tokenizer: Any) -> Example:
     prompt = question_ids(record, tokenizer)
     if "messages" not in record:
         answer = [*tokenizer(record["completion"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-        return _begun_once(Example(prompt + answer, [IGNORE] * len(prompt) + answer), tokenizer)
+        require_one_beginning(prompt, tokenizer)
+        return Example(prompt + answer, [IGNORE] * len(prompt) + answer)
     messages, tools = record["messages"], record.get("tools")
     ids, learned = (_by_markers if has_markers(tokenizer) else _by_prefixes)(messages, tools, tokenizer)
     if ids[: len(prompt)] != prompt:
         raise DataError("the chat template joins the question and the answer into one token, which no server would send")
     labels = [token if wanted else IGNORE for token, wanted in zip(ids, learned, strict=True)]
-    return _begun_once(_end_turns(ids, labels, tokenizer), tokenizer)
+    require_one_beginning(ids, tokenizer)
+    return _end_turns(ids, labels, tokenizer)
 
 
 def has_markers(tokenizer: Any) -> bool:
@@ -191,14 +194,6 @@ def _by_prefixes(messages: list[dict[str, Any]], tools: Any, tokenizer: Any) -> 
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     learned = [any(_within(left, right, *span) for span in spans) for left, right in encoded["offset_mapping"]]
     return list(encoded["input_ids"]), learned
-
-
-def _begun_once(example: Example, tokenizer: Any) -> Example:
-    """The example; raises DataError where it begins twice, which no model has seen."""
-    begin = tokenizer.bos_token_id
-    if begin is not None and example.ids[:2] == [begin, begin]:
-        raise DataError(f"begins with {tokenizer.bos_token} twice: the tokenizer puts one there by itself; take it out of the text")
-    return example
 
 
 def _within(left: int, right: int, start: int, end: int) -> bool:

@@ -125,6 +125,29 @@ def test_options_that_do_not_go_together_are_refused(trained: Any, options: dict
     assert said in str(error.value)
 
 
+def test_a_template_that_cannot_be_rendered_is_refused_with_its_place(trained: Any, tmp_path: Path) -> None:
+    for template in ("{% for message in messages %}{{ message.content }}", "{{ messages[0].content + 1 }}"):
+        (tmp_path / "t.jinja").write_text(template)
+        with pytest.raises(
+            RecipeError, match=r"stages.0.tokenizer.chat_template: no question and answer can be written down with it"
+        ):
+            trained(chat_template=str(tmp_path / "t.jinja"))
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "text", "becomes"),
+    [
+        ("none", "e\u0301 \ufb01ne \u00c9T", "e\u0301 \ufb01ne \u00c9T"),
+        ("nfc", "e\u0301 \ufb01ne \u00c9T", "\u00e9 \ufb01ne \u00c9T"),
+        ("nfkc", "e\u0301 \ufb01ne \u00c9T", "\u00e9 fine \u00c9T"),
+        ("bert", "e\u0301 \ufb01ne \u00c9T", "e \ufb01ne et"),
+    ],
+)
+def test_a_normalizer_does_to_the_text_what_its_name_says(trained: Any, normalizer: str, text: str, becomes: str) -> None:
+    tokenizer = load_tokenizer(trained(normalizer=normalizer))
+    assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == becomes
+
+
 def test_an_edited_template_makes_another_tokenizer(tmp_path: Path) -> None:
     from tuner.run import stage_fingerprint
 

@@ -110,6 +110,8 @@ def run(job: Job) -> Manifest:
     say(f"tokenizer: {size:,} entries{short}")
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, extra_special_tokens=options.special_tokens, **roles)
     fast.chat_template = template
+    if template is not None:
+        _require_rendering(job, fast)
     fast.save_pretrained(job.folder)
     return Manifest(
         kind="tokenizer",
@@ -120,6 +122,18 @@ def run(job: Job) -> Manifest:
         metrics={"tokenizer": {"vocab_size": size}},
         versions=versions(),
     )
+
+
+def _require_rendering(job: Job, tokenizer: Any) -> None:
+    """Raises RecipeError for a chat template that cannot write down one question and its answer."""
+    from jinja2.exceptions import TemplateError
+
+    asked = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    try:
+        tokenizer.apply_chat_template(asked, tokenize=False)
+    except (TemplateError, TypeError, ValueError) as error:
+        message = f"no question and answer can be written down with it: {error}"
+        raise job.recipe.error(message, "stages", job.index, "tokenizer", "chat_template") from None
 
 
 def _of_bytes(recipe: Recipe, options: Options, special: list[str], bad: BadRows) -> Any:

@@ -95,10 +95,7 @@ class Plan:
             said += getattr(kinds.load("tasks", options.kind), "remarks", lambda *_: [])(options, self.family)
         if self.data.unread:
             said.append(f"rows also have {', '.join(self.data.unread)}, which nothing reads")
-        if self.data.passed_over:
-            more = f" and {len(self.data.passed_over) - 3} more" if len(self.data.passed_over) > 3 else ""
-            said.append(f"not read, since their endings are those of no data: {', '.join(self.data.passed_over[:3])}{more}")
-        return said
+        return said + reading.not_read(self.data.passed_over)
 
     @property
     def learns(self) -> bool:

@@ -114,6 +114,8 @@ def pieces(text: str, tokenizer: Any) -> list[str]:
 
 def _batches(data: str, by: str | None, only: list[str] | None) -> Iterator[tuple[list[str], list[str]]]:
     recipe = rows_only(data, ["data.on_bad_row=skip"])
+    for remark in reading.not_read(reading.passed_over(recipe, "train")):
+        say(remark)
     bad = BadRows(recipe.data.on_bad_row)
     texts: list[str] = []
     groups: list[str] = []

@@ -214,6 +214,11 @@ def test_the_command_says_it_for_a_recipe_and_for_a_file_alone(recipe_file: Any,
     assert "1 train rows: ShareGPT" in done.stdout
     assert "2 train rows cannot be used" in done.stdout
     assert "talks.jsonl:2: the last message is from" in done.stdout
+    (tmp_path / "folder").mkdir()
+    shutil.copy(tmp_path / "reviews.csv", tmp_path / "folder/reviews.csv")
+    (tmp_path / "folder/notes.docx").write_text("no data")
+    said = f"not read, since their endings are those of no data: {tmp_path / 'folder/notes.docx'}"
+    assert said in tuner("data", tmp_path / "folder").stdout
     refused = tuner("data", tmp_path / "review.csv")
     assert refused.returncode == 2
     assert 'did you mean "reviews.csv"' in refused.stderr

@@ -81,6 +81,8 @@ class Quality:
 
     rows: dict[str, int] = field(default_factory=dict)
     shapes: Counter[str] = field(default_factory=Counter)
+    passed_over: list[str] = field(default_factory=list)
+    """Files in the data's folders that are no data."""
     bad: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Of each side the rows that cannot be used, as in a manifest."""
     characters: list[int] = field(default_factory=list)
@@ -150,6 +152,7 @@ def examine(recipe: Recipe, check: Callable[[Row], object] = lambda row: row) ->
                     contaminated.add(len(numbers.places) - 1)
                     found.contamination.add(f"{row.place}: holds words of {numbers.places[grams[hit]]}, {hit[0]} in a row")
         found.bad[side] = bad.told()
+        found.passed_over += [each for each in reading.passed_over(recipe, side) if each not in found.passed_over]
         if side == "test" and not found.rows[side]:
             raise DataError(f"{reading.named(recipe, side)}: no row of data.test can be used; the first: {bad.listed[0]}")
     _compare(numbers, found, contaminated)

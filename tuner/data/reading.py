@@ -46,6 +46,14 @@ def passed_over(recipe: Recipe, which: str) -> list[str]:
     return paths
 
 
+def not_read(paths: list[str]) -> list[str]:
+    """A line on files that are no data, where there are any."""
+    if not paths:
+        return []
+    more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
+    return [f"not read, since their endings are those of no data: {', '.join(paths[:3])}{more}"]
+
+
 def identity(recipe: Recipe, which: str) -> dict[str, Any]:
     """For the manifest: `path`, and the `sha256` of the one file or of what identifies each part. Worked out once a run."""
     identities = [_identity(recipe, part) for _, part in found(recipe, which)]

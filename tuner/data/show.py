@@ -13,6 +13,7 @@ from tuner import kinds
 from tuner.bundle import Bundle
 from tuner.data.example import IGNORE, Example
 from tuner.data.quality import Quality
+from tuner.data.reading import not_read
 from tuner.data.shapes import told
 from tuner.plan import Plan
 
@@ -85,6 +86,8 @@ def show(tasks: list[Pictured], quality: Quality) -> None:
     console.rule("the data")
     rows = ", ".join(f"{count} {side} rows" for side, count in quality.rows.items())
     console.print(f"{rows}: {told(quality.shapes)}", markup=False, soft_wrap=True)
+    for said in not_read(quality.passed_over):
+        console.print(said, markup=False, soft_wrap=True)
     for side, bad in quality.bad.items():
         if bad["skipped_rows"]:
             console.print(f"{bad['skipped_rows']} {side} rows cannot be used", style="bold red", markup=False)

@@ -164,6 +164,11 @@ def test_tokens_that_cannot_be_learned_are_refused(
         run(*extended(tmp_path, checkpoints("llama").path, "pretrain", extend=extend))
 
 
+def test_a_token_that_there_is_already_is_refused_before_the_run(checkpoints: Any, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"stages.0.extend: listed: '<.im_end.>' is a token of this model already"):
+        extended(tmp_path, checkpoints("llama").path, "pretrain", extend={"listed": ["<|im_end|>"]})
+
+
 def test_a_recipe_that_never_trains_its_new_tokens_is_refused(checkpoints: Any, tmp_path: Path) -> None:
     path = write_rows(tmp_path / "rows.jsonl", chat_rows(2))
     alone = tmp_path / "alone.yaml"

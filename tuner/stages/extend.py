@@ -58,7 +58,7 @@ def gives(options: Options) -> str:  # noqa: ARG001 - a stage's common signature
 
 
 def check(plan: "Plan", step: "Step") -> None:
-    """Raises RecipeError where nothing would train the new tokens, or the method that would cannot."""
+    """Raises RecipeError where nothing would train the new tokens, or the method or the tokenizer cannot have them."""
     trains = next((later for later in plan.steps[step.index + 1 :] if later.trains), None)
     if trains is None:
         message = (
@@ -69,6 +69,13 @@ def check(plan: "Plan", step: "Step") -> None:
     if beside and plan.facts.output_bias and plan.facts.head == kinds.load("tasks", trains.options.task.kind).HEAD:
         message = "the model's output layer has a bias, and beside an adapter no new tokens of it are trained; use full"
         raise plan.recipe.error(message, "stages", trains.index, trains.name, "method")
+    if step.index == 0 and plan.source is not None and "hub" not in plan.source.identity:
+        from tuner.tokens import tokenizer_of
+
+        try:
+            _require(tokenizer_of(plan.source), step.options)
+        except SourceError as error:
+            raise plan.recipe.error(str(error), "stages", step.index, "extend") from None
 
 
 def check_row(record: dict[str, Any], options: Options, *, chat_template: bool) -> None:  # noqa: ARG001 - a row's common signature
@@ -120,15 +127,7 @@ def _tokenizer(job: Job, old: Any, bad: BadRows) -> tuple[Any, dict[str, list[in
     from tuner import vocabulary
 
     options: Any = job.options
-    if not old.is_fast:
-        raise SourceError("the model has no tokenizer.json, and no other tokenizer can be extended")
-    if options.learned:
-        vocabulary.require_learnable(old)
-    if known := [token for token in options.listed if token in old.get_vocab()]:
-        raise SourceError(f"listed: {known[0]!r} is a token of this model already; leave it out")
-    parts = {token: list(old(token, add_special_tokens=False)["input_ids"]) for token in options.listed}
-    if nothing := [token for token, own in parts.items() if not own]:
-        raise SourceError(f"listed: {nothing[0]!r} is nothing to this tokenizer, which leaves such characters out")
+    parts = _require(old, options)
     # What is listed is cut out first, so that nothing is learned of it.
     new, learned = vocabulary.extend(old, vocabulary.Entries(), options.listed, job.folder), vocabulary.Entries()
     if options.learned:
@@ -140,6 +139,22 @@ def _tokenizer(job: Job, old: Any, bad: BadRows) -> tuple[Any, dict[str, list[in
             )
         new = vocabulary.extend(old, learned, options.listed, job.folder)
     return new, {**{token: old.convert_tokens_to_ids(own) for token, own in learned.pieces.items()}, **parts}
+
+
+def _require(old: Any, options: Options) -> dict[str, list[int]]:
+    """What each listed token is cut into. Raises SourceError for a tokenizer that cannot have what the options ask for."""
+    from tuner import vocabulary
+
+    if not old.is_fast:
+        raise SourceError("the model has no tokenizer.json, and no other tokenizer can be extended")
+    if options.learned:
+        vocabulary.require_learnable(old)
+    if known := [token for token in options.listed if token in old.get_vocab()]:
+        raise SourceError(f"listed: {known[0]!r} is a token of this model already; leave it out")
+    parts = {token: list(old(token, add_special_tokens=False)["input_ids"]) for token in options.listed}
+    if nothing := [token for token, own in parts.items() if not own]:
+        raise SourceError(f"listed: {nothing[0]!r} is nothing to this tokenizer, which leaves such characters out")
+    return parts
 
 
 def _figures(job: Job, old: Any, new: Any, tokens: list[str]) -> dict[str, Any]:

@@ -93,24 +93,23 @@ def stored(key: str, make: Callable[[dict[str, Any]], Iterator[tuple[str, str | 
     path = folder() / "examples" / key
     if (found := _opened(path)) is not None:
         return found
-    if not (path / "info.json").is_file():
-        part = path.with_name(f".{key}.{os.getpid()}.{uuid4().hex[:8]}.part")
-        _tidy(path.parent)
-        try:
-            part.mkdir(parents=True)
-        except OSError as error:
-            raise DataError(
-                f"{part.parent}: no examples can be kept there ({error.strerror}); TUNER_CACHE names another folder"
-            ) from None
-        try:
-            with disk_errors(part):
-                _write(part, make)
-            if not (path / "info.json").is_file():
-                shutil.rmtree(path, ignore_errors=True)  # what someone left of it
-                with suppress(OSError):  # another run was faster
-                    part.rename(path)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
+    part = path.with_name(f".{key}.{os.getpid()}.{uuid4().hex[:8]}.part")
+    _tidy(path.parent)
+    try:
+        part.mkdir(parents=True)
+    except OSError as error:
+        raise DataError(
+            f"{part.parent}: no examples can be kept there ({error.strerror}); TUNER_CACHE names another folder"
+        ) from None
+    try:
+        with disk_errors(part):
+            _write(part, make)
+        if not (path / "info.json").is_file():
+            shutil.rmtree(path, ignore_errors=True)  # what someone left of it
+            with suppress(OSError):  # another run was faster
+                part.rename(path)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
     return Stored(path)
 
 

@@ -10,6 +10,9 @@ from tuner.errors import DataError
 from tuner.progress import counted
 from tuner.recipe import Recipe
 
+# Keys of a record whose text is read by a stage that has no task.
+TEXT_KEYS = frozenset({"text", "messages", "messages.role", "messages.content", "prompt", "completion"})
+
 
 def texts(recipe: Recipe, bad: BadRows, key: str = "train") -> Iterator[str]:
     """The text in each row of `train` or `heldout`. A row that has none raises DataError with its place, or is counted in `bad`."""

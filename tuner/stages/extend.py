@@ -12,7 +12,7 @@ from tuner.bundle import Manifest
 from tuner.data import reading
 from tuner.data.example import repeated
 from tuner.data.rows import BadRows
-from tuner.data.text import text_of, texts
+from tuner.data.text import TEXT_KEYS, text_of, texts
 from tuner.errors import DataError, GateError, SourceError
 from tuner.kinds import Options as BaseOptions
 from tuner.progress import say
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 TAKES = frozenset({"model"})
 RESULT = "extended"
-KEYS = frozenset({"text", "messages", "messages.role", "messages.content", "prompt", "completion"})
 VERSION = 1
+KEYS = TEXT_KEYS
 ADDS_TOKENS = True
 # Named where the run says what it found.
 SHOWN = 8

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from tuner.bundle import Manifest
 from tuner.data import reading
 from tuner.data.rows import BadRows
-from tuner.data.text import text_of, texts
+from tuner.data.text import TEXT_KEYS, text_of, texts
 from tuner.errors import DataError
 from tuner.kinds import Options as BaseOptions
 from tuner.progress import say
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 TAKES = frozenset({"nothing"})
 RESULT = "tokenizer"
 VERSION = 2
-KEYS = frozenset({"text", "messages", "messages.role", "messages.content", "prompt", "completion"})
+KEYS = TEXT_KEYS
 # Where no piece goes across, beside GPT-2's own. That of Llama 3 keeps at most three digits together. What is between them is
 # learned as bytes, so that every text comes back as it was.
 SPLITS = {

@@ -10,6 +10,7 @@ from typing import Any
 
 from tuner import kinds
 from tuner.bundle import Bundle
+from tuner.errors import SourceError
 
 
 def device() -> str:
@@ -20,11 +21,14 @@ def device() -> str:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer in a checkpoint directory, padding on the right with a token that it has."""
+    """The tokenizer in a checkpoint directory, padding on the right with a token that it has. Raises SourceError."""
     quiet()
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises nothing narrower
+        raise SourceError(f"{folder}: its tokenizer cannot be opened ({' '.join(str(error).split())[:200]})") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token_id = tokenizer.eos_token_id
     tokenizer.padding_side = "right"

@@ -148,15 +148,17 @@ def data(
     examples = max(rows, PAGE_EXAMPLES) if html else rows
     if recipe.endswith((".yaml", ".yml")):
         plan, out_dir = _plan(Path(recipe), overrides, out)
-        read, tasks, check = plan.recipe, pictured(plan, out_dir, examples), checker(plan.recipe, plan.facts)
+        read, check = plan.recipe, checker(plan.recipe, plan.facts)
+        tasks, remark = pictured(plan, out_dir, examples)
     else:
         # Without a recipe all that is wrong is said, and nothing stops at the first.
-        read, tasks, check = rows_only(recipe, ["data.on_bad_row=skip", *(overrides or [])]), [], check_by_shape
+        read, check = rows_only(recipe, ["data.on_bad_row=skip", *(overrides or [])]), check_by_shape
+        tasks, remark = [], ""
     quality = examine(read, check)
-    show([replace(task, examples=task.examples[:rows]) for task in tasks], quality)
+    show([replace(task, examples=task.examples[:rows]) for task in tasks], quality, remark)
     if html:
         try:
-            html.write_text(page(recipe, tasks, quality), encoding="utf-8")
+            html.write_text(page(recipe, tasks, quality, remark), encoding="utf-8")
         except OSError as error:
             raise typer.BadParameter(f"{html}: nothing can be written there: {error.strerror}") from None
         print(html)
@@ -173,15 +175,20 @@ def tokens(
     only: Annotated[str | None, typer.Option(help="With --by: these groups alone, such as eng,deu_1996,hin.")] = None,
     text: Annotated[str | None, typer.Option(help="A text to show in its tokens.")] = None,
     top: Annotated[int, typer.Option(min=1, help="With --by: so many groups, the largest first.")] = 30,
+    list_to: Annotated[
+        Path | None, typer.Option("--list", help="With --data: write every unused or untrained entry there, as JSON lines.")
+    ] = None,
 ) -> None:
     """Compare tokenizers: tokens a word, bytes a token, what is lost, what is never used; or look at a text."""
-    from tuner.data.show import show_tokens
+    from tuner.show import show_tokens
 
     if not data and text is None:
         raise typer.BadParameter("give --data FILE, --text TEXT, or both")
+    if list_to and not data:
+        raise typer.BadParameter("--list is of the entries that --data does not use")
     if only and not by:
         raise typer.BadParameter("--only names values of the key that --by names")
-    show_tokens(tokenizers, data, text, by=by, only=only.split(",") if only else None, top=top)
+    show_tokens(tokenizers, data, text, by=by, only=only.split(",") if only else None, top=top, list_to=list_to)
 
 
 @app.command()
@@ -193,7 +200,7 @@ def show(
     """Show what a bundle is, what it was made from, and what was measured."""
     from tuner.bundle import open_bundle
     from tuner.bundle import verify as verify_bundle
-    from tuner.data.show import show_bundle
+    from tuner.show import show_bundle
 
     bundle = open_bundle(folder)
     if verify:

@@ -117,6 +117,16 @@ def unpack(path: Path, folder: Path) -> None:
     load_tokenizer(path).save_pretrained(folder)
 
 
+def embeddings(path: Path) -> Any:
+    """(ids, width) of float32: the row that each token is looked up as. None where the file has none."""
+    import torch
+    from gguf import GGUFReader
+    from gguf.quants import dequantize
+
+    found = next((each for each in GGUFReader(path).tensors if each.name == "token_embd.weight"), None)
+    return None if found is None else torch.from_numpy(dequantize(found.data, found.tensor_type).astype("float32"))
+
+
 def load_tokenizer(path: Path) -> Any:
     """The tokenizer and chat template inside a GGUF file, with the special tokens that its header names.
 

@@ -67,8 +67,8 @@ def prove(recipe: Recipe, bundles: list[Bundle], url: str, out_dir: Path) -> dic
     )
     items = tuned.manifest.probe
     # A loss that compares answers is no mean over tokens: of such a task the probe and the answers are asked.
-    alone = [example for _, example in rows if isinstance(example, Example)]
-    if not alone:
+    alone = [example for _, example in rows if isinstance(example, Example)] if recipe.data.holds_out else []
+    if recipe.data.holds_out and not alone:
         say(f"{model}: the held-out loss of {task.kind} is not asked of the endpoint, only the probe and the answers")
     examples = alone + [causal.example(item) for item in items]
     answers, read = [], []
@@ -84,7 +84,7 @@ def prove(recipe: Recipe, bundles: list[Bundle], url: str, out_dir: Path) -> dic
         raise GateError(f"the endpoint at {url} failed while it was asked held-out questions: {error}") from None
     logprobs = [value for each in read[: len(alone)] for value in each["logprobs"]]
     metrics: dict[str, Any] = {}
-    if recipe.data.holds_out and alone:
+    if alone:
         metrics = {"heldout_loss": round(-sum(logprobs) / len(logprobs), 5), "heldout_tokens": len(logprobs)}
     metrics["probe"] = probe.compare(module.HEAD, items, read[len(alone) :])
     if recipe.evaluate.metrics:

@@ -28,7 +28,7 @@ from tuner.data.reading import state
 from tuner.errors import BundleError, GateError, RecipeError
 from tuner.plan import Plan, Step
 from tuner.progress import say, timed
-from tuner.source import base_bundle
+from tuner.source import base_bundle, base_folder
 from tuner.stages import Job
 from tuner.tasks import fits
 
@@ -81,6 +81,27 @@ def run(plan: Plan, out_dir: Path) -> list[Bundle]:
             reference = bundle if step.trains else reference
             bundles.append(_named(out_dir, _link_name(plan, step), bundle))
     return bundles
+
+
+def made_before(plan: Plan, step: Step, out_dir: Path) -> Bundle | None:
+    """What a stage of this very recipe and data has left in `out_dir`; None where it has yet to run, or something has changed."""
+    found: Bundle | None = None
+    places = [base_folder(plan.source, out_dir)] if plan.source else []
+    try:
+        for key, path in places:
+            found = _of_key(key, path)
+        for each in plan.steps[: step.index + 1]:
+            found = _of_key(*_folder(plan, each, found, out_dir))
+    except BundleError:
+        return None
+    return found
+
+
+def _of_key(key: str, path: Path) -> Bundle:
+    found = open_bundle(path)
+    if found.manifest.fingerprint != key:
+        raise BundleError(f"{path}: is of another recipe")
+    return found
 
 
 def stage_fingerprint(plan: Plan, step: Step, parent: Bundle | None) -> str:

@@ -126,10 +126,15 @@ def facts(source: Source) -> Facts:
     )
 
 
+def base_folder(source: Source, out_dir: Path) -> tuple[str, Path]:
+    """(the fingerprint of the model as a bundle, where it lies in a run's directory)."""
+    key = fingerprint("base", VERSION, source.identity)
+    return key, out_dir / f"0-base-{key[:8]}"
+
+
 def base_bundle(source: Source, out_dir: Path) -> Bundle:
     """The model as a bundle in `out_dir`: its files linked, or its GGUF tensors unpacked."""
-    key = fingerprint("base", VERSION, source.identity)
-    path = out_dir / f"0-base-{key[:8]}"
+    key, path = base_folder(source, out_dir)
     with suppress(BundleError):  # what is not there or not whole is made again
         if (found := open_bundle(path)).manifest.fingerprint == key:
             return found

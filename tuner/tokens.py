@@ -4,14 +4,17 @@ Fertility is tokens a word (Rust et al. 2021, arXiv:2012.15613), where a word is
 no spaces between words, bytes a token is the figure to compare (Petrov et al. 2023, arXiv:2305.15425).
 """
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tuner import gguf
 from tuner.data import reading
-from tuner.data.quality import WORD, words_of
+from tuner.data.quality import WORD
 from tuner.data.rows import BadRows, usable
+from tuner.data.text import text_of
 from tuner.errors import RecipeError, SourceError
 from tuner.progress import counted, say
 from tuner.recipe import rows_only
@@ -58,15 +61,39 @@ class Measured:
     """A tokenizer and what was found."""
 
     name: str
-    size: int
+    tokenizer: Any
     groups: dict[str, Counts] = field(default_factory=dict)
     """Counts by group, WHOLE among them."""
-    used: int = 0
-    """Entries that occur in the texts."""
+    unused: list[int] = field(default_factory=list)
+    """Ids that do not occur in the texts."""
     example_lost: str = ""
     """The first text that did not come back."""
-    embeddings: dict[str, int] = field(default_factory=dict)
-    """Of a model: `beyond` entries that no token has, `same` as another one, `short` ones that hardly were trained."""
+    embeddings: "Embeddings | None" = None
+    """Of a model whose weights lie here."""
+
+    def token(self, token_id: int) -> str:
+        """The entry as it stands in the vocabulary."""
+        return str(self.tokenizer.convert_ids_to_tokens(token_id))
+
+    def listed(self) -> Iterator[dict[str, Any]]:
+        """Each entry of which something is to be said."""
+        kinds = {"unused": self.unused}
+        if self.embeddings:
+            kinds |= {"same embedding as another": self.embeddings.same, "hardly trained": self.embeddings.short}
+        for why, ids in kinds.items():
+            yield from ({"tokenizer": self.name, "id": each, "token": self.token(each), "why": why} for each in ids)
+
+
+@dataclass
+class Embeddings:
+    """Rows of a model's embeddings that no text can have trained."""
+
+    same: list[int]
+    """Ids whose row is that of an earlier id."""
+    short: list[int]
+    """Ids whose row is less than half as long as the middle one."""
+    beyond: int
+    """Rows that no token has."""
 
 
 def measure(references: list[str], data: str, by: str | None = None, only: list[str] | None = None) -> list[Measured]:
@@ -74,11 +101,10 @@ def measure(references: list[str], data: str, by: str | None = None, only: list[
 
     Raises DataError for rows without text, RecipeError where `by` is no key of theirs, SourceError for what is no tokenizer.
     """
-    loaded = [(reference, tokenizer_of(reference)) for reference in references]
-    found = [Measured(name, len(tokenizer)) for name, tokenizer in loaded]
-    used: list[set[int]] = [set() for _ in loaded]
+    found = [Measured(reference, tokenizer_of(reference)) for reference in references]
+    used: list[set[int]] = [set() for _ in found]
     for texts, groups in _batches(data, by, only):
-        for at, (_, tokenizer) in enumerate(loaded):
+        for at, tokenizer in enumerate(each.tokenizer for each in found):
             encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
             decoded = tokenizer.batch_decode(encoded, clean_up_tokenization_spaces=False)
             for text, group, ids, again in zip(texts, groups, encoded, decoded, strict=True):
@@ -87,14 +113,24 @@ def measure(references: list[str], data: str, by: str | None = None, only: list[
     if not found[0].groups:
         raise RecipeError(f"{data}: no row of it is in any of the groups {', '.join(only or [])}")
     for each, seen, reference in zip(found, used, references, strict=True):
-        each.used = len(seen)
-        each.embeddings = _embeddings(reference, each.size)
+        ids = each.tokenizer.get_vocab().values()
+        each.unused = sorted(set(ids) - seen)
+        rows = _embedding_rows(reference)
+        each.embeddings = None if rows is None else untrained(rows, max(ids) + 1)
     return found
+
+
+def write_list(found: list[Measured], path: Path) -> None:
+    """Every entry that is unused or untrained, as JSON lines. Raises RecipeError where nothing can be written."""
+    lines = "".join(json.dumps(each, ensure_ascii=False) + "\n" for tokenizer in found for each in tokenizer.listed())
+    try:
+        path.write_text(lines, encoding="utf-8")
+    except OSError as error:
+        raise RecipeError(f"--list {path}: nothing can be written there: {error.strerror}") from None
 
 
 def tokenizer_of(model: str | Source) -> Any:
     """The tokenizer of a model, a bundle, a directory, a .gguf file or pkg://MODULE/PATH. Raises SourceError."""
-    from tuner import gguf
     from tuner.checkpoint import load_tokenizer
 
     if isinstance(model, str) and (Path(model) / "tokenizer_config.json").is_file():
@@ -119,7 +155,7 @@ def _batches(data: str, by: str | None, only: list[str] | None) -> Iterator[tupl
     bad = BadRows(recipe.data.on_bad_row)
     texts: list[str] = []
     groups: list[str] = []
-    for row, words in counted("reading text", usable(reading.read(recipe, "train"), lambda row: words_of(row.record), bad)):
+    for row, words in counted("reading text", usable(reading.read(recipe, "train"), lambda row: text_of(row.record), bad)):
         if by is not None and by not in row.record:
             raise RecipeError(f"--by {by}: {row.place} has no such key, but {', '.join(row.record)}")
         if only and str(row.record[str(by)]) not in only:
@@ -149,24 +185,34 @@ def _count(found: Measured, groups: set[str], text: str, ids: list[int], again: 
         found.example_lost = f"{text[:60]!r} comes back as {again[:60]!r}"
 
 
-def _embeddings(reference: str, size: int) -> dict[str, int]:
-    """Of a model whose weights lie here: rows of its embeddings that no text can have trained."""
-    import torch
+def untrained(rows: Any, size: int) -> Embeddings:
+    """What stands out in embeddings of shape (ids, width), of which the first `size` belong to tokens."""
+    seen: set[bytes] = set()
+    same = []
+    for at, row in enumerate(rows[:size].numpy()):
+        if (content := row.tobytes()) in seen:
+            same.append(at)
+        seen.add(content)
+    lengths = rows[:size].norm(dim=1)
+    short = (lengths < HARDLY * lengths.median()).nonzero().flatten().tolist()
+    return Embeddings(same, short, max(0, len(rows) - size))
+
+
+def _embedding_rows(reference: str) -> Any:
+    """(ids, width) of float32; None for what is a tokenizer alone, or whose weights do not lie here."""
     from safetensors import safe_open
 
     from tuner.source import weight_files
 
     try:
         source = find(reference)
-        files = [] if source.is_gguf or not source.path.is_dir() else weight_files(source.checkpoint)
+        if source.is_gguf:
+            return gguf.embeddings(source.path)
+        files = weight_files(source.checkpoint) if source.path.is_dir() else []
     except SourceError:
-        return {}  # a tokenizer alone
+        return None
     for file in files:
         with safe_open(file, framework="pt") as tensors:
             for name in (name for name in tensors.keys() if name.endswith(EMBEDDINGS)):  # noqa: SIM118 - no dictionary
-                rows = tensors.get_tensor(name).float()
-                lengths = rows[:size].norm(dim=1)
-                same = len(lengths) - len(torch.unique(rows[:size], dim=0))
-                short = int((lengths < HARDLY * lengths.median()).sum())
-                return {"beyond": max(0, len(rows) - size), "same": same, "short": short}
-    return {}
+                return tensors.get_tensor(name).float()
+    return None

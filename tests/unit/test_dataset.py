@@ -116,6 +116,96 @@ def test_each_kind_of_bad_row_is_decided_by_itself(read: Any, tmp_path: Path, to
         encoded(recipe, tokenizer)
 
 
+@pytest.mark.parametrize("kind", ["encoding", "label", "unlearned"])
+def test_the_other_kinds_are_left_out_through_a_recipe_too(recipe_file: Any, tmp_path: Path, tokenizer: Any, kind: str) -> None:
+    good: list[Any] = chat_rows(3)
+    task: dict[str, Any] = {"kind": "sft", "max_tokens": 128}
+    if kind == "label":
+        good = [{"text": f"list {number}", "label": "good"} for number in range(3)]
+        task = {"kind": "classify", "labels": ["good", "bad"], "max_tokens": 128}
+    rows = {
+        "encoding": b'{"prompt": "caf\xe9", "completion": "az"}',
+        "label": b'{"text": "list", "label": "neither"}',
+        # What is learned begins behind max_tokens.
+        "unlearned": json.dumps({"prompt": "list " * 200, "completion": "az"}).encode(),
+    }
+
+    def change(policy: Any) -> Callable[[dict[str, Any]], None]:
+        def write(tree: dict[str, Any]) -> None:
+            tree["data"] = {"train": "train.jsonl", "on_bad_row": policy}
+            tree["stages"][0]["tune"]["task"] = task
+
+        return write
+
+    def read(policy: Any) -> Any:
+        recipe = read_recipe(recipe_file(change(policy)))
+        with write_rows(tmp_path / "train.jsonl", good).open("ab") as file:
+            file.write(rows[kind] + b"\n")
+        return recipe
+
+    cut = {"too_long": "truncate"} if kind == "unlearned" else {}
+    _, data = encoded(read({kind: "skip", **cut}), tokenizer)
+    assert (data["rows"], data["skipped_by_kind"]) == (3, {kind: 1})
+    with pytest.raises(DataError, match=rf"train\.jsonl:4: .*; `data\.on_bad_row: {{{kind}: skip}}` leaves such rows out"):
+        encoded(read(cut), tokenizer)
+
+
+def test_without_held_out_rows_the_first_training_rows_are_asked_and_no_others_read(
+    read: Any, tmp_path: Path, tokenizer: Any
+) -> None:
+    recipe = read(heldout=None)
+    write_rows(tmp_path / "train.jsonl", [*chat_rows(400), "{"])
+    rows, skipped = heldout_rows(recipe, recipe.stages[0][1].task, tokenizer)
+    assert [row.record for row, _ in rows] == chat_rows(recipe.evaluate.rows)
+    assert skipped["skipped_rows"] == 0, "the damaged row was not reached"
+
+
+ENCODE_AND_READ = """
+import re, sys, threading, time
+from pathlib import Path
+from tuner.checkpoint import load_tokenizer
+from tuner.data.dataset import heldout_rows, training_examples
+from tuner.recipe import read_recipe
+
+def memory_kb():  # without pages of files, which the system takes back when it needs them
+    return int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1])
+
+def watch():
+    while True:
+        most[0] = max(most[0], memory_kb())
+        time.sleep(0.02)
+
+recipe, tokenizer = read_recipe(Path(sys.argv[1])), load_tokenizer(Path(sys.argv[2]))
+task, most = recipe.stages[0][1].task, [0]
+threading.Thread(target=watch, daemon=True).start()
+tokens = sum(len(each.ids) for each in training_examples(recipe, task, tokenizer)[0])
+heldout_rows(recipe, task, tokenizer)
+print(tokens, max(most[0], memory_kb()))
+"""
+
+
+def test_data_need_not_fit_into_memory(tmp_path: Path, recipe_file: Any, tiny_model: Path) -> None:
+    """Four thousand more rows of 10 kB take what is kept of each, its place and a few numbers, and what a library keeps for itself."""
+
+    def measured(rows: int) -> tuple[int, int]:
+        def change(tree: dict[str, Any]) -> None:
+            del tree["data"]["heldout"]
+            tree["stages"][0]["tune"]["task"]["max_tokens"] = 8192
+
+        recipe = recipe_file(change)
+        with (tmp_path / "train.jsonl").open("w") as file:
+            for number in range(rows):
+                file.write(json.dumps({"prompt": f"list {number}", "completion": " network storage account" * 400}) + "\n")
+        done = subprocess.run([sys.executable, "-c", ENCODE_AND_READ, recipe, tiny_model], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        tokens, memory_kb = map(int, done.stdout.split())
+        return tokens, memory_kb * 1024
+
+    (few, before), (many, after) = measured(500), measured(4_500)
+    assert (many - few) * 8 > 36_000_000, "ids and labels, of four bytes each, and as much text"
+    assert after - before < 12_000_000
+
+
 def test_rows_that_are_too_long_are_cut_where_the_recipe_says_so(read: Any, tmp_path: Path, tokenizer: Any) -> None:
     recipe = read(on_bad_row={"too_long": "truncate"})
     answer = {"prompt": "list", "completion": " az vm" * 200}

@@ -127,7 +127,7 @@ def test_text_is_cut_into_documents_as_asked(tmp_path: Path) -> None:
 
 
 def test_folders_and_patterns_are_read_in_the_order_of_their_names(tmp_path: Path) -> None:
-    for name in ("b/2.jsonl", "a/1.jsonl", "a/notes.pdf", ".git/x.jsonl", "b/dataset_info.json"):
+    for name in ("b/2.jsonl", "a/1.jsonl", "a/notes.pdf", ".git/x.jsonl"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(json.dumps({"text": name}) + "\n")
     assert [row["text"] for row in records(tmp_path)] == ["a/1.jsonl", "b/2.jsonl"]
@@ -138,6 +138,17 @@ def test_folders_and_patterns_are_read_in_the_order_of_their_names(tmp_path: Pat
     with pytest.raises(DataError, match=r'notes\.pdf: its ending says nothing; add "format:", one of jsonl, json, csv'):
         records(tmp_path / "a" / "notes.pdf")
     assert records(tmp_path / "a" / "notes.pdf", format="jsonl") == [{"text": "a/notes.pdf"}]
+
+
+def test_what_the_datasets_library_writes_beside_rows_is_no_row(tmp_path: Path) -> None:
+    from datasets import Dataset, DatasetDict
+
+    DatasetDict({"train": Dataset.from_list([{"text": "a"}, {"text": "b"}])}).save_to_disk(tmp_path / "saved")
+    assert {path.name for path in (tmp_path / "saved").rglob("*.json")} == {"dataset_dict.json", "dataset_info.json", "state.json"}
+    assert [row["text"] for row in records(tmp_path / "saved")] == ["a", "b"]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "state.json").write_text('[{"text": "of a state"}]')
+    assert records(tmp_path / "mine") == [{"text": "of a state"}]
 
 
 def test_a_link_that_leads_back_is_followed_once(tmp_path: Path) -> None:
@@ -341,9 +352,10 @@ def test_a_folder_that_may_not_be_read_is_said(tmp_path: Path) -> None:
         "import os,sys;from tests.unit.test_formats import read\nfrom tuner.errors import DataError\nos.setuid(65534)\n"
         "try:\n    print(read(sys.argv[1]))\nexcept DataError as error:\n    print(error)"
     )
-    for path in (folder, folder / "a.jsonl"):
+    for path, named in ((folder, folder), (folder / "a.jsonl", folder / "a.jsonl"), (folder / "*.jsonl", folder),
+                        (tmp_path / "*" / "*.jsonl", folder), (tmp_path / "**" / "*.jsonl", folder)):  # fmt: skip
         done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True)
-        assert done.stdout.strip() == f"{path}: cannot be read: Permission denied", done.stderr
+        assert done.stdout.strip() == f"{named}: cannot be read: Permission denied", done.stderr
 
 
 @pytest.mark.parametrize(

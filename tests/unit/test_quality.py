@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import tuner, write_rows
+from tests.conftest import chat_rows, tuner, write_rows
 from tuner.data.quality import Quality, examine, shingles
 from tuner.recipe import read_recipe
 
@@ -228,6 +228,7 @@ def test_the_page_shows_the_same_in_a_browser(recipe_file: Any, tmp_path: Path) 
     recipe, page = recipe_file(), tmp_path / "page.html"
     row = {"prompt": "<b>show</b> & tell", "completion": " az vm show"}
     write_rows(tmp_path / "train.jsonl", [row, row, {"prompt": "list", "completion": " az"}])
+    write_rows(tmp_path / "heldout.jsonl", [*chat_rows(3), {"prompt": "list", "completion": " az"}])
     done = tuner("data", recipe, "--html", page)
     assert done.returncode == 0, done.stderr
     text = page.read_text()
@@ -245,7 +246,7 @@ def test_the_page_shows_the_same_in_a_browser(recipe_file: Any, tmp_path: Path) 
         "read:[...document.querySelectorAll('#example-1 .read')].map(e=>e.textContent).join(''),"
         "line:s(document.querySelector('.learned')),none:s(document.querySelector('#example-1 .read')),"
         "bars:[...document.querySelectorAll('.bar')].filter(e=>e.getBoundingClientRect().width>0).length>0,"
-        "found:[...document.querySelectorAll('.found')].map(e=>e.textContent)})</script>"
+        "found:[...document.querySelectorAll('.found')].map(e=>e.parentElement.textContent)})</script>"
     )
     probe.write_text(text.replace("</body>", script + "</body>"))
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync"]
@@ -261,4 +262,4 @@ def test_the_page_shows_the_same_in_a_browser(recipe_file: Any, tmp_path: Path) 
     seen = json.loads(html.unescape(re.search(r"<title>(.*?)</title>", shot.stdout, re.DOTALL)[1]))  # type: ignore[index]
     assert seen["learned"].startswith(" az")
     assert (seen["line"], seen["none"], seen["bars"]) == ("underline", "none", True)
-    assert seen["found"] == ["1"]
+    assert seen["found"] == ["rows that are there twice: 1", "held-out rows that are training rows, or nearly: 1"]

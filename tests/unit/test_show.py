@@ -1,12 +1,13 @@
 """What a person sees of the data."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.conftest import tuner
+from tests.conftest import tuner, write_rows
 from tuner.data.example import IGNORE, Example
 from tuner.data.show import bins, pieces, render
 
@@ -41,26 +42,51 @@ def test_tuner_data_shows_the_template_the_counts_and_the_lengths(recipe_file: C
     assert "█" in done.stdout
 
 
-def test_a_recipe_with_its_own_tokenizer_is_shown_once_that_is_there(
+def test_a_recipe_with_its_own_tokenizer_is_shown_in_its_tokens_once_that_is_there(
+    recipe_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    stages: list[Any] = [
+        {"tokenizer": {"vocab_size": 300}},
+        {"init": {"config": {"model_type": "gpt2"}}},
+        {"tune": {"task": "pretrain"}},
+    ]
+
+    def change(tree: dict[str, Any]) -> None:
+        write_rows(tmp_path / "train.jsonl", [{"text": f"list the machine {number}"} for number in range(48)])
+        del tree["model"], tree["data"]["heldout"], tree["serve"]
+        tree["stages"] = stages[:count]
+
+    out, count = tmp_path / "out", 3
+    before = tuner("data", recipe_file(change), "--out", out)
+    assert before.returncode == 0, before.stderr
+    assert "has yet to train the recipe's tokenizer in" in before.stdout
+    assert "lengths in characters" in before.stdout
+    assert "rows that are there twice" in before.stdout
+    count = 1
+    alone = recipe_file(change)
+    assert tuner("run", alone, "--out", out).returncode == 0
+    assert "no model reads these rows; `tuner tokens" in tuner("data", alone, "--out", out).stdout
+    count = 3
+    assert "in the tokens of" in (seen := tuner("data", recipe_file(change), "--out", out).stdout)
+    assert "48 rows" in seen
+    stages[0]["tokenizer"]["vocab_size"] = 310
+    assert "has yet to train" in tuner("data", recipe_file(change), "--out", out).stdout, "that one is of other options"
+
+
+def test_a_recipe_that_extends_a_tokenizer_says_whose_tokens_it_shows(
     recipe_file: Callable[..., Path], tmp_path: Path, tokenizer: Any
 ) -> None:
     def change(tree: dict[str, Any]) -> None:
-        from tests.conftest import write_rows
-
-        write_rows(tmp_path / "train.jsonl", [{"text": f"list the machine {number}"} for number in range(9)])
-        del tree["model"], tree["data"]["heldout"], tree["serve"]
-        tree["stages"] = [
-            {"tokenizer": {"vocab_size": 300}},
-            {"init": {"config": {"model_type": "gpt2"}}},
-            {"tune": {"task": "pretrain"}},
-        ]
+        tree["stages"] = [{"extend": {"listed": ["network"]}}, {"tune": {"task": {"kind": "sft", "max_tokens": 128}, "steps": 1}}]
 
     recipe, out = recipe_file(change), tmp_path / "out"
-    refused = tuner("data", recipe, "--out", out)
-    assert refused.returncode == 2
-    assert "trains its own tokenizer, and there is none in" in refused.stderr
-    tokenizer.save_pretrained(out / "tokenizer")
-    assert "9 rows" in tuner("data", recipe, "--out", out).stdout
+    before = tuner("data", recipe, "--out", out)
+    assert "in the tokens of the model as it is: `tuner run" in before.stdout, before.stderr
+    assert tuner("run", recipe, "--out", out, "--set", "stages.1.tune.gate.heldout_loss_drop=-9").returncode == 0
+    after = tuner("data", recipe, "--out", out).stdout
+    assert f"in the tokens of {out / '1-extend-'}" in after
+    counted = [re.search(r"(\d+) tokens, ", each)[1] for each in (before.stdout, after)]  # type: ignore[index]
+    assert int(counted[0]) > int(counted[1])
 
 
 @pytest.mark.parametrize("stage", ["tokenizer"])

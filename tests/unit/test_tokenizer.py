@@ -107,12 +107,32 @@ def test_special_tokens_and_the_template_are_what_the_recipe_says(trained: Any, 
     assert open_bundle(trained(vocab_size=300)).manifest.metrics["tokenizer"]["vocab_size"] == 300
 
 
+@pytest.mark.parametrize("model", ["bpe", "unigram"])
+def test_roles_are_named_and_a_beginning_is_put_before_each_text(trained: Any, model: str) -> None:
+    from tuner.data.rows import BadRows, Row
+    from tuner.tasks import pretrain
+
+    tokenizer = load_tokenizer(trained(model=model, bos_token="<|a text|>", eos_token="</s>", pad_token="<pad>"))
+    roles = [tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token]
+    assert roles == ["<|a text|>", "</s>", "<pad>"]
+    begin, end, pad = tokenizer.convert_tokens_to_ids(roles)
+    assert len({begin, end, pad}) == 3
+    ids = tokenizer("the bridge")["input_ids"]
+    assert ids == [begin, *tokenizer("the bridge", add_special_tokens=False)["input_ids"]]
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "the bridge"
+    rows = iter([Row("a:1", {"text": "the bridge"})])
+    ((_, example),) = pretrain.examples(rows, tokenizer, pretrain.Options(max_tokens=64), BadRows())
+    assert example.ids == [*ids, end]
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
+        ({"model": "wordpiece", "bos_token": "<s>"}, "bos_token: a wordpiece tokenizer is BERT's"),
+        ({"vocab_size": 258, "bos_token": "<s>", "pad_token": "<pad>"}, "vocab_size: 258 leaves no room beside the 259 entries"),
         ({"model": "wordpiece", "pre_tokenizer": "gpt2"}, "pre_tokenizer: gpt2 is not for wordpiece, which takes words"),
         ({"pre_tokenizer": "words"}, "pre_tokenizer: words is not for bpe, which takes gpt2, llama3, whitespace"),
-        ({"model": "wordpiece", "chat_template": "chatml"}, "chat_template: a wordpiece tokenizer is for encoders"),
+        ({"model": "wordpiece", "chat_template": "chatml"}, "chat_template: a wordpiece tokenizer is BERT's"),
         ({"special_tokens": ["a", "a"]}, "special_tokens: one is empty, or stands there twice"),
         ({"model": "bp"}, 'did you mean "bpe"'),
         ({"chat_template": "no.jinja"}, "stages.0.tokenizer.chat_template: "),

@@ -1,13 +1,16 @@
 """What `tuner tokens` counts, by closed forms."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.conftest import tuner, write_rows
-from tuner.errors import DataError, RecipeError
-from tuner.tokens import WHOLE, measure, pieces
+from tuner import gguf
+from tuner.errors import DataError, RecipeError, SourceError
+from tuner.tokens import WHOLE, Embeddings, measure, pieces, untrained
 
 ROWS = [
     {"text": "plain words here", "language": "en"},
@@ -42,7 +45,10 @@ def test_a_token_a_byte_is_what_the_closed_form_says(of_bytes: Path, rows: str) 
     assert found.groups["fr"].fertility == 5.0
     assert {each.bytes_per_token for each in found.groups.values()} == {1.0}
     assert found.groups[WHOLE].changed == 0
-    assert (found.size, found.used) == (256, len(set("".join(row["text"] for row in ROWS).encode())))
+    unused = {each["token"] for each in found.listed()}
+    assert len(unused) == len(found.unused) == 256 - len(set("".join(row["text"] for row in ROWS).encode()))
+    assert "q" in unused
+    assert "p" not in unused
 
 
 def test_what_is_lost_is_counted_and_shown(rows: str, tmp_path: Path) -> None:
@@ -55,7 +61,7 @@ def test_what_is_lost_is_counted_and_shown(rows: str, tmp_path: Path) -> None:
     assert "comes back as" in found.example_lost
 
 
-def test_embeddings_that_nothing_trained_are_counted(tmp_path: Path, tiny_model: Path, rows: str) -> None:
+def test_embeddings_that_nothing_trained_are_named(tmp_path: Path, tiny_model: Path, rows: str) -> None:
     import shutil
 
     from safetensors.torch import load_file, save_file
@@ -68,8 +74,32 @@ def test_embeddings_that_nothing_trained_are_counted(tmp_path: Path, tiny_model:
     weights[name][5:8] = weights[name][4]
     weights[name][20:22] *= 0.01
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    assert clean == {"beyond": 0, "same": 0, "short": 1}, "a new model's padding is zero"
-    assert measure([str(folder)], rows)[0].embeddings == {"beyond": 0, "same": 3, "short": 3}
+    assert clean == Embeddings(same=[], short=[0], beyond=0), "a new model's padding is zero"
+    assert measure([str(folder)], rows)[0].embeddings == Embeddings(same=[5, 6, 7], short=[0, 20, 21], beyond=0)
+    done = tuner("tokens", folder, "--data", rows, "--list", tmp_path / "list.jsonl")
+    assert "3 embeddings hardly trained: '<|endoftext|>', " in done.stdout
+    listed = [json.loads(line) for line in (tmp_path / "list.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [each["id"] for each in listed if each["why"] == "hardly trained"] == [0, 20, 21]
+    assert {each["why"] for each in listed} == {"unused", "same embedding as another", "hardly trained"}
+
+
+def test_embeddings_in_a_gguf_file_are_looked_at_too(tmp_path: Path) -> None:
+    import numpy as np
+    from gguf import GGMLQuantizationType, GGUFWriter
+    from gguf.quants import quantize
+
+    rows = np.random.default_rng(0).normal(size=(12, 64)).astype(np.float32)
+    rows[7], rows[3] = rows[2], 0.0
+    for kind, tolerance in ((GGMLQuantizationType.F32, 0.0), (GGMLQuantizationType.Q8_0, 0.02)):
+        writer = GGUFWriter(tmp_path / f"{kind.name}.gguf", "llama")
+        writer.add_tensor("token_embd.weight", quantize(rows, kind), raw_dtype=kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        read = gguf.embeddings(tmp_path / f"{kind.name}.gguf").numpy()
+        assert np.abs(read - rows).max() <= tolerance
+        assert untrained(torch.from_numpy(read), 12) == Embeddings(same=[7], short=[3], beyond=0)
 
 
 def test_marks_belong_to_their_words(of_bytes: Path, tmp_path: Path) -> None:
@@ -115,3 +145,7 @@ def test_what_cannot_be_counted_is_said(tiny_model: Path, rows: str, tmp_path: P
         measure([str(tiny_model)], rows, by="language", only=["zz"])
     with pytest.raises(DataError, match="there is no such file"):
         measure([str(tiny_model)], str(tmp_path / "no.jsonl"))
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    (tmp_path / "tokenizer.json").write_text('{"model": ')
+    with pytest.raises(SourceError, match="its tokenizer cannot be opened"):
+        measure([str(tmp_path)], rows)

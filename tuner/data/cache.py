@@ -26,8 +26,8 @@ KEPT_S, LEFT_S = 30 * 86_400.0, 86_400.0
 BESIDE: dict[str, Any] = {
     "_place": str, "_record": str | None, "_source": int, "_length": int, "_supervised": float, "_cut": bool
 }  # fmt: skip
-# Rows that are turned into a block of the file together.
-BLOCK_ROWS = 1024
+# What is turned into a block of the file together, whichever comes first; as Python's own numbers tokens take much memory.
+BLOCK_ROWS, BLOCK_TOKENS = 1024, 250_000
 
 
 def folder() -> Path:
@@ -80,8 +80,12 @@ class Stored(Sequence[Any]):
         return rebuilt(self._kind, {name: self._table.column(name)[index].as_py() for name in names})
 
     def column(self, name: str) -> list[Any]:
-        """One of `place`, `record`, `source`, `length`, `supervised` and `cut` of all examples."""
+        """One of `place`, `source`, `length`, `supervised` and `cut` of all examples."""
         return list(self._table.column(f"_{name}").to_pylist())
+
+    def record(self, index: int) -> str:
+        """The row of an example, as JSON."""
+        return str(self._table.column("_record")[index].as_py())
 
 
 def stored(key: str, make: Callable[[dict[str, Any]], Iterator[tuple[str, str | None, int, Any]]]) -> Stored:
@@ -146,6 +150,7 @@ def _write(part: Path, make: Callable[[dict[str, Any]], Iterator[tuple[str, str 
     kind: type[Any] = type(first[3]) if first else Example
     schema = pa.schema([*_schema(kind), *(pa.field(name, _arrow(hint)) for name, hint in BESIDE.items())])
     block: list[dict[str, Any]] = []
+    tokens = 0
     with pa.OSFile(str(part / "examples.arrow"), "wb") as file, pa.ipc.new_file(file, schema) as writer:
         for place, record, source, example in chain([first] if first else [], examples):
             said = {
@@ -157,9 +162,10 @@ def _write(part: Path, make: Callable[[dict[str, Any]], Iterator[tuple[str, str 
                 "_cut": bool(getattr(example, "cut", False)),
             }
             block.append({**flattened(example), **said})
-            if len(block) == BLOCK_ROWS:
+            tokens += len(example.ids)
+            if len(block) == BLOCK_ROWS or tokens >= BLOCK_TOKENS:
                 writer.write_batch(pa.RecordBatch.from_pylist(block, schema=schema))
-                block = []
+                block, tokens = [], 0
         if block:
             writer.write_batch(pa.RecordBatch.from_pylist(block, schema=schema))
     info["kind"] = f"{kind.__module__}:{kind.__qualname__}"

@@ -88,21 +88,38 @@ def training_examples(recipe: Recipe, task: Any, tokenizer: Any, rows: int | Non
 
 
 def heldout_rows(recipe: Recipe, task: Any, tokenizer: Any) -> tuple[list[tuple[Row, Example]], dict[str, Any]]:
-    """The held-out rows that are usable, in the order of the file, and what to say of those left out; training rows where none are.
+    """The held-out rows that are usable, in the order of the file, and what to say of those left out.
 
-    Raises DataError where no row is left.
+    Where none are held out: the first training rows, as many as are asked for answers. Raises DataError where no row is left.
     """
-    which = "heldout" if recipe.data.holds_out else "train"
-    examples = _encoded(recipe, which, task, tokenizer, records=True)
-    if not len(examples):
-        left_out = examples.info["skipped_rows"]
-        raise DataError(f"{reading.named(recipe, which)}: no row is left to measure on ({left_out} were left out)")
-    sources, records = examples.column("source"), examples.column("record")
-    places = list(zip(sources, examples.column("place"), strict=True))
+    if not recipe.data.holds_out:
+        return _first_rows(recipe, task, tokenizer)
+    examples = _encoded(recipe, "heldout", task, tokenizer, records=True)
+    _require_rows(recipe, "heldout", len(examples), examples.info)
+    places = list(zip(examples.column("source"), examples.column("place"), strict=True))
     wanted = set(list(dict.fromkeys(places))[: recipe.data.heldout_rows])
-    found = [index for index, place in enumerate(places) if place in wanted]
-    rows = [Row(places[index][1], json.loads(records[index]), source=sources[index]) for index in found]
-    return list(zip(rows, (examples[index] for index in found), strict=True)), examples.info
+    found = []
+    for index, (source, place) in enumerate(places):
+        if (source, place) in wanted:
+            found.append((Row(place, json.loads(examples.record(index)), source=source), examples[index]))
+    return found, examples.info
+
+
+def _first_rows(recipe: Recipe, task: Any, tokenizer: Any) -> tuple[list[tuple[Row, Example]], dict[str, Any]]:
+    bad, places = BadRows(recipe.data.on_bad_row), set[tuple[int, str]]()
+    found = []
+    for row, example in kinds.load("tasks", task.kind).examples(reading.read(recipe, "train"), tokenizer, task, bad):
+        places.add((row.source, row.place))
+        if len(places) > max(recipe.probe.rows, recipe.evaluate.rows):
+            break
+        found.append((row, example))
+    _require_rows(recipe, "train", len(found), bad.told())
+    return found, bad.told()
+
+
+def _require_rows(recipe: Recipe, which: str, count: int, said: dict[str, Any]) -> None:
+    if not count:
+        raise DataError(f"{reading.named(recipe, which)}: no row is left to measure on ({said['skipped_rows']} were left out)")
 
 
 def questions(recipe: Recipe, task: Any, tokenizer: Any, rows: list[tuple[Row, Example]] | None = None) -> list[dict[str, Any]]:

@@ -37,8 +37,8 @@ ENDINGS: dict[str, Format] = {
     ".bio": "conll",
 }
 COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
-# What the datasets library writes beside its rows.
-NO_ROWS = {"dataset_info.json", "dataset_dict.json", "state.json"}
+# What the datasets library writes above its splits, and beside the rows of each.
+ABOVE_ROWS, BESIDE_ROWS = "dataset_dict.json", {"dataset_info.json", "state.json"}
 
 
 class Source(Options):
@@ -169,6 +169,7 @@ def _paths(path: str, made_by: str | None) -> tuple[list[str], list[str], bool]:
     if "://" in path:
         return _remote_paths(path)
     if any(letter in path for letter in "*?[") and not os.path.lexists(path):
+        _require_folders(path)
         # A link that leads back would give a file again and again: the shortest way to it counts.
         places = {os.path.realpath(each): each for each in sorted(glob.glob(path, recursive=True), key=len, reverse=True)}
         matches = sorted(each for place, each in places.items() if not os.path.isdir(place))
@@ -182,6 +183,16 @@ def _paths(path: str, made_by: str | None) -> tuple[list[str], list[str], bool]:
             os.stat(path)  # says what is wrong with it, if anything is
             raise DataError(f"{path}: is no ordinary file")
     return [path], [], True
+
+
+def _require_folders(pattern: str) -> None:
+    """Raises DataError for a folder that a pattern leads into and that may not be read: `glob` would pass over it."""
+    folder = pattern
+    while folder == pattern or glob.has_magic(folder):
+        folder = os.path.dirname(folder) or "."
+        for each in filter(os.path.isdir, glob.iglob(folder, recursive=True)):
+            with readable(each):
+                os.scandir(each).close()
 
 
 def _walk(folder: str) -> list[str]:
@@ -198,7 +209,8 @@ def _walk(folder: str) -> list[str]:
             continue
         seen.add(place)
         folders[:] = sorted(each for each in folders if not each.startswith("."))
-        found += [os.path.join(where, each) for each in files if not each.startswith(".") and each not in NO_ROWS]
+        others = {ABOVE_ROWS, *(BESIDE_ROWS if any(each.endswith((".arrow", ".parquet")) for each in files) else ())}
+        found += [os.path.join(where, each) for each in files if not each.startswith(".") and each not in others]
     return sorted(found)
 
 

@@ -15,12 +15,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from tuner.data.files import Part, Source, readable
-from tuner.data.rows import Row
+from tuner.data.rows import MOST_ROW_BYTES, Row
 from tuner.data.shapes import WANTED
 from tuner.errors import DataError, nearest
 
-# Longer rows are a file without line ends more often than a row, and would be held in memory whole.
-MOST_ROW_BYTES = 32_000_000
 # A list of objects is read whole; JSON lines are not.
 MOST_JSON_BYTES = 1_000_000_000
 BLOCK_ROWS = 1024

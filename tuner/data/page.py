@@ -21,9 +21,9 @@ td.number { text-align: right; font-variant-numeric: tabular-nums }
 """
 
 
-def page(title: str, tasks: list[Pictured], quality: Quality) -> str:
+def page(title: str, tasks: list[Pictured], quality: Quality, remark: str = "") -> str:
     """The whole page."""
-    body = [f"<h1>{escape(title)}</h1>", _counts(quality)]
+    body = [f"<h1>{escape(title)}</h1>", _counts(quality), f"<p>{escape(remark)}</p>" if remark else ""]
     for task in tasks:
         body.append(f"<h2>{escape(task.kind)}: {task.rows} rows, {task.tokens} tokens, {task.supervised:.12g} learned</h2>")
         body += [f"<p>{escape(said)}</p>" for said in task.told]

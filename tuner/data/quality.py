@@ -17,6 +17,7 @@ import regex
 
 from tuner.data import reading
 from tuner.data.rows import BadRows, Row, usable
+from tuner.data.text import text_of, words_of
 from tuner.errors import DataError
 from tuner.progress import counted
 from tuner.recipe import Recipe
@@ -40,13 +41,6 @@ BLOCK_ROWS = 10_000
 SIDES = ("train", "heldout", "test")
 # Letters with their marks, which Python's own \\w cuts apart in Hindi and Tamil, and digits.
 WORD = regex.compile(r"[\p{L}\p{M}\p{N}_]+")
-# Keys whose text tasks read.
-SPEAKING = (
-    "text", "messages", "prompt", "completion", "chosen", "rejected", "words", "anchor", "positive", "negative", "negatives",
-    "sentence1", "sentence2",
-)  # fmt: skip
-# Keys whose text says what a row is, not what it says.
-MARKS = frozenset({"role", "label", "labels", "tags", "score", "id", "type", "tools", "tool_call_id"})
 # detect-secrets' detectors of secrets with a form of their own; those by entropy or by a keyword find too much in prose.
 DETECTORS = (
     "ArtifactoryDetector", "AWSKeyDetector", "AzureStorageKeyDetector", "BasicAuthDetector", "CloudantDetector",
@@ -129,7 +123,7 @@ def examine(recipe: Recipe, check: Callable[[Row], object] = lambda row: row) ->
         bad = BadRows(recipe.data.on_bad_row)
         found.rows[side] = 0
         # A benchmark need not be in the form that the recipe learns from.
-        wanted = check if side != "test" else _require_words
+        wanted = check if side != "test" else lambda row: text_of(row.record)
         for row, _ in counted(f"reading {side} rows", usable(reading.read(recipe, side), wanted, bad)):
             found.rows[side] += 1
             words = words_of(row.record)
@@ -160,11 +154,6 @@ def examine(recipe: Recipe, check: Callable[[Row], object] = lambda row: row) ->
     return found
 
 
-def _require_words(row: Row) -> None:
-    if not words_of(row.record).strip():
-        raise DataError(f"found no text under the keys {', '.join(row.record) or 'of an empty object'}", "empty")
-
-
 class _Drawn:
     """A fixed number of texts, each drawn with the same chance from however many there are (Vitter 1985, algorithm R)."""
 
@@ -179,27 +168,6 @@ class _Drawn:
             self.texts.append(words[:1_000])
         elif (at := self._draw.randrange(self._seen)) < LANGUAGE_ROWS:
             self.texts[at] = words[:1_000]
-
-
-def words_of(record: dict[str, Any]) -> str:
-    """What the record says, without what it is labelled, and without what a system message says to all alike.
-
-    That is what stands under the keys that tasks read, or under all where there are none of those.
-    """
-    read = {key: record[key] for key in SPEAKING if key in record}
-    return "\n".join(_texts(read or record))
-
-
-def _texts(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict) and value.get("role") != "system":
-        for key, each in value.items():
-            if key not in MARKS:
-                yield from _texts(each)
-    elif isinstance(value, list):
-        for each in value:
-            yield from _texts(each)
 
 
 def _everything(value: Any) -> Iterator[str]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from tuner.data import formats
 from tuner.data.files import Part, Source, parts
-from tuner.data.rows import Row, check_characters
+from tuner.data.rows import Row, check_texts
 from tuner.data.shapes import canonical
 from tuner.errors import DataError
 from tuner.recipe import Recipe
@@ -93,7 +93,7 @@ def read(recipe: Recipe, which: str) -> Iterator[Row | DataError]:
             if share and _held_out(row, share) != (which == "heldout"):
                 continue
             try:
-                check_characters(row.record)
+                check_texts(row.record)
                 columns = {} if part.format == "conll" else part.source.map  # there they are numbers, and read already
                 row = canonical(row, columns, table=part.format in ("csv", "tsv"))
                 yield Row(row.place, row.record, row.shape, number)

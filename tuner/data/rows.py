@@ -15,6 +15,8 @@ from tuner.kinds import Options
 T = TypeVar("T")
 # The report lists this many of the rows that were left out; all of them are counted.
 LISTED = 20
+# A longer one is a file without line ends more often than a row; making tokens of a text takes about 90 times its size in memory.
+MOST_ROW_BYTES = 32_000_000
 # Nothing that a person wrote has these; tabs, line ends and form feeds it may have.
 CONTROL = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f]")
 
@@ -126,18 +128,22 @@ def usable(rows: Iterator[Row | DataError], use: Callable[[Row], T], bad: BadRow
             yield row, result
 
 
-def check_characters(value: Any) -> None:
-    """Raises DataError for control characters in a text, or in the texts of a list or mapping."""
+def check_texts(record: dict[str, Any]) -> None:
+    """Raises DataError for control characters in a record's texts, and for more text than a row can have."""
+    if _check_texts(record) > MOST_ROW_BYTES:
+        raise DataError(f"longer than {MOST_ROW_BYTES // 1_000_000} MB, expected one row of many", "broken")
+
+
+def _check_texts(value: Any) -> int:
+    """The number of characters in a text, or in the texts of a list or mapping."""
     if isinstance(value, str):
         if found := CONTROL.search(value):
             near = value[max(0, found.start() - 20) : found.start() + 20]
             raise DataError(f"the control character U+{ord(found.group()):04X} in {near!r}, expected text", "control")
-    elif isinstance(value, dict):
-        for each in value.values():
-            check_characters(each)
-    elif isinstance(value, list):
-        for each in value:
-            check_characters(each)
+        return len(value)
+    if isinstance(value, dict):
+        return sum(map(_check_texts, value.values()))
+    return sum(map(_check_texts, value)) if isinstance(value, list) else 0
 
 
 def first_of_each(rows: list[Any]) -> list[Any]:

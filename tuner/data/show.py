@@ -1,16 +1,14 @@
-"""Pictures in a terminal: training examples as the model reads them, and what a bundle is."""
+"""Pictures in a terminal: training examples as the model reads them, and what is wrong with the data."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from tuner import kinds
-from tuner.bundle import Bundle
 from tuner.data.example import IGNORE, Example
 from tuner.data.quality import Quality
 from tuner.data.reading import not_read
@@ -20,7 +18,6 @@ from tuner.plan import Plan
 BINS = 10
 # Of each kind of finding; a page has more.
 SHOWN = 3
-TOKEN_COLOURS = ("bright_cyan", "bright_yellow", "bright_green", "bright_magenta")
 BAR_WIDTH = 40
 
 
@@ -43,14 +40,17 @@ class Pictured:
     """Of the first ones: parts with a name, each in pieces that are learned or only read."""
 
 
-def pictured(plan: Plan, out_dir: Path, rows: int) -> list[Pictured]:
-    """Every task of a recipe with its first `rows` examples.
+def pictured(plan: Plan, out_dir: Path, rows: int) -> tuple[list[Pictured], str]:
+    """(every task of a recipe with its first `rows` examples, what is to be said of the tokenizer).
 
-    A recipe that trains its own tokenizer is shown with the one in `out_dir`. Raises RecipeError where there is none yet.
+    A recipe that changes its tokenizer is shown with the one in `out_dir`; where its own is not there yet, no task is.
     """
     from tuner.data.dataset import task_of, tasks_of, training_examples
 
-    tokenizer, found = _tokenizer(plan, out_dir), []
+    tokenizer, remark = _tokenizer(plan, out_dir)
+    found: list[Pictured] = []
+    if tokenizer is None:
+        return found, remark
     for task in tasks_of(plan.recipe) or [task_of(plan.recipe)]:
         examples, data = training_examples(plan.recipe, task, tokenizer)
         shown = getattr(kinds.load("tasks", task.kind), "shown", lambda example, _: [("", example)])
@@ -59,10 +59,10 @@ def pictured(plan: Plan, out_dir: Path, rows: int) -> list[Pictured]:
         said: list[str] = getattr(kinds.load("tasks", task.kind), "told", lambda *_: [])(tokenizer, task, data["shapes"])
         counts |= {"supervised": data["supervised_tokens"], "lengths": examples.lengths}
         found.append(Pictured(task.kind, said, examples=first, **counts))
-    return found
+    return found, remark
 
 
-def show(tasks: list[Pictured], quality: Quality) -> None:
+def show(tasks: list[Pictured], quality: Quality, remark: str = "") -> None:
     """Print examples with what is learned in colour, the counts, a histogram of lengths, and what is wrong with the data."""
     console = Console(highlight=False)
     for task in tasks:
@@ -80,6 +80,8 @@ def show(tasks: list[Pictured], quality: Quality) -> None:
         for reason in task.skipped:
             console.print(f"  {reason}", markup=False, soft_wrap=True)
         _print_bars(console, bins(task.lengths))
+    if remark:
+        console.print(remark, markup=False, soft_wrap=True)
     if not tasks:
         console.rule("lengths in characters")
         _print_bars(console, bins(quality.characters))
@@ -92,7 +94,7 @@ def show(tasks: list[Pictured], quality: Quality) -> None:
         if bad["skipped_rows"]:
             console.print(f"{bad['skipped_rows']} {side} rows cannot be used", style="bold red", markup=False)
             _print_some(console, bad["skipped"], bad["skipped_rows"])
-    for name, counts in (("labels", quality.labels), ("languages", quality.languages)):
+    for name, counts in (("labels", quality.labels), ("languages of rows drawn by chance", quality.languages)):
         if counts:
             most = ", ".join(f"{each} {count / sum(counts.values()):.1%}" for each, count in counts.most_common(12))
             console.print(f"{name}: {most}{', ...' if len(counts) > 12 else ''}", markup=False, soft_wrap=True)
@@ -164,102 +166,20 @@ def _print_bars(console: Console, counts: list[tuple[str, int]]) -> None:
         console.print(f"{name:>15} {'█' * round(BAR_WIDTH * count / most):<{BAR_WIDTH}} {count}", markup=False)
 
 
-def show_bundle(bundle: Bundle, *, as_json: bool) -> None:
-    """Print what a bundle is, what it was made from, and what was measured."""
-    console = Console(highlight=False)
-    manifest = bundle.manifest
-    if as_json:
-        # Not through rich, which would break long lines.
-        import sys
-
-        sys.stdout.write(json.dumps(asdict(manifest), indent=1, sort_keys=True) + "\n")
-        return
-    table = Table(show_header=False, box=None)
-
-    def row(name: str, said: str) -> None:
-        table.add_row(name, Text(said))  # square brackets in it are no markup
-
-    row("kind", f"{manifest.kind}, from stage {manifest.stage}, fingerprint {manifest.fingerprint}")
-    row("model", f"{manifest.model_type} ({manifest.family})")
-    row("made from", " -> ".join([*(f"{each['stage']} ({each['path']})" for each in manifest.parents), bundle.path.name]))
-    row("recipe", json.dumps(manifest.recipe))
-    if manifest.data:
-        row("data", ", ".join(f"{key} {value}" for key, value in manifest.data.items() if key != "skipped"))
-    row("serving", ", ".join(f"{key} {value}" for key, value in manifest.serving.items() if value is not None))
-    for name, values in manifest.metrics.items():
-        if name != "key":
-            said = ", ".join(f"{key} {value}" for key, value in values.items()) if isinstance(values, dict) else str(values)
-            row(name, said)
-    row("versions", ", ".join(f"{name} {version}" for name, version in manifest.versions.items()))
-    size = sum(each["size_bytes"] for each in manifest.files.values())
-    row("files", f"{len(manifest.files)}, {size / 1e6:.1f} MB, {len(manifest.probe)} probe questions")
-    console.print(table)
-
-
-def show_tokens(references: list[str], data: str | None, text: str | None, *, top: int, **groups: Any) -> None:
-    """Print a text in the tokens of each tokenizer, and a table of what they make of the rows of `data`."""
-    from tuner.tokens import WHOLE, Counts, measure, pieces, tokenizer_of
-
-    console = Console(highlight=False)
-    for reference in references if text is not None else []:
-        shown, tokenizer = Text(), tokenizer_of(reference)
-        parts = pieces(str(text), tokenizer)
-        for at, piece in enumerate(parts):
-            shown.append(piece.replace("\n", "⏎\n"), style=f"black on {TOKEN_COLOURS[at % len(TOKEN_COLOURS)]}")
-            if not console.is_terminal and at + 1 < len(parts):
-                shown.append("|")  # a file has no colours
-        console.print(Text(f"{reference}: {len(tokenizer(text, add_special_tokens=False)['input_ids'])} tokens\n") + shown)
-    if data is None:
-        return
-    found, by = measure(references, data, **groups), groups.get("by")
-    table = Table(title=f"{data}: tokens a word / bytes a token")
-    table.add_column("rows" if by is None else by)
-    for each in found:
-        table.add_column(each.name, justify="right", overflow="fold")
-    names = sorted(found[0].groups, key=lambda name: (name != WHOLE, -found[0].groups[name].bytes, name))
-    for name in names[: top + 1]:
-        each_counts = [each.groups.get(name, Counts()) for each in found]
-        table.add_row(Text(name), *(_told(counts) for counts in each_counts))
-    console.print(table)
-    if len(names) > top + 1:
-        console.print(f"and {len(names) - top - 1} smaller groups; `--top {len(names)}` shows all")
-    for each in found:
-        whole = each.groups[WHOLE]
-        console.print(
-            f"{each.name}: {whole.tokens} tokens for {whole.bytes} bytes in {whole.texts} texts; "
-            f"{each.size - each.used} of {each.size} entries never used, {whole.unknown} unknown tokens, "
-            f"{whole.changed} texts do not come back as they were",
-            markup=False,
-            soft_wrap=True,
-        )
-        if each.example_lost:
-            console.print(f"  {each.example_lost}", markup=False, soft_wrap=True)
-        if each.embeddings:
-            told = each.embeddings
-            console.print(
-                f"  its embeddings: {told['same']} rows are the same as another one, {told['short']} hardly trained, "
-                f"{told['beyond']} beyond the tokenizer",
-                markup=False,
-                soft_wrap=True,
-            )
-
-
-def _told(counts: Any) -> str:
-    unknown = f" ({counts.unknown / counts.tokens:.0%} unknown)" if counts.unknown else ""
-    return f"{counts.fertility:.2f} / {counts.bytes_per_token:.2f}{unknown}"
-
-
-def _tokenizer(plan: Plan, out_dir: Path) -> Any:
-    """The tokenizer of the recipe's model, without its weights."""
+def _tokenizer(plan: Plan, out_dir: Path) -> tuple[Any, str]:
+    """(the tokenizer that the recipe's tasks read with, or None where it is not there; what is to be said of it)."""
     from tuner.checkpoint import load_tokenizer
-    from tuner.errors import RecipeError
+    from tuner.run import made_before
     from tuner.tokens import tokenizer_of
 
+    changing = [step for step in plan.steps if step.gives == "tokenizer" or getattr(step.stage, "ADDS_TOKENS", False)]
+    made = made_before(plan, changing[-1], out_dir) if changing else None
+    if not plan.learns:
+        at = made.path if made else out_dir / "tokenizer"
+        return None, f"no model reads these rows; `tuner tokens {at} --data FILE` shows what the tokenizer makes of text"
+    if made:
+        return load_tokenizer(made.path), f"in the tokens of {made.path}"
     if plan.source is None:
-        if (out_dir / "tokenizer").is_dir():
-            return load_tokenizer(out_dir / "tokenizer")
-        raise RecipeError(
-            f"{plan.recipe.path}: trains its own tokenizer, and there is none in {out_dir} yet; "
-            f"`tuner run {plan.recipe.path}` makes it"
-        )
-    return tokenizer_of(plan.source)
+        return None, f"not shown in tokens: `tuner run {plan.recipe.path}` has yet to train the recipe's tokenizer in {out_dir}"
+    old = f"in the tokens of the model as it is: `tuner run {plan.recipe.path}` has yet to extend them" if changing else ""
+    return tokenizer_of(plan.source), old

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from tuner.data import reading
-from tuner.data.quality import words_of
 from tuner.data.rows import BadRows, lacking, usable
 from tuner.errors import DataError
 from tuner.progress import counted
@@ -12,6 +11,13 @@ from tuner.recipe import Recipe
 
 # Keys of a record whose text is read by a stage that has no task.
 TEXT_KEYS = frozenset({"text", "messages", "messages.role", "messages.content", "prompt", "completion"})
+# Keys whose text tasks read.
+SPEAKING = (
+    "text", "messages", "prompt", "completion", "chosen", "rejected", "words", "anchor", "positive", "negative", "negatives",
+    "sentence1", "sentence2",
+)  # fmt: skip
+# Keys whose text says what a row is, not what it says.
+MARKS = frozenset({"role", "label", "labels", "tags", "score", "id", "type", "tools", "tool_call_id"})
 
 
 def texts(recipe: Recipe, bad: BadRows, key: str = "train") -> Iterator[str]:
@@ -22,14 +28,39 @@ def texts(recipe: Recipe, bad: BadRows, key: str = "train") -> Iterator[str]:
 
 
 def text_of(record: dict[str, Any]) -> str:
-    """The record's text; raises DataError where it has none."""
+    """All the text that a model reads in the record, system messages too; raises DataError where it has none."""
     if isinstance(record.get("prompt"), str) and isinstance(record.get("completion"), str):
         return str(record["prompt"] + record["completion"])
-    text = words_of(record)
+    text = "\n".join(_texts(record, system=True))
     if not text.strip():
         kind = "empty" if any(lacking(value) == "empty" for value in record.values()) else "shape"
         raise DataError(f"found no text under the keys {', '.join(record) or 'of an empty object'}", kind)
     return text
+
+
+def words_of(record: dict[str, Any]) -> str:
+    """What the record says, without what it is labelled, and without what a system message says to all alike.
+
+    That is what stands under the keys that tasks read, or under all where there are none of those.
+    """
+    return "\n".join(_texts(record, system=False))
+
+
+def _texts(record: dict[str, Any], *, system: bool) -> Iterator[str]:
+    read = {key: record[key] for key in SPEAKING if key in record}
+    return _inside(read or record, system=system)
+
+
+def _inside(value: Any, *, system: bool) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict) and (system or value.get("role") != "system"):
+        for key, each in value.items():
+            if key not in MARKS:
+                yield from _inside(each, system=system)
+    elif isinstance(value, list):
+        for each in value:
+            yield from _inside(each, system=system)
 
 
 def require_one_beginning(ids: list[int], tokenizer: Any) -> None:

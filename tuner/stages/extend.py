@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 TAKES = frozenset({"model"})
 RESULT = "extended"
-VERSION = 1
+VERSION = 2
 KEYS = TEXT_KEYS
 ADDS_TOKENS = True
 # Named where the run says what it found.

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 TAKES = frozenset({"nothing"})
 RESULT = "tokenizer"
-VERSION = 2
+VERSION = 3
 KEYS = TEXT_KEYS
 # Where no piece goes across, beside GPT-2's own. That of Llama 3 keeps at most three digits together. What is between them is
 # learned as bytes, so that every text comes back as it was.
@@ -56,7 +56,11 @@ class Options(BaseOptions):
     pre_tokenizer: Literal["gpt2", "llama3", "whitespace", "words"] | None = None
     """Where no piece goes across: `gpt2` by default, `words` (spaces, punctuation) for `wordpiece`; `llama3` splits numbers."""
     eos_token: str = Field("<|endoftext|>", min_length=1)
-    """Ends a document and pads; with `chat_template: chatml` it only pads. Not for `wordpiece`, which ends texts with [SEP]."""
+    """Ends a document; with `chat_template: chatml` turns end in <|im_end|>, and this ends nothing. Not for `wordpiece`."""
+    bos_token: str | None = Field(None, min_length=1)
+    """Stands before each text, as in Llama; by default nothing does. Not for `wordpiece`, where [CLS] does."""
+    pad_token: str | None = Field(None, min_length=1)
+    """Fills up a batch; `eos_token` by default. Not for `wordpiece`, where [PAD] does."""
     special_tokens: list[str] = Field(default_factory=list)
     """Further tokens that no text is cut across, such as "<|tool|>"."""
     min_frequency: int = Field(2, ge=1)
@@ -70,10 +74,11 @@ class Options(BaseOptions):
         if (self.pre_tokenizer == "words") != wordpiece and self.pre_tokenizer is not None:
             fitting = "words" if wordpiece else f"gpt2, {', '.join(SPLITS)}"
             raise ValueError(f"pre_tokenizer: {self.pre_tokenizer} is not for {self.model}, which takes {fitting}")
-        if wordpiece and (self.chat_template or "eos_token" in self.model_fields_set):
-            key = "chat_template" if self.chat_template else "eos_token"
-            raise ValueError(f"{key}: a wordpiece tokenizer is for encoders, which do not write; leave it out")
-        always = len(self.special_tokens) + (5 if wordpiece else 257 + 2 * bool(self.chat_template))
+        given = [key for key in ("chat_template", "eos_token", "bos_token", "pad_token") if key in self.model_fields_set]
+        if wordpiece and given:
+            raise ValueError(f"{given[0]}: a wordpiece tokenizer is BERT's, whose own tokens stand for that; leave it out")
+        named = {self.eos_token, self.bos_token, self.pad_token, *self.special_tokens} - {None}
+        always = len(self.special_tokens) + 5 if wordpiece else len(named) + 256 + 2 * bool(self.chat_template)
         if self.vocab_size <= always:
             raise ValueError(f"vocab_size: {self.vocab_size} leaves no room beside the {always} entries that are always there")
         if len(set(self.special_tokens)) < len(self.special_tokens) or not all(self.special_tokens):
@@ -94,9 +99,10 @@ def run(job: Job) -> Manifest:
 
     options: Any = job.options
     template, end = _chat(job.recipe, options)
-    roles = (
-        BERT_ROLES if options.model == "wordpiece" else dict.fromkeys(("bos_token", "eos_token", "pad_token"), options.eos_token)
-    )
+    if options.model == "wordpiece":
+        roles = BERT_ROLES
+    else:
+        roles = {each: getattr(options, each) or options.eos_token for each in ("bos_token", "eos_token", "pad_token")}
     if end:
         roles = {**roles, "eos_token": end}
     special = list(dict.fromkeys([*roles.values(), *(["<|im_start|>"] if end else []), *options.special_tokens]))
@@ -150,11 +156,16 @@ def _of_bytes(recipe: Recipe, options: Options, special: list[str], bad: BadRows
         as_bytes = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(own), "isolated"), as_bytes])
     tokenizer.pre_tokenizer = as_bytes
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     _normalize(tokenizer, options.normalizer)
     trainer: Any = trainers.BpeTrainer(min_frequency=options.min_frequency, **common) if bpe else trainers.UnigramTrainer(**common)
     tokenizer.train_from_iterator(texts(recipe, bad), trainer)
-    return tokenizer if bpe else _settled(tokenizer, len(special))
+    tokenizer = tokenizer if bpe else _settled(tokenizer, len(special))
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    if begin := options.bos_token:
+        named = [(begin, tokenizer.token_to_id(begin))]
+        before = processors.TemplateProcessing(single=[begin, "$A"], pair=[begin, "$A", begin, "$B:1"], special_tokens=named)
+        tokenizer.post_processor = processors.Sequence([tokenizer.post_processor, before])
+    return tokenizer
 
 
 def _wordpiece(recipe: Recipe, options: Options, special: list[str], bad: BadRows) -> Any:

@@ -70,7 +70,6 @@ def new(
 def check(recipe: RecipePath, overrides: Overrides = None, out: Out = None) -> None:
     """Say whether a recipe will work, without loading a weight."""
     from tuner.data.shapes import told as shapes_told
-    from tuner.plan import CHECKED_ROWS
 
     plan, _ = _plan(recipe, overrides, out)
     if plan.facts.parameters:
@@ -80,7 +79,7 @@ def check(recipe: RecipePath, overrides: Overrides = None, out: Out = None) -> N
         print("model:   none: only a tokenizer is trained")
     for name, count in plan.data.rows.items():
         skipped = plan.data.skipped[name]
-        first = " (the first; the run reads all)" if count + skipped == CHECKED_ROWS else ""
+        first = " (the first; the run reads all)" if name in plan.data.more else ""
         left_out = f", {skipped} are left out" if skipped else ""
         print(f"data:    {count} {name} rows can be read{left_out}{first}: {shapes_told(plan.data.shapes[name])}")
     print("         how long they are in tokens is looked at by `tuner data` and by the run")

@@ -18,7 +18,7 @@ from tuner.progress import timed
 from tuner.recipe import Recipe
 from tuner.tasks import fits
 
-VERSION = 7
+VERSION = 8
 
 
 def measured(bundle: Bundle, recipe: Recipe, *, task: Any, reference: Bundle | None = None, base: Bundle | None = None) -> Bundle:

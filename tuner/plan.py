@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +58,8 @@ class Looked:
     """And those that were left out."""
     shapes: dict[str, Counter[str]] = field(default_factory=dict)
     """The forms that they were written in."""
+    more: list[str] = field(default_factory=list)
+    """The sides that go on behind what was looked at."""
     copied: int = 0
     """Held-out rows among them that are training rows, too."""
     unread: list[str] = field(default_factory=list)
@@ -213,9 +214,12 @@ def check_rows(recipe: Recipe, known: Facts) -> Looked:
             reading.found(recipe, key)
         except DataError as error:
             raise recipe.error(str(error), "data", key) from None
-        bad = BadRows(recipe.data.on_bad_row)
-        looked.rows[key] = sum(1 for _ in usable(islice(reading.read(recipe, key), CHECKED_ROWS), checked, bad))
-        looked.skipped[key] = bad.count
+        for first in (CHECKED_ROWS, None):  # all of them, where none of the first can be used
+            bad = BadRows(recipe.data.on_bad_row)
+            looked.rows[key] = sum(1 for _ in usable(reading.read(recipe, key, first), checked, bad))
+            looked.skipped[key] = bad.count
+            if looked.rows[key]:
+                break
         if not looked.rows[key]:
             why = (
                 f"none of its rows can be used; the first: {bad.listed[0]}"
@@ -232,7 +236,11 @@ def check_rows(recipe: Recipe, known: Facts) -> Looked:
     copied = len(seen["heldout"] & seen["train"])
     if copied and copied == len(seen["heldout"]):
         raise recipe.error("the held-out rows are all training rows, so nothing would be measured", "data", "heldout")
-    return replace(looked, copied=copied, unread=sorted(unread))
+    seen_rows = {key: looked.rows[key] + looked.skipped[key] for key in looked.rows}
+    if recipe.data.heldout_fraction:  # both sides lie among the same rows
+        seen_rows = dict.fromkeys(seen_rows, sum(seen_rows.values()))
+    more = [key for key, count in seen_rows.items() if count >= CHECKED_ROWS]
+    return replace(looked, more=more, copied=copied, unread=sorted(unread))
 
 
 def checker(recipe: Recipe, known: Facts) -> Callable[[Row], None]:

@@ -218,6 +218,27 @@ def test_an_engine_that_answers_as_another_model_never_gets_ready(out: Path, tmp
     assert "serving" not in done.stderr
 
 
+@pytest.mark.slow
+def test_an_engine_that_renders_a_conversation_otherwise_never_gets_ready(out: Path, tmp_path: Path) -> None:
+    """The real engine, whose chat template is another one than that of training: the weights are right, and the answers are not."""
+    import shutil
+
+    wrong = tmp_path / "wrong"
+    shutil.copytree(out / "merge", wrong)
+    template = wrong / "chat_template.jinja"
+    template.write_text(template.read_text().replace("<|im_start|>assistant", "<|im_start|>Assistant"))
+    values = manifest(out, "merge")
+    values["files"]["chat_template.jinja"] = {
+        "size_bytes": template.stat().st_size,
+        "sha256": hashlib.sha256(template.read_bytes()).hexdigest(),
+    }
+    (wrong / "bundle.json").write_text(json.dumps(values))
+    done = tuner("serve", wrong, "--port", "0", timeout=300)
+    assert done.returncode == 2, done.stderr
+    assert "the engine renders a conversation to other tokens than training did: from token" in done.stderr
+    assert "serving" not in done.stderr
+
+
 def test_an_engine_that_dies_at_start_is_one_sentence_with_its_own_words(out: Path, tmp_path: Path) -> None:
     import shutil
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import tuner
+from tests.conftest import tuner, write_rows
 from tests.e2e.test_serving import ROOT
 from tuner.errors import SourceError
 
@@ -99,6 +99,73 @@ def test_a_vocabulary_is_extended_by_what_saves_tokens_and_text_comes_back(vocab
     assert len(untouched) > 20
     for text in untouched:
         assert new(text)["input_ids"] == old(text)["input_ids"], repr(text)
+
+
+ENDS = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+MADE = {
+    "gpt": {
+        "tokenizer": {"model": "bpe", "vocab_size": 4000, "pre_tokenizer": "llama3", "chat_template": "chatml", **ENDS},
+        "task": "pretrain",
+        "config": {"model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+                   "num_attention_heads": 4, "max_position_embeddings": 2048},
+    },
+    "gpt of unigram": {
+        "tokenizer": {"model": "unigram", "vocab_size": 4000},
+        "task": "pretrain",
+        "config": {"model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+                   "num_attention_heads": 4, "max_position_embeddings": 2048},
+    },
+    "bert": {
+        "tokenizer": {"model": "wordpiece", "vocab_size": 4000},
+        "task": {"kind": "classify", "labels": ["Africa", "elsewhere"]},
+        "config": {"model_type": "bert", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+                   "num_attention_heads": 4, "max_position_embeddings": 2048},
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_the_live_engine_makes_the_same_tokens_of_every_language(name: str, tmp_path: Path) -> None:
+    """A tokenizer from nothing in transformers, alone in its own library, and behind the /tokenize of the vLLM that serves it."""
+    import httpx
+    from tokenizers import Tokenizer
+
+    from tests.e2e.test_serving import Server
+    from tuner.checkpoint import load_tokenizer
+
+    rows = [json.loads(line) for line in (ROOT / "recipes/data/udhr/heldout.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert len({row["language"] for row in rows}) > 500
+    made = MADE[name]
+    # Nonsense to learn, but every kind of row has something.
+    write_rows(
+        tmp_path / "train.jsonl", [{**row, "label": "elsewhere" if number % 2 else "Africa"} for number, row in enumerate(rows)]
+    )
+    recipe: dict[str, Any] = {
+        "data": {"train": "train.jsonl", "heldout_fraction": 0.01, "heldout_rows": 8, "on_bad_row": {"too_long": "truncate"}},
+        "stages": [
+            {"tokenizer": made["tokenizer"]},
+            {"init": {"config": made["config"]}},
+            {"tune": {"task": made["task"], "method": "full", "steps": 5, "gate": {"heldout_loss_drop": -9.0}}},
+        ],
+    }
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    done = tuner("run", tmp_path / "recipe.yaml", "--out", tmp_path / "out", timeout=1800)
+    assert done.returncode == 0, done.stderr
+    served = tmp_path / "out" / "tune"
+    saved, alone = load_tokenizer(served), Tokenizer.from_file(str(served / "tokenizer.json"))
+    server = Server(served, "--port", "0", "--name", "made")
+    try:
+        server.wait_for("serving")
+        engine = next(each for each in server.children() if "--port" in each.cmdline() and "made" in each.cmdline())
+        port = engine.cmdline()[engine.cmdline().index("--port") + 1]
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+            for row in rows:
+                ids = saved(row["text"])["input_ids"]
+                assert alone.encode(row["text"]).ids == ids, row
+                reply = client.post("/tokenize", json={"model": "made", "prompt": row["text"]})
+                assert reply.json()["tokens"] == ids, row
+    finally:
+        server.end()
 
 
 @pytest.mark.parametrize("model", ["bpe", "unigram"])

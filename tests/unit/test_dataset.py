@@ -14,6 +14,7 @@ import pytest
 from tests.conftest import chat_rows, write_rows
 from tuner.data import cache, reading
 from tuner.data.dataset import heldout_rows, training_examples
+from tuner.data.quality import examine
 from tuner.errors import DataError, RecipeError
 from tuner.plan import make_plan
 from tuner.recipe import Recipe, read_recipe
@@ -185,7 +186,7 @@ print(tokens, max(most[0], memory_kb()))
 
 
 def test_data_need_not_fit_into_memory(tmp_path: Path, recipe_file: Any, tiny_model: Path) -> None:
-    """Four thousand more rows of 10 kB take what is kept of each, its place and a few numbers, and what a library keeps for itself."""
+    """Two thousand more rows of 10 kB take what is kept of each, its place and a few numbers, and what a library keeps for itself."""
 
     def measured(rows: int) -> tuple[int, int]:
         def change(tree: dict[str, Any]) -> None:
@@ -201,9 +202,9 @@ def test_data_need_not_fit_into_memory(tmp_path: Path, recipe_file: Any, tiny_mo
         tokens, memory_kb = map(int, done.stdout.split())
         return tokens, memory_kb * 1024
 
-    (few, before), (many, after) = measured(500), measured(4_500)
-    assert (many - few) * 8 > 36_000_000, "ids and labels, of four bytes each, and as much text"
-    assert after - before < 12_000_000
+    (few, before), (many, after) = measured(300), measured(2_300)
+    assert (many - few) * 8 > 18_000_000, "ids and labels, of four bytes each, and as much text"
+    assert after - before < 9_000_000
 
 
 def test_rows_that_are_too_long_are_cut_where_the_recipe_says_so(read: Any, tmp_path: Path, tokenizer: Any) -> None:
@@ -342,6 +343,21 @@ def test_a_function_that_draws_its_rows_anew_is_refused(read: Any, tmp_path: Pat
     )
     with pytest.raises(DataError, match=r"mine\.py:rows: gives other rows each time; seed what it draws"):
         encoded(recipe, tokenizer)
+
+
+def test_a_function_is_called_as_seldom_as_can_be(read: Any, tmp_path: Path, tokenizer: Any) -> None:
+    """Once for all its rows, which are kept, and once more for the first hundred, to see whether they come again."""
+    recipe = read(train={"function": "mine.py:rows"})
+    (tmp_path / "mine.py").write_text(
+        "from datetime import date\nfrom pathlib import Path\ndef rows():\n    for number in range(500):\n"
+        "        with (Path(__file__).parent / 'calls').open('a') as file:\n            file.write('.')\n"
+        "        yield {'prompt': f'list {number}', 'completion': ' az', 'when': date(2026, 1, 1)}\n"
+    )
+    _, data = encoded(recipe, tokenizer)
+    examine(recipe)
+    reading.identity(recipe, "train")
+    assert data["rows"] == 500
+    assert (tmp_path / "calls").stat().st_size == 500 + 100
 
 
 def test_sources_of_one_name_are_told_apart_by_their_arguments(read: Any, tmp_path: Path, tokenizer: Any) -> None:

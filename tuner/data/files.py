@@ -101,9 +101,14 @@ class Part:
         return "://" in self.path
 
     def identity(self) -> str:
-        """Changes whenever the rows do: the sha256 of a file's bytes, or what a server or library says of its version."""
-        if self.format is None:
-            return _rows_identity(self.source)
+        """Changes whenever the rows do: the sha256 of a file's bytes, or what a server or library says of its version.
+
+        A function has none but its rows.
+        """
+        if self.source.hub:
+            from tuner.data import formats
+
+            return str(formats.hub_rows(self.source)._fingerprint)  # datasets' own name for what it loaded
         if self.remote:
             return _remote_identity(self.path)
         return sha256_of(self.path)
@@ -289,15 +294,3 @@ def _remote_identity(url: str) -> str:
             while block := file.read(1 << 20):
                 digest.update(block)
         return digest.hexdigest()
-
-
-def _rows_identity(source: Source) -> str:
-    """Of the hub what the library says; of a function its rows, since no one can tell what it reads."""
-    from tuner.data import formats
-
-    if source.hub:
-        return str(formats.hub_rows(source)._fingerprint)  # datasets' own name for what it loaded
-    digest = hashlib.sha256()
-    for row in formats.function_rows(source):
-        digest.update(row.content + b"\n")
-    return digest.hexdigest()

@@ -5,19 +5,18 @@ file that is damaged (cut short, not what its ending says) is an error at once: 
 """
 
 import csv
-import importlib.util
 import json
 import sys
-import traceback
 from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 from typing import IO, Any
 
-from tuner.data.files import Part, Source, readable
+from tuner.data import functions
+from tuner.data.files import Part, Source
 from tuner.data.rows import MOST_ROW_BYTES, Row
 from tuner.data.shapes import WANTED
-from tuner.errors import DataError, nearest
+from tuner.errors import DataError
 
 # A list of objects is read whole; JSON lines are not.
 MOST_JSON_BYTES = 1_000_000_000
@@ -27,7 +26,7 @@ BLOCK_ROWS = 1024
 def rows(part: Part) -> Iterator[Row | DataError]:
     """The rows of a part, in order. Raises DataError for a part that is damaged as a whole."""
     if part.format is None:
-        yield from hub_records(part.source) if part.source.hub else function_rows(part.source)
+        yield from hub_records(part.source) if part.source.hub else functions.rows(part.source)
         return
     readers = {"jsonl": _json_lines, "json": _json, "text": _text, "conll": _conll, "parquet": _parquet, "arrow": _arrow}
     try:
@@ -429,34 +428,3 @@ def _named(feature: Any, value: Any) -> Any:
     if hasattr(feature, "int2str") and isinstance(value, int):
         return feature.int2str(value) if value >= 0 else None
     return value
-
-
-def function_rows(source: Source) -> Iterator[Row]:
-    """What the user's function gives. Raises DataError with the line of the user's file where the function fails."""
-    file, _, name = str(source.function).rpartition(":")
-    with readable(file):
-        Path(file).read_bytes()
-    spec = importlib.util.spec_from_file_location("tuner_user_rows", file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    number = 0
-    sys.modules[spec.name] = module  # dataclasses look there
-    try:
-        spec.loader.exec_module(module)
-        if not callable(getattr(module, name, None)):
-            known = [each for each in vars(module) if callable(getattr(module, each)) and not each.startswith("_")]
-            raise DataError(f'{file}: there is no function "{name}"{nearest(name, known)}')
-        for record in getattr(module, name)(**source.args):
-            number += 1
-            if not isinstance(record, dict):
-                raise DataError(f"{file}:{name}: row {number} is a {type(record).__name__}, expected a mapping")
-            if not all(isinstance(key, str) for key in record):
-                raise DataError(f"{file}:{name}: row {number} has the keys {list(record)!r:.60}, expected text")
-            yield Row(f"{file}:{name}:row {number}", record)
-    except (DataError, GeneratorExit):
-        raise
-    except Exception as error:
-        inside = [each.lineno for each in traceback.extract_tb(error.__traceback__) if Path(each.filename) == Path(file)]
-        line = getattr(error, "lineno", None) or (inside[-1] if inside else 1)
-        raise DataError(f"{file}:{line}: {name} failed at row {number + 1}: {type(error).__name__}: {error}") from None

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Iterator
 from typing import Any
 
-from tuner.data import formats
+from tuner.data import formats, functions
 from tuner.data.files import Part, Source, parts
 from tuner.data.rows import Row, check_texts
 from tuner.data.shapes import canonical
@@ -72,26 +72,30 @@ def state(recipe: Recipe, which: str, *, places: bool = False) -> list[Any]:
     return [each, drawn, recipe.data.on_bad_row.model_dump()]
 
 
-def read(recipe: Recipe, which: str) -> Iterator[Row | DataError]:
+def read(recipe: Recipe, which: str, first: int | None = None) -> Iterator[Row | DataError]:
     """Rows in order; one that is damaged is a DataError in its place, for `usable` to decide about.
 
-    An empty file counts as a damaged row. Raises DataError for a file that is damaged as a whole, or has changed since the run
-    began.
+    `first` ends it after so many rows of the files, though not before one is given: a small share may begin late. An empty file
+    counts as a damaged row. Raises DataError for a file that is damaged as a whole, or has changed since the run began.
     """
+    seen, given = 0, False
     for number, part in found(recipe, which):
         before = _stamp(recipe, part)
-        digest, rows = hashlib.sha256(), 0
-        for row in formats.rows(part):
-            rows += 1
+        rows = 0
+        kept = recipe.seen.get(_key("kept", part))
+        for row in kept.rows() if kept else formats.rows(part):
+            if first is not None and given and seen >= first:
+                return
+            rows, seen = rows + 1, seen + 1
             share = recipe.data.heldout_fraction if which in SPLIT else None
             if isinstance(row, DataError):
                 if not share or which == "train":  # once is enough
+                    given = True
                     yield row
                 continue
-            if part.format is None and part.source.function:
-                digest.update(row.content + b"\n")
             if share and _held_out(row, share) != (which == "heldout"):
                 continue
+            given = True
             try:
                 check_texts(row.record)
                 columns = {} if part.format == "conll" else part.source.map  # there they are numbers, and read already
@@ -101,13 +105,8 @@ def read(recipe: Recipe, which: str) -> Iterator[Row | DataError]:
                 yield DataError(f"{row.place}: {error}", error.kind or "shape")
         if not rows:
             yield DataError(f"{part.path}:1: the file is empty; expected rows" + _form(part), "broken")
-        known = recipe.seen.get(_key("identity", part))
-        drawn_anew = bool(part.source.function) and known not in (None, digest.hexdigest())
-        if drawn_anew or part.stamp() != before:
-            why = (
-                "gives other rows each time; seed what it draws" if drawn_anew else "changed while it was read; start the run again"
-            )
-            raise DataError(f"{part.path}: {why}")
+        if part.stamp() != before:
+            raise DataError(f"{part.path}: changed while it was read; start the run again")
 
 
 def _key(what: str, part: Part) -> tuple[str, ...]:
@@ -130,6 +129,9 @@ def _stamp(recipe: Recipe, part: Part) -> tuple[int, ...] | None:
 def _identity(recipe: Recipe, part: Part) -> str:
     key = _key("identity", part)
     _stamp(recipe, part)
+    if key not in recipe.seen and part.source.function:
+        kept = recipe.seen[_key("kept", part)] = functions.Kept(part.source)
+        recipe.seen[key] = kept.identity
     if key not in recipe.seen:
         recipe.seen[key] = part.identity()
         _stamp(recipe, part)

@@ -63,6 +63,11 @@ def _inside(value: Any, *, system: bool) -> Iterator[str]:
             yield from _inside(each, system=system)
 
 
+def asked(text: str, ids: list[int], tokenizer: Any) -> dict[str, Any]:
+    """What a probe asks: the `text`, its `ids`, and whether these are the `whole` of it, or the text goes on."""
+    return {"ids": ids, "text": text, "whole": list(tokenizer(text)["input_ids"]) == ids}
+
+
 def require_one_beginning(ids: list[int], tokenizer: Any) -> None:
     """Raises DataError for tokens that begin twice, which no model has seen."""
     begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.cls_token_id

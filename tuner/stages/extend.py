@@ -69,7 +69,7 @@ def check(plan: "Plan", step: "Step") -> None:
     if beside and plan.facts.output_bias and plan.facts.head == kinds.load("tasks", trains.options.task.kind).HEAD:
         message = "the model's output layer has a bias, and beside an adapter no new tokens of it are trained; use full"
         raise plan.recipe.error(message, "stages", trains.index, trains.name, "method")
-    if step.index == 0 and plan.source is not None and "hub" not in plan.source.identity:
+    if step.index == 0 and plan.source is not None:
         from tuner.tokens import tokenizer_of
 
         try:

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from tuner.data.example import IGNORE, Example, Labelled, repeated
 from tuner.data.rows import BadRows, Row, lacking, usable
-from tuner.data.text import encode
+from tuner.data.text import asked, encode
 from tuner.errors import DataError, nearest
 from tuner.kinds import Options as BaseOptions
 from tuner.recipe import Evaluate
@@ -123,7 +123,7 @@ def unnamed(options: Options) -> bool:
 def question(record: dict[str, Any], tokenizer: Any, options: Options) -> dict[str, Any]:
     """`ids` of the text, and the text."""
     ids, _ = encode(record["text"], tokenizer, max_tokens=options.max_tokens, cut=True)
-    return {"ids": ids, "text": record["text"], "problem": PROBLEMS[options.form]}
+    return {**asked(record["text"], ids, tokenizer), "problem": PROBLEMS[options.form]}
 
 
 def objective(model: Any, tokenizer: Any, options: Options) -> Any:

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from tuner.data.example import IGNORE, Example, Texts
 from tuner.data.rows import BadRows, Row, lacking, usable
-from tuner.data.text import encode
+from tuner.data.text import asked, encode
 from tuner.errors import DataError, RecipeError
 from tuner.kinds import Options as BaseOptions
 from tuner.recipe import Evaluate
@@ -95,11 +95,8 @@ def examples(rows: Iterator[Row], tokenizer: Any, options: Options, bad: BadRows
 def question(record: dict[str, Any], tokenizer: Any, options: Options) -> dict[str, Any]:
     """`ids` of the first text, and how its vector is made."""
     text = texts(record, options)[0]
-    return {
-        "ids": encode(text, tokenizer, max_tokens=options.max_tokens, cut=True)[0],
-        "text": text,
-        "pooling": options.pooling,
-    }
+    ids, _ = encode(text, tokenizer, max_tokens=options.max_tokens, cut=True)
+    return {**asked(text, ids, tokenizer), "pooling": options.pooling}
 
 
 def serving(options: Options) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pydantic import Field
 
 from tuner.data.example import Example
 from tuner.data.rows import BadRows, Row, lacking, usable
-from tuner.data.text import require_one_beginning
+from tuner.data.text import asked, require_one_beginning
 from tuner.errors import DataError
 from tuner.kinds import Options as BaseOptions
 from tuner.score import of_answers as scores
@@ -78,7 +78,7 @@ def question(record: dict[str, Any], tokenizer: Any, options: Options) -> dict[s
     """`ids` of the document's beginning, and the `text` that it is the beginning of."""
     ids = list(tokenizer(record["text"])["input_ids"])[: options.prompt_tokens]
     # A little more than what is asked, so that the last token of that is what it is in the whole.
-    return {"ids": ids, "messages": None, "text": record["text"][: len(tokenizer.decode(ids)) + 200]}
+    return {**asked(record["text"][: len(tokenizer.decode(ids)) + 200], ids, tokenizer), "messages": None}
 
 
 def objective(model: Any, tokenizer: Any, options: Options) -> Any:  # noqa: ARG001 - a task's common signature

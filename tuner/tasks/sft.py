@@ -14,7 +14,7 @@ from pydantic import Field
 from tuner.checkpoint import ends_of_turn
 from tuner.data.example import IGNORE, Example
 from tuner.data.rows import BadRows, Row, lacking, usable
-from tuner.data.text import require_one_beginning
+from tuner.data.text import asked, require_one_beginning
 from tuner.errors import DataError
 from tuner.kinds import Options as BaseOptions
 from tuner.score import of_answers as scores
@@ -83,7 +83,7 @@ def examples(rows: Iterator[Row], tokenizer: Any, options: Options, bad: BadRows
 def question(record: dict[str, Any], tokenizer: Any, options: Options) -> dict[str, Any]:  # noqa: ARG001 - a task's common signature
     """`ids` of everything before the last answer, and the `messages` and `tools` that they were rendered from."""
     if "messages" not in record:
-        return {"ids": question_ids(record, tokenizer), "messages": None, "text": record["prompt"]}
+        return {**asked(record["prompt"], question_ids(record, tokenizer), tokenizer), "messages": None}
     tools = {"tools": record["tools"]} if record.get("tools") else {}
     return {"ids": question_ids(record, tokenizer), "messages": [_sent(each) for each in record["messages"][:-1]], **tools}
 

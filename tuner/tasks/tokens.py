@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 
 from tuner.data.example import IGNORE, Example, Tagged, repeated
 from tuner.data.rows import BadRows, Row, usable
+from tuner.data.text import asked
 from tuner.errors import DataError, nearest
 from tuner.kinds import Options as BaseOptions
 from tuner.recipe import Evaluate
@@ -141,7 +142,7 @@ def head_config(options: Options) -> dict[str, Any]:
 def question(record: dict[str, Any], tokenizer: Any, options: Options) -> dict[str, Any]:
     """`ids` of the sentence, its `text`, and the `positions` of its words' tags."""
     ids, places = encode(record["words"], tokenizer, options, cut=True)
-    return {"ids": ids, "text": " ".join(record["words"]), "positions": sorted(places.values())}
+    return {**asked(" ".join(record["words"]), ids, tokenizer), "positions": sorted(places.values())}
 
 
 def objective(model: Any, tokenizer: Any, options: Options) -> Any:  # noqa: ARG001 - a task's common signature

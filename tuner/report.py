@@ -9,6 +9,7 @@ from rich.text import Text
 
 from tuner import kinds
 from tuner.bundle import Bundle, write_json
+from tuner.data.shapes import told as shapes_told
 from tuner.errors import BundleError, disk_errors
 
 SERVED = "served.json"
@@ -54,10 +55,12 @@ def write_report(bundles: list[Bundle], out_dir: Path) -> Path:
         stage, data = bundle.manifest.stage, bundle.manifest.data
         if said := stage in kinds.names("stages") and getattr(kinds.load("stages", stage), "told", None):
             lines += ["", *said(bundle.manifest.metrics[stage])]
+        if data.get("shapes"):
+            lines += ["", f"{stage}: {data['rows']} rows of {data['path']}: {shapes_told(data['shapes'])}."]
         if data.get("cut_rows"):
-            lines += ["", f"{bundle.manifest.stage}: {data['cut_rows']} of {data['rows']} rows were cut to the longest allowed."]
+            lines += ["", f"{stage}: {data['cut_rows']} of {data['rows']} rows were cut to the longest allowed."]
         if data.get("skipped_rows"):
-            lines += ["", f"{bundle.manifest.stage}: {data['skipped_rows']} rows of {data['path']} were left out, such as:", ""]
+            lines += ["", f"{stage}: {data['skipped_rows']} rows of {data['path']} were left out, such as:", ""]
             lines += [f"- {reason}" for reason in data["skipped"]]
     heldout = bundles[-1].manifest.metrics.get("heldout_skipped", {"count": 0})
     if heldout.get("cut"):

@@ -4,7 +4,7 @@ import io
 from pathlib import Path
 
 from tuner.bundle import Bundle, Manifest
-from tuner.report import read_served, rows, table, write_served
+from tuner.report import read_served, rows, table, write_report, write_served
 
 
 def bundle(stage: str, **metrics: object) -> Bundle:
@@ -46,3 +46,17 @@ def test_square_brackets_in_a_name_are_no_markup() -> None:
     console.print(table([{"": "tuned", "f1 [strict]": "1", "a [/b]": "2"}], "my [/x] run"))
     said = console.export_text()
     assert "f1 [strict]" in said and "a [/b]" in said and "my [/x] run" in said
+
+
+def test_the_report_names_the_shapes_of_the_rows_and_what_was_left_out(tmp_path: Path) -> None:
+    data = {
+        "path": "a.jsonl",
+        "rows": 7,
+        "shapes": {"messages": 5, "Alpaca": 2},
+        "skipped_rows": 1,
+        "skipped": ["a.jsonl:3: found"],
+    }
+    made = Bundle(Path("/b"), Manifest(kind="model", stage="tune", fingerprint="f", data=data))
+    text = write_report([made], tmp_path).read_text()
+    assert "tune: 7 rows of a.jsonl: 5 messages (messages), 2 Alpaca (instruction, output)." in text
+    assert "tune: 1 rows of a.jsonl were left out, such as:\n\n- a.jsonl:3: found" in text

@@ -77,8 +77,7 @@ def show(tasks: list[Pictured], quality: Quality, remark: str = "") -> None:
         )
         for said in task.told:
             console.print(said, markup=False, soft_wrap=True)
-        for reason in task.skipped:
-            console.print(f"  {reason}", markup=False, soft_wrap=True)
+        _print_some(console, task.skipped, task.skipped_rows)
         _print_bars(console, bins(task.lengths))
     if remark:
         console.print(remark, markup=False, soft_wrap=True)

@@ -28,8 +28,9 @@ data-all: data
 	done
 
 browser:
-	@command -v chromium >/dev/null || if [ "$$(id -u)" = 0 ]; then apt-get update -qq && apt-get install -y -qq chromium >/dev/null; \
-	else echo "no Chromium: as root, \`apt-get install chromium\`; until then the test that opens a page is skipped"; fi
+	@for each in chromium chromium-browser google-chrome; do command -v $$each >/dev/null && exit 0; done; \
+	if [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -y -qq chromium >/dev/null; then exit 0; fi; \
+	echo "no Chromium: as root, \`apt-get install chromium\`; until then the test that opens a page is skipped"
 
 bench: data-all
 	$(BIN)/python -m tests.bench

@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, suppress
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,27 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+# A call in a chat template that writes down today's date, as Llama 3's does, and the date that stands there instead.
+TODAY = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
+DATE = date(2024, 7, 26)
+
+
+def dateless(template: str) -> str:
+    """The chat template with one date for all days: what was trained yesterday could not be proven today, as other tokens are sent.
+
+    It is the one that Llama 3's own templates name where they know no other.
+    """
+    return TODAY.sub(lambda found: json.dumps(DATE.strftime(found[2])), template)
+
+
+def name_one_date(tokenizer: Any) -> None:
+    """Make its chat template dateless, or each of them where it has several by name."""
+    if isinstance(tokenizer.chat_template, dict):
+        tokenizer.chat_template = {name: dateless(each) for name, each in tokenizer.chat_template.items()}
+    elif tokenizer.chat_template:
+        tokenizer.chat_template = dateless(tokenizer.chat_template)
+
+
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer in a checkpoint directory, padding on the right with a token that it has. Raises SourceError."""
     quiet()
@@ -32,6 +55,7 @@ def load_tokenizer(folder: Path) -> Any:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token_id = tokenizer.eos_token_id
     tokenizer.padding_side = "right"
+    name_one_date(tokenizer)
     with suppress(FileNotFoundError):
         named = json.loads((folder / "generation_config.json").read_text(encoding="utf-8")).get("eos_token_id")
         tokenizer.ends_of_turn = named if isinstance(named, list) else [named]

@@ -143,12 +143,14 @@ def data(
     from tuner.data.show import pictured, show
     from tuner.plan import check_by_shape, checker
     from tuner.recipe import rows_only
+    from tuner.run import tokenizer_now
 
     examples = max(rows, PAGE_EXAMPLES) if html else rows
     if recipe.endswith((".yaml", ".yml")):
         plan, out_dir = _plan(Path(recipe), overrides, out)
         read, check = plan.recipe, checker(plan.recipe, plan.facts)
-        tasks, remark = pictured(plan, out_dir, examples)
+        tokenizer, remark = tokenizer_now(plan, out_dir)
+        tasks = pictured(plan, tokenizer, examples) if tokenizer else []
     else:
         # Without a recipe all that is wrong is said, and nothing stops at the first.
         read, check = rows_only(recipe, ["data.on_bad_row=skip", *(overrides or [])]), check_by_shape

@@ -132,7 +132,7 @@ def load_tokenizer(path: Path) -> Any:
 
     Raises SourceError where the file names a way of cutting text into words that is not known here.
     """
-    from tuner.checkpoint import quiet
+    from tuner.checkpoint import name_one_date, quiet
 
     quiet()
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -154,6 +154,7 @@ def load_tokenizer(path: Path) -> Any:
         if token_id is not None:
             setattr(tokenizer, f"{role}_token", tokenizer.convert_ids_to_tokens(int(token_id)))
     _cut_as_named(tokenizer.backend_tokenizer, values, path)
+    name_one_date(tokenizer)
     return tokenizer
 
 

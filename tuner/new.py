@@ -64,10 +64,11 @@ def new(data: str, base: str, out: Path, columns: dict[str, str | int]) -> list[
     look = _look(data, columns)
     task = _task(data, look, known)
     task["max_tokens"], look.too_long = _lengths(look, source, known, task)
+    share = _share(data, columns, look.rows)
     keys = {"model": _moved(base, out), "train": _moved(data, out), "map": columns}
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text("\n".join(_lines(out.name, keys, look, task, known)) + "\n", encoding="utf-8")
+        out.write_text("\n".join(_lines(out.name, keys, look, task, known, share)) + "\n", encoding="utf-8")
     except OSError as error:
         raise RecipeError(f"{out}: nothing can be written there: {error.strerror}") from None
     try:
@@ -108,7 +109,9 @@ def _task(data: str, look: _Look, known: Facts) -> dict[str, Any]:
     readers = {name: task for name, task in tasks.items() if look.shape in task.SHAPES}
     fitting = [name for name, task in readers.items() if task.HEAD in family.heads - architecture.lacks]
     if not fitting:
-        name, task = next(iter(readers.items()), ("no task yet", tasks["sft"]))
+        if not readers:
+            raise DataError(f"{data}: no task learns from rows of the shape {look.shape}; --map says what their columns are for")
+        name, task = next(iter(readers.items()))
         message = f"{data} has rows of the shape {look.shape}, for {name}, and {known.model_type} has no {task.HEAD} head"
         raise RecipeError(f"{message}; name another model with --base")
     task = tasks[fitting[0]]
@@ -174,30 +177,45 @@ def _longest(example: Any) -> int:
     return max(map(len, texts))
 
 
-def _lines(name: str, keys: dict[str, Any], look: _Look, task: dict[str, Any], known: Facts) -> Iterator[str]:
+def _share(data: str, columns: dict[str, str | int], rows: int) -> float | None:
+    """The fraction to hold out, by which there are rows on both sides; None where there are too few rows."""
+    for share in (min(0.2, max(0.005, HELDOUT_ROWS / rows)), 0.3, 0.4, 0.5):
+        changes = ["data.on_bad_row=skip", f"data.map={json.dumps(columns)}", f"data.heldout_fraction={round(share, 3)}"]
+        recipe = rows_only(data, changes)
+        if all(any(isinstance(row, Row) for row in reading.read(recipe, side)) for side in reading.SPLIT):
+            return round(share, 3)
+    return None
+
+
+def _lines(name: str, keys: dict[str, Any], look: _Look, task: dict[str, Any], known: Facts, share: float | None) -> Iterator[str]:
     """The recipe."""
     family, architecture = family_of(known.model_type)
     encoder = "causal" not in family.heads
     method, rate, why = _method(known, encoder=encoder)
     batch = 32 if encoder else 8
-    share = round(min(0.2, max(0.005, HELDOUT_ROWS / look.rows)), 3)
-    rows = int(look.rows * (1 - share))
+    rows = int(look.rows * (1 - (share or 0)))
     epochs = 1 if rows > LONG_ROWS else 3
     size = f"{known.parameters / 1e6:.0f}M parameters"
     yield f"# Made by `tuner new` from {look.rows} rows ({look.shape}), for {known.model_type}, {size}."
     yield f"# Try:  tuner check {name}    tuner data {name}    tuner run {name}    tuner prove {name}"
     yield from ("", f"model: {_flow(keys['model'])}", "", "data:")
     yield f"  train: {_flow({'path': keys['train'], 'map': keys['map']} if keys['map'] else keys['train'])}"
-    yield f"  heldout_fraction: {share}   # never trained on; `heldout: FILE` takes rows of its own instead"
+    if share:
+        yield f"  heldout_fraction: {share}   # never trained on; `heldout: FILE` takes rows of its own instead"
+    else:
+        yield "  # heldout: FILE   # too few rows to hold some out, so nothing is measured but the training rows"
     policies = {**dict.fromkeys(look.bad, "skip"), "too_long": getattr(kinds.load("tasks", task["kind"]), "TOO_LONG", "skip")}
     found = ", ".join(f"{count} {kind}" for kind, count in {**look.bad, "too_long": look.too_long}.items() if count)
     yield f"  on_bad_row: {_flow(policies)}   # {f'found: {found}; ' if found else ''}without this they stop the run"
     yield from ("", "stages:", "  - tune:", f"      task: {_flow(task)}")
     yield f"      method: {_flow(method)}   # {why}"
-    yield f"      epochs: {epochs}   # {-(-rows // batch) * epochs} steps"
+    # Documents are cut into blocks, of which no one knows yet how many there are.
+    steps = "" if hasattr(kinds.load("tasks", task["kind"]), "BLOCK_TOKENS") else f"   # {-(-rows // batch) * epochs} steps"
+    yield f"      epochs: {epochs}{steps}"
     yield f"      batch_size: {batch}   # rows a step; `micro_batch_size: 4` needs less memory for the same result"
     yield f"      learning_rate: {rate}"
-    yield "      gate: {heldout_loss_drop: 0.0}   # fail where held-out rows got no better"
+    if share:
+        yield "      gate: {heldout_loss_drop: 0.0}   # fail where held-out rows got no better"
     if kinds.load("methods", method["kind"]).GIVES == "adapter":
         yield "  - merge: {}   # one model, that anything can open and serve"
         if not architecture.not_quantized and kinds.load("tasks", task["kind"]).HEAD == "causal":

@@ -22,7 +22,7 @@ from tuner.optimizers import STATE_BYTES
 from tuner.recipe import Recipe
 from tuner.source import Facts, Source, facts, find
 
-# `check` looks at this many rows, which takes a tenth of a second; the run itself looks at all.
+# `check` looks at this many rows of each source, which takes a tenth of a second; the run itself looks at all.
 CHECKED_ROWS = 10_000
 # Long enough to chat; a longer one costs an engine memory for the cache of keys and values.
 CHAT_TOKENS = 1024
@@ -236,10 +236,7 @@ def check_rows(recipe: Recipe, known: Facts) -> Looked:
     copied = len(seen["heldout"] & seen["train"])
     if copied and copied == len(seen["heldout"]):
         raise recipe.error("the held-out rows are all training rows, so nothing would be measured", "data", "heldout")
-    seen_rows = {key: looked.rows[key] + looked.skipped[key] for key in looked.rows}
-    if recipe.data.heldout_fraction:  # both sides lie among the same rows
-        seen_rows = dict.fromkeys(seen_rows, sum(seen_rows.values()))
-    more = [key for key, count in seen_rows.items() if count >= CHECKED_ROWS]
+    more = [key for key in looked.rows if recipe.seen.get(("more", key))]
     return replace(looked, more=more, copied=copied, unread=sorted(unread))
 
 

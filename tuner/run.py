@@ -83,24 +83,40 @@ def run(plan: Plan, out_dir: Path) -> list[Bundle]:
     return bundles
 
 
-def made_before(plan: Plan, step: Step, out_dir: Path) -> Bundle | None:
+def tokenizer_now(plan: Plan, out_dir: Path) -> tuple[Any, str]:
+    """(the tokenizer that the recipe's tasks read with, None where it is not there; what is to be said of it)."""
+    from tuner.checkpoint import load_tokenizer
+    from tuner.tokens import tokenizer_of
+
+    changing = [step for step in plan.steps if step.gives == "tokenizer" or getattr(step.stage, "ADDS_TOKENS", False)]
+    made = _made_before(plan, changing[-1], out_dir) if changing else None
+    later = f"`tuner run {plan.recipe.path}`"
+    if not plan.learns:
+        then = f"`tuner tokens {made.path} --data FILE` shows" if made else f"{later} trains a tokenizer, and `tuner tokens` shows"
+        return None, f"no model reads these rows; {then} what it makes of text"
+    if made:
+        return load_tokenizer(made.path), f"in the tokens of {made.path}"
+    if plan.source is None:
+        return None, f"not shown in tokens: {later} has yet to train the recipe's tokenizer in {out_dir}"
+    return tokenizer_of(plan.source), f"in the tokens of the model as it is: {later} has yet to extend them" if changing else ""
+
+
+def _made_before(plan: Plan, step: Step, out_dir: Path) -> Bundle | None:
     """What a stage of this very recipe and data has left in `out_dir`; None where it has yet to run, or something has changed."""
     found: Bundle | None = None
-    places = [base_folder(plan.source, out_dir)] if plan.source else []
     try:
-        for key, path in places:
-            found = _of_key(key, path)
+        if plan.source:
+            key, path = base_folder(plan.source, out_dir)
+            found = open_bundle(path)
+            if found.manifest.fingerprint != key:
+                return None
         for each in plan.steps[: step.index + 1]:
-            found = _of_key(*_folder(plan, each, found, out_dir))
+            key, path = _folder(plan, each, found, out_dir)
+            found = open_bundle(path)
+            if found.manifest.fingerprint != key:
+                return None
     except BundleError:
         return None
-    return found
-
-
-def _of_key(key: str, path: Path) -> Bundle:
-    found = open_bundle(path)
-    if found.manifest.fingerprint != key:
-        raise BundleError(f"{path}: is of another recipe")
     return found
 
 

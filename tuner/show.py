@@ -65,10 +65,10 @@ def show_tokens(
     if data is None:
         return
     found, by = measure(references, data, **groups), groups.get("by")
-    table = Table(title=f"{data}: tokens a word / bytes a token")
-    table.add_column("rows" if by is None else by)
+    table = Table(title=Text(f"{data}: tokens a word / bytes a token"))
+    table.add_column(Text("rows" if by is None else by))
     for each in found:
-        table.add_column(each.name, justify="right", overflow="fold")
+        table.add_column(Text(each.name), justify="right", overflow="fold")
     names = sorted(found[0].groups, key=lambda name: (name != WHOLE, -found[0].groups[name].bytes, name))
     for name in names[: top + 1]:
         each_counts = [each.groups.get(name, Counts()) for each in found]

@@ -20,8 +20,10 @@ from typing import Any
 
 from tuner import gguf, kinds
 from tuner.bundle import MANIFEST, Bundle, Manifest, checked_name, fingerprint, open_bundle, sha256, verify, write_bundle
+from tuner.checkpoint import DATE, dateless
 from tuner.errors import BundleError, SourceError, nearest
 from tuner.families import family_of, head_of
+from tuner.progress import say
 
 VERSION = 2
 # What a checkpoint is made of. Anything else in a directory or on the hub stays where it is.
@@ -149,6 +151,8 @@ def base_bundle(source: Source, out_dir: Path) -> Bundle:
             if "hub" in source.identity and not _weights_are_here(source.path):
                 _snapshot(source.reference, source.identity["revision"], list(WANTED))
             _link(source.path, folder)
+            if not source.is_bundle:
+                _without_date(folder)
         if source.is_bundle:
             return _adopted(open_bundle(source.path), path, source.reference, key)
         manifest = describe_model(folder, stage="base", fingerprint=key, source=source)
@@ -398,6 +402,20 @@ def _hub_parameters(source: Source) -> int:
     except (HfHubHTTPError, OSError) as error:
         raise SourceError(f"{source.reference}: the hub could not be asked for its size ({str(error).splitlines()[0]})") from None
     return int(sum(metadata.parameter_count.values()))
+
+
+def _without_date(folder: Path) -> None:
+    """Write a chat template that names one date for all days beside one that names today's, in whose place it is read."""
+    given = folder / "chat_template.jinja"
+    try:
+        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        template = given.read_text(encoding="utf-8") if given.is_file() else config.get("chat_template")
+    except (OSError, ValueError, AttributeError):
+        return  # whoever opens the tokenizer says what is wrong with it
+    if isinstance(template, str) and dateless(template) != template:
+        given.unlink(missing_ok=True)  # a link to the model's own
+        given.write_text(dateless(template), encoding="utf-8")
+        say(f"base: the chat template writes down today's date; from here on it is {DATE:%d %b %Y}, in training and when served")
 
 
 def _link(source: Path, folder: Path) -> None:

@@ -4,6 +4,7 @@ Fertility is tokens a word (Rust et al. 2021, arXiv:2012.15613), where a word is
 no spaces between words, bytes a token is the figure to compare (Petrov et al. 2023, arXiv:2305.15425).
 """
 
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -14,14 +15,12 @@ from tuner import gguf
 from tuner.data import reading
 from tuner.data.quality import WORD
 from tuner.data.rows import BadRows, usable
-from tuner.data.text import text_of
-from tuner.errors import RecipeError, SourceError
+from tuner.data.text import batches, text_of
+from tuner.errors import DataError, RecipeError, SourceError
 from tuner.progress import counted, say
 from tuner.recipe import rows_only
 from tuner.source import Source, find
 
-# Rows that the library encodes together, on all cores.
-BATCH_ROWS = 1_000
 WHOLE = "all"
 # Names of the weights that a token's number is looked up in.
 EMBEDDINGS = tuple(
@@ -99,13 +98,14 @@ class Embeddings:
 def measure(references: list[str], data: str, by: str | None = None, only: list[str] | None = None) -> list[Measured]:
     """Each tokenizer over all rows of `data`; `by` is a key of the rows that puts them into groups, of which `only` some may count.
 
-    Raises DataError for rows without text, RecipeError where `by` is no key of theirs, SourceError for what is no tokenizer.
+    Raises DataError where no row has text, RecipeError where `by` is no key of theirs, SourceError for what is no tokenizer.
     """
     found = [Measured(reference, tokenizer_of(reference)) for reference in references]
     used: list[set[int]] = [set() for _ in found]
-    for texts, groups in _batches(data, by, only):
+    for batch in batches(_grouped(data, by, only), lambda each: len(each[0])):
+        texts, groups = zip(*batch, strict=True)
         for at, tokenizer in enumerate(each.tokenizer for each in found):
-            encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
+            encoded = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
             decoded = tokenizer.batch_decode(encoded, clean_up_tokenization_spaces=False)
             for text, group, ids, again in zip(texts, groups, encoded, decoded, strict=True):
                 used[at].update(ids)
@@ -148,25 +148,22 @@ def pieces(text: str, tokenizer: Any) -> list[str]:
     return [piece for piece, _ in parts(Example(ids, ids), tokenizer)]
 
 
-def _batches(data: str, by: str | None, only: list[str] | None) -> Iterator[tuple[list[str], list[str]]]:
+def _grouped(data: str, by: str | None, only: list[str] | None) -> Iterator[tuple[str, str]]:
+    """(text, group) of each row."""
     recipe = rows_only(data, ["data.on_bad_row=skip"])
     for remark in reading.not_read(reading.passed_over(recipe, "train")):
         say(remark)
     bad = BadRows(recipe.data.on_bad_row)
-    texts: list[str] = []
-    groups: list[str] = []
+    some = False
     for row, words in counted("reading text", usable(reading.read(recipe, "train"), lambda row: text_of(row.record), bad)):
+        some = True
         if by is not None and by not in row.record:
             raise RecipeError(f"--by {by}: {row.place} has no such key, but {', '.join(row.record)}")
         if only and str(row.record[str(by)]) not in only:
             continue
-        texts.append(words)
-        groups.append(str(row.record[by]) if by else "")
-        if len(texts) == BATCH_ROWS:
-            yield texts, groups
-            texts, groups = [], []
-    if texts:
-        yield texts, groups
+        yield words, str(row.record[by]) if by else ""
+    if not some:
+        raise DataError(f"{data}: none of its rows can be used; the first: {bad.listed[0]}")
     if bad.count:
         say(f"{bad.count} rows cannot be used and were left out; the first: {bad.listed[0]}")
 
@@ -190,9 +187,10 @@ def untrained(rows: Any, size: int) -> Embeddings:
     seen: set[bytes] = set()
     same = []
     for at, row in enumerate(rows[:size].numpy()):
-        if (content := row.tobytes()) in seen:
+        digest = hashlib.blake2b(row.tobytes(), digest_size=16).digest()
+        if digest in seen:
             same.append(at)
-        seen.add(content)
+        seen.add(digest)
     lengths = rows[:size].norm(dim=1)
     short = (lengths < HARDLY * lengths.median()).nonzero().flatten().tolist()
     return Embeddings(same, short, max(0, len(rows) - size))

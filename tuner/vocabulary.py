@@ -14,11 +14,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from tuner.data.text import batches
 from tuner.errors import SourceError
 from tuner.progress import say
 
-# Characters that the library encodes together, on all cores; a token takes it a quarter of a kilobyte meanwhile.
-BATCH_CHARACTERS = 1_000_000
 # Tokens of different words that are looked at, about a gigabyte; where spaces stand between words no text of 200 MB has as many.
 MOST_TOKENS = 10_000_000
 # How SentencePiece marks the beginning of a word, and writes a byte of a character that it does not have.
@@ -49,7 +48,7 @@ def words(tokenizer: Any, texts: Iterable[str]) -> Counter[Word]:
     apart = {*tokenizer.get_added_vocab(), tokenizer.unk_token}
     found: Counter[Word] = Counter()
     kept = 0
-    for batch in _batches(texts):
+    for batch in batches(texts, len):
         for encoding in backend.encode_batch(batch, add_special_tokens=False):
             for word in _split([names[number] for number in encoding.ids], encoding.word_ids, apart):
                 if len(word) > 1 and (kept < MOST_TOKENS or word in found):
@@ -64,7 +63,7 @@ def count(tokenizer: Any, texts: Iterable[str]) -> Counter[int]:
     """How often each token occurs in the texts, by its number."""
     found: Counter[int] = Counter()
     backend = _whole_texts(tokenizer)
-    for batch in _batches(texts):
+    for batch in batches(texts, len):
         for encoding in backend.encode_batch_fast(batch, add_special_tokens=False):
             found.update(encoding.ids)
     return found
@@ -144,19 +143,6 @@ def _whole_texts(tokenizer: Any) -> Any:
     own.no_truncation()
     own.no_padding()
     return own
-
-
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    size = 0
-    for text in texts:
-        batch.append(text)
-        size += len(text)
-        if size >= BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
 
 
 def _tree(tokenizer: Any) -> dict[str, Any]:

@@ -441,10 +441,11 @@ def test_what_is_read_and_what_is_learned_can_be_looked_at(
 ) -> None:
     from tuner.data.quality import examine
     from tuner.data.show import pictured, show
+    from tuner.run import tokenizer_now
 
     model = checkpoints(ON.get(task.partition("-")[0], "llama")).path
     plan = make_plan(read_recipe(recipe(tmp_path, model, task, [])), tmp_path / "out")
-    show(pictured(plan, tmp_path / "out", 2)[0], examine(plan.recipe))
+    show(pictured(plan, tokenizer_now(plan, tmp_path / "out")[0], 2), examine(plan.recipe))
     said = capsys.readouterr().out
     assert "example 2" in said and "rows left out" in said
     names = {

@@ -68,6 +68,29 @@ def test_a_weight_says_how_often_an_epoch_sees_a_row(read: Any, tmp_path: Path, 
         read(heldout={"path": "heldout.jsonl", "weight": 2.0})
 
 
+def test_a_weighted_source_is_drawn_from_the_same_wherever_one_stands(
+    read: Any, tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = []
+    recipe = read(train={"path": "train.jsonl", "weight": 0.5})
+    for there, path in ((tmp_path, "recipe.yaml"), (tmp_path.parent, f"{tmp_path.name}/recipe.yaml"), ("/", recipe.path)):
+        monkeypatch.chdir(there)
+        drawn.append([each.ids for each in encoded(read_recipe(Path(path)), tokenizer)[0]])
+    assert drawn[0] == drawn[1] == drawn[2]
+    assert 10 < len(drawn[0]) < 40
+
+
+def test_each_source_is_looked_at_however_long_the_one_before_it_is(
+    read: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tuner.plan.CHECKED_ROWS", 10)
+    recipe = read(train=["train.jsonl", {"path": "heldout.jsonl", "map": {"text": "nope"}}])
+    with pytest.raises(DataError, match=r'heldout\.jsonl:1: there is no column "nope"'):
+        make_plan(recipe, tmp_path / "out")
+    looked = make_plan(read(), tmp_path / "out").data
+    assert (looked.rows["train"], looked.rows["heldout"], looked.more) == (10, 8, ["train"])
+
+
 def test_a_share_is_held_out_by_content(recipe_file: Any, tmp_path: Path, tokenizer: Any) -> None:
     def change(tree: dict[str, Any]) -> None:
         del tree["data"]["heldout"]
@@ -347,16 +370,17 @@ def test_a_function_that_draws_its_rows_anew_is_refused(read: Any, tmp_path: Pat
 
 def test_a_function_is_called_as_seldom_as_can_be(read: Any, tmp_path: Path, tokenizer: Any) -> None:
     """Once for all its rows, which are kept, and once more for the first hundred, to see whether they come again."""
-    recipe = read(train={"function": "mine.py:rows"})
+    recipe = read(train={"function": "mine.py:rows"}, heldout=None, heldout_fraction=0.2)
     (tmp_path / "mine.py").write_text(
         "from datetime import date\nfrom pathlib import Path\ndef rows():\n    for number in range(500):\n"
         "        with (Path(__file__).parent / 'calls').open('a') as file:\n            file.write('.')\n"
         "        yield {'prompt': f'list {number}', 'completion': ' az', 'when': date(2026, 1, 1)}\n"
     )
+    make_plan(recipe, tmp_path / "out")
     _, data = encoded(recipe, tokenizer)
     examine(recipe)
-    reading.identity(recipe, "train")
-    assert data["rows"] == 500
+    heldout = heldout_rows(recipe, recipe.stages[0][1].task, tokenizer)[0]
+    assert data["rows"] + len(heldout) == 500
     assert (tmp_path / "calls").stat().st_size == 500 + 100
 
 
@@ -429,7 +453,7 @@ def test_a_cache_that_cannot_be_written_is_said_and_one_that_is_damaged_made_aga
     assert list(encoded(read_recipe(recipe.path), tokenizer)[0]) == wanted
     shutil.rmtree(tmp_path / "cache")
     (tmp_path / "cache").write_text("a file")
-    with pytest.raises(DataError, match="no examples can be kept there .*; TUNER_CACHE names another folder"):
+    with pytest.raises(DataError, match="nothing can be kept there .*; TUNER_CACHE names another folder"):
         encoded(recipe, tokenizer)
 
 

@@ -1,5 +1,6 @@
 """Files in every form that people keep rows in, and files that are damaged."""
 
+import csv
 import gzip
 import json
 import os
@@ -15,10 +16,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tuner.data import formats
+from tuner.data import formats, reading
 from tuner.data.files import Source, parts
-from tuner.data.rows import Row
+from tuner.data.rows import Row, check_texts
 from tuner.errors import DataError
+from tuner.recipe import rows_only
 
 ROWS = [{"text": "eins", "label": "a"}, {"text": 'zwei, "drei"\nvier', "label": "b"}, {"text": "fünf", "label": "a"}]
 
@@ -149,6 +151,68 @@ def test_what_the_datasets_library_writes_beside_rows_is_no_row(tmp_path: Path) 
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "state.json").write_text('[{"text": "of a state"}]')
     assert records(tmp_path / "mine") == [{"text": "of a state"}]
+
+
+def test_two_links_that_lead_back_are_two_to_the_fortieth_ways_for_a_pattern_and_one_here(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(lines(ROWS))
+    (tmp_path / "one").symlink_to(".")
+    (tmp_path / "two").symlink_to(".")
+    assert records(tmp_path / "**" / "*.jsonl") == ROWS
+    assert records(tmp_path / "**") == ROWS
+
+
+@pytest.mark.parametrize(
+    "pattern", ["*/*.jsonl", "**/*.jsonl", "a/*", "?/[12].jsonl", "*/2*", "*/.x.jsonl", "**/b/2.jsonl", "none/*"]
+)
+def test_a_pattern_finds_what_globs_own_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str) -> None:
+    from glob import glob
+
+    for name in ("0.jsonl", "a/1.jsonl", "a/b/2.jsonl", "b/2.jsonl", "b/.x.jsonl", ".c/3.jsonl", "b/[1].jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).write_text('{"text": "a"}\n')
+    for base in (str(tmp_path / pattern), pattern):
+        monkeypatch.chdir(tmp_path)
+        wanted = sorted(os.path.realpath(each) for each in glob(base, recursive=True) if not os.path.isdir(each))
+        if wanted:
+            assert sorted(os.path.realpath(part.path) for part in parts(Source(path=base))[0]) == wanted
+        else:
+            with pytest.raises(DataError, match="no file matches this pattern"):
+                parts(Source(path=base))
+
+
+def test_values_that_are_no_text_are_found_wherever_they_stand(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from datetime import date\nfrom decimal import Decimal\nimport numpy\n"
+        "def half():\n    yield {'text': 'a \\ud800 b'}\ndef call():\n    yield {'text': 'a'}\n    yield {'text': 'a', 'f': len}\n"
+        "def plain():\n    yield {'text': 'a', 'on': date(2026, 1, 2), 'of': Decimal('1.5'), 'n': numpy.int64(3), 'v': numpy.ones(2)}\n"
+    )
+
+    def made(name: str) -> list[Any]:
+        return list(formats.rows(parts(Source(function=f"{tmp_path}/mine.py:{name}"))[0][0]))
+
+    assert made("plain")[0].record == {"text": "a", "on": "2026-01-02", "of": "1.5", "n": 3, "v": [1.0, 1.0]}
+    with pytest.raises(DataError, match=r"half of a surrogate pair, which is no character: U\+D800"):
+        check_texts(made("half")[0].record)
+    with pytest.raises(DataError, match=r"mine\.py:call:row 2: found a builtin_function_or_method, expected text, numbers"):
+        made("call")
+    turns = json.dumps([{"role": "user", "content": "a \ud83d"}, {"role": "assistant", "content": "b"}])
+    nul = json.dumps([{"role": "user", "content": "a"}, {"role": "assistant", "content": "\x00b"}])
+    with (tmp_path / "a.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["messages"], [turns], [nul]])
+    recipe = rows_only(str(tmp_path / "a.csv"), [])
+    found = [str(row) for row in reading.read(recipe, "train")]
+    assert "a.csv:2: half of a surrogate pair, which is no character: U+D83D" in found[0]
+    assert "a.csv:3: the control character U+0000" in found[1]
+
+
+def test_a_json_file_of_lines_that_is_no_utf8_has_bad_rows_and_a_list_says_why_not(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_bytes(b'{"text": "a"}\n{"text": "caf\xe9"}\n{"text": "b"}\n')
+    found = read(str(tmp_path / "a.json"))
+    assert [isinstance(row, DataError) for row in found] == [False, True, False]
+    assert found[1].kind == "encoding"
+    (tmp_path / "b.json").write_bytes(b'[{"text": "a"}, {"text": "caf\xe9"}]')
+    with pytest.raises(DataError, match="a list is read whole, so no row of it can be left out"):
+        read(str(tmp_path / "b.json"))
 
 
 def test_a_link_that_leads_back_is_followed_once(tmp_path: Path) -> None:

@@ -47,6 +47,8 @@ CASES: dict[str, tuple[Any, str, str]] = {
     "labels that are numbers": (some(lambda n: {"text": text(n), "label": n % 2}), "bert", "task: {kind: classify, labels: ['0', '1'], max_tokens: 32}"),
     "several labels": (some(lambda n: {"text": text(n), "labels": ["a", "b"][: n % 3]}), "bert", "task: {kind: classify, form: multi, labels: [a, b], max_tokens: 32}"),
     "numbers": (some(lambda n: {"text": text(n), "score": n / 7}), "bert", "task: {kind: classify, form: number, max_tokens: 32}"),
+    "sentences": (some(lambda n: {"sentence1": text(n), "sentence2": text(n + 1)}), "bert", "task: {kind: embed, max_tokens: 32}"),
+    "pairs with a score": (some(lambda n: {"anchor": text(n), "positive": text(n + 1), "score": n % 2}), "bert", "task: {kind: embed, loss: cosine, max_tokens: 32}"),
     "tags": (some(lambda n: {"words": ["az", f"vm{n}"], "tags": ["O", ["B-X", "O"][n % 2]]}), "bert", "task: {kind: tokens, labels: [O, B-X], max_tokens: 32}"),
     "tags, by GPT": (some(lambda n: {"words": ["az", f"vm{n}"], "tags": ["A", "B"]}), "llama", "task: {kind: tokens, labels: [A, B], at: last, max_tokens: 32}"),
     "triples": (some(lambda n: {"anchor": text(n), "positive": "az", "negative": "vm"}), "bert", "task: {kind: embed, max_tokens: 32}"),
@@ -67,6 +69,19 @@ def test_the_task_follows_from_the_rows_and_the_recipe_passes(tiny_model: Path, 
     plan = make_plan(read_recipe(tmp_path / "sub" / "mine.yaml"), tmp_path / "out")
     assert plan.not_served() is None or model == "bert"
     assert plan.data.rows["heldout"] > 0
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 9])
+def test_of_a_few_rows_some_are_held_out_or_none_and_it_is_said(tiny_model: Path, tmp_path: Path, count: int) -> None:
+    """By their content, which may put none of five rows, or all of them, on one side."""
+    for start in range(10):
+        rows = write_rows(tmp_path / "rows.jsonl", chat_rows(count, start=10 * start))
+        new(str(rows), str(tiny_model), tmp_path / f"{start}.yaml", {})
+        recipe = read_recipe(tmp_path / f"{start}.yaml")
+        assert recipe.data.holds_out == (make_plan(recipe, tmp_path / "out").data.rows.get("heldout", 0) > 0)
+        if not recipe.data.holds_out:
+            assert "too few rows to hold some out" in (tmp_path / f"{start}.yaml").read_text()
+            assert count <= 5
 
 
 def test_what_was_written_is_trained_as_it_is(tiny_model: Path, tmp_path: Path) -> None:
@@ -103,7 +118,6 @@ def test_what_was_written_is_trained_as_it_is(tiny_model: Path, tmp_path: Path) 
         (some(lambda n: {"body": text(n), "kind": "ab"[n % 2]}), DataError, "such as `--map text=body --map label=kind`"),
         (["{", "{"], DataError, "none of its rows can be used; the first: "),
         ([{}, {}], DataError, "its first row has no keys"),
-        (some(lambda n: {"text": text(n), "label": n % 2}, 2), DataError, "heldout_fraction leaves no row"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_trained_is_said(tiny_bert: Path, tmp_path: Path, rows: Any, error: Any, said: str) -> None:

@@ -76,6 +76,14 @@ def test_an_engine_that_makes_other_tokens_is_found_by_them_alone(head: str, ite
             asyncio.run(ask(head, item, tokens))
 
 
+def test_a_prompt_before_two_answers_is_compared_too(tokenizer: Any) -> None:
+    from tuner.tasks import preference
+
+    record = {"prompt": "list the machine", "chosen": " az", "rejected": " vm"}
+    asked = preference.question(record, tokenizer, preference.Options())
+    assert (asked["text"], asked["whole"], asked["messages"]) == ("list the machine", True, None)
+
+
 def test_of_a_text_that_was_cut_the_beginning_is_compared() -> None:
     item = {**LABEL, "whole": False}
     assert asyncio.run(ask("sequence", item, [101, 9, 17, 18, 102])).agreement == 1.0

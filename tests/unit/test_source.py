@@ -1,5 +1,6 @@
 """Where a model can come from, and what is said of one that cannot be found."""
 
+import json
 import shutil
 import struct
 from pathlib import Path
@@ -113,6 +114,34 @@ def test_a_model_in_the_hubs_cache_is_used_with_its_commit(tiny_model: Path, tmp
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [str(facts(find(str(tiny_model))).parameters), commit]
+
+
+@pytest.mark.parametrize("where", ["a file", "the configuration"])
+def test_a_template_that_writes_down_todays_date_names_one_for_all_days(tiny_model: Path, tmp_path: Path, where: str) -> None:
+    from transformers import AutoTokenizer
+
+    from tuner.checkpoint import load_tokenizer
+
+    template = (
+        "{%- if strftime_now is defined %}{%- set day = strftime_now('%d %b %Y') %}{%- endif %}Today: {{ day }}"
+        "{% for message in messages %}|{{ message['content'] }}{% endfor %}"
+    )
+    original = tmp_path / "original"
+    shutil.copytree(tiny_model, original)
+    (original / "chat_template.jinja").unlink(missing_ok=True)
+    if where == "a file":
+        (original / "chat_template.jinja").write_text(template)
+    else:
+        config = json.loads((original / "tokenizer_config.json").read_text())
+        (original / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": template}))
+    asked = [{"role": "user", "content": "hi"}]
+    bundle = base_bundle(find(str(original)), tmp_path)
+    # What vLLM opens is the same directory, by the same class.
+    for opened in (load_tokenizer(original), load_tokenizer(bundle.path), AutoTokenizer.from_pretrained(bundle.path)):
+        assert opened.apply_chat_template(asked, tokenize=False) == "Today: 26 Jul 2024|hi"
+    assert "26 Jul 2024" not in AutoTokenizer.from_pretrained(original).apply_chat_template(asked, tokenize=False), (
+        "it is unchanged"
+    )
 
 
 def test_a_directory_becomes_a_bundle_without_a_second_copy_that_outlives_the_original(tiny_model: Path, tmp_path: Path) -> None:

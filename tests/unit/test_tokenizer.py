@@ -128,6 +128,8 @@ def test_roles_are_named_and_a_beginning_is_put_before_each_text(trained: Any, m
 @pytest.mark.parametrize(
     ("options", "said"),
     [
+        ({"bos_token": "<|bos:en|>"}, "bos_token: '<|bos:en|>' has a \":\""),
+        ({"bos_token": "$BOS"}, "begins with"),
         ({"model": "wordpiece", "bos_token": "<s>"}, "bos_token: a wordpiece tokenizer is BERT's"),
         ({"vocab_size": 258, "bos_token": "<s>", "pad_token": "<pad>"}, "vocab_size: 258 leaves no room beside the 259 entries"),
         ({"model": "wordpiece", "pre_tokenizer": "gpt2"}, "pre_tokenizer: gpt2 is not for wordpiece, which takes words"),

@@ -145,6 +145,16 @@ def test_what_cannot_be_counted_is_said(tiny_model: Path, rows: str, tmp_path: P
         measure([str(tiny_model)], rows, by="language", only=["zz"])
     with pytest.raises(DataError, match="there is no such file"):
         measure([str(tiny_model)], str(tmp_path / "no.jsonl"))
+    write_rows(tmp_path / "numbers.jsonl", [{"n": 1}])
+    with pytest.raises(
+        DataError, match=r"none of its rows can be used; the first: .*numbers\.jsonl:1: found no text under the keys n"
+    ):
+        measure([str(tiny_model)], str(tmp_path / "numbers.jsonl"))
+    (tmp_path / "a[b]").mkdir()
+    write_rows(tmp_path / "a[b]" / "[x].jsonl", ROWS)
+    assert (
+        "[x].jsonl: tokens a word" in tuner("tokens", tiny_model, "--data", tmp_path / "a[b]" / "[x].jsonl", COLUMNS="300").stdout
+    )
     (tmp_path / "tokenizer_config.json").write_text("{}")
     (tmp_path / "tokenizer.json").write_text('{"model": ')
     with pytest.raises(SourceError, match="its tokenizer cannot be opened"):

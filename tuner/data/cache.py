@@ -36,6 +36,15 @@ def folder() -> Path:
     return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tuner"
 
 
+def made(path: Path) -> Path:
+    """The directory, which is there now. Raises DataError where it cannot be."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"{path.parent}: nothing can be kept there ({error.strerror}); TUNER_CACHE names another folder") from None
+    return path
+
+
 def remembered(path: str, found: os.stat_result, work: Callable[[], str]) -> str:
     """`work()` for a file as it is now; from the last time where neither its size nor its times nor its place have changed."""
     import hashlib
@@ -97,21 +106,18 @@ def stored(key: str, make: Callable[[dict[str, Any]], Iterator[tuple[str, str | 
     path = folder() / "examples" / key
     if (found := _opened(path)) is not None:
         return found
-    part = path.with_name(f".{key}.{os.getpid()}.{uuid4().hex[:8]}.part")
     _tidy(path.parent)
-    try:
-        part.mkdir(parents=True)
-    except OSError as error:
-        raise DataError(
-            f"{part.parent}: no examples can be kept there ({error.strerror}); TUNER_CACHE names another folder"
-        ) from None
+    part = made(path.with_name(f".{key}.{os.getpid()}.{uuid4().hex[:8]}.part"))
     try:
         with disk_errors(part):
             _write(part, make)
-        if not (path / "info.json").is_file():
-            shutil.rmtree(path, ignore_errors=True)  # what someone left of it
-            with suppress(OSError):  # another run was faster
-                part.rename(path)
+        try:
+            part.rename(path)
+        except OSError:
+            if not (path / "info.json").is_file():  # not another run's, but what someone left of it
+                shutil.rmtree(path, ignore_errors=True)
+                with suppress(OSError):
+                    part.rename(path)
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return Stored(path)

@@ -151,9 +151,18 @@ def _weighed(recipe: Recipe, places: list[tuple[int, str]], sources: list[int]) 
     if all(weight == 1.0 for weight in weights):
         return list(range(len(places)))
 
+    # A row's number among those of its source, which is the same from wherever the recipe is run.
+    numbers: dict[tuple[int, str], int] = {}
+    counts = Counter[int]()
+    for source, place in places:
+        if (source, place) not in numbers:
+            numbers[source, place] = counts[source]
+            counts[source] += 1
+
     def times(index: int) -> int:
         whole, rest = divmod(weights[sources[index]], 1.0)
-        return int(whole) + (random.Random(f"{recipe.seed}:{places[index][1]}").random() < rest)
+        drawn = random.Random(f"{recipe.seed}:{sources[index]}:{numbers[places[index]]}").random()
+        return int(whole) + (drawn < rest)
 
     return [index for index in range(len(places)) for _ in range(times(index))]
 

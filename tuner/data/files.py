@@ -4,6 +4,7 @@
 """
 
 import difflib
+import fnmatch
 import glob
 import hashlib
 import json
@@ -174,9 +175,10 @@ def _paths(path: str, made_by: str | None) -> tuple[list[str], list[str], bool]:
     if "://" in path:
         return _remote_paths(path)
     if any(letter in path for letter in "*?[") and not os.path.lexists(path):
-        _require_folders(path)
-        # A link that leads back would give a file again and again: the shortest way to it counts.
-        places = {os.path.realpath(each): each for each in sorted(glob.glob(path, recursive=True), key=len, reverse=True)}
+        names = [each for each in path.split("/") if each]
+        # Of several ways to a file the shortest counts.
+        found = sorted(_expanded("/" if path[0] == "/" else "", names), key=len, reverse=True)
+        places = {os.path.realpath(each): each for each in found}
         matches = sorted(each for place, each in places.items() if not os.path.isdir(place))
         if not matches:
             raise DataError(f"{path}: no file matches this pattern")
@@ -190,33 +192,50 @@ def _paths(path: str, made_by: str | None) -> tuple[list[str], list[str], bool]:
     return [path], [], True
 
 
-def _require_folders(pattern: str) -> None:
-    """Raises DataError for a folder that a pattern leads into and that may not be read: `glob` would pass over it."""
-    folder = pattern
-    while folder == pattern or glob.has_magic(folder):
-        folder = os.path.dirname(folder) or "."
-        for each in filter(os.path.isdir, glob.iglob(folder, recursive=True)):
-            with readable(each):
-                os.scandir(each).close()
+def _expanded(folder: str, names: list[str]) -> Iterator[str]:
+    """Every path that a pattern's `names` lead to from a folder. As `glob` has it, but a folder that may not be read is an error,
+    and one that links lead back to is followed once."""
+    first, rest = names[0], names[1:]
+    if first == "**":
+        for where, files in _folders(folder or "."):
+            yield from _expanded(where, rest) if rest else (os.path.join(where, each) for each in files if each[0] != ".")
+    elif not glob.has_magic(first):
+        path = os.path.join(folder, first)
+        if os.path.lexists(path):
+            yield from _expanded(path, rest) if rest else [path]
+    elif os.path.isdir(folder or "."):
+        with readable(folder):
+            inside = sorted(os.listdir(folder or "."))
+        for each in inside:
+            if fnmatch.fnmatchcase(each, first) and (each[0] != "." or first[0] == "."):
+                yield from _expanded(os.path.join(folder, each), rest) if rest else [os.path.join(folder, each)]
 
 
 def _walk(folder: str) -> list[str]:
-    """Every file below, by name; a link that leads back to a folder on the way down is not followed again."""
+    """Every file below, by name, that is no other program's note."""
+    found = []
+    for where, files in _folders(folder):
+        others = {ABOVE_ROWS, *(BESIDE_ROWS if any(each.endswith((".arrow", ".parquet")) for each in files) else ())}
+        found += [os.path.join(where, each) for each in files if each[0] != "." and each not in others]
+    return sorted(found)
+
+
+def _folders(folder: str) -> Iterator[tuple[str, list[str]]]:
+    """(folder, names of its files) of this one and all below; one that links lead back to is given once."""
 
     def stop(error: OSError) -> None:
         raise error
 
-    found, seen = [], set()
-    for where, folders, files in os.walk(folder, followlinks=True, onerror=stop):
-        place = os.path.realpath(where)
-        if place in seen:
-            folders.clear()
-            continue
-        seen.add(place)
-        folders[:] = sorted(each for each in folders if not each.startswith("."))
-        others = {ABOVE_ROWS, *(BESIDE_ROWS if any(each.endswith((".arrow", ".parquet")) for each in files) else ())}
-        found += [os.path.join(where, each) for each in files if not each.startswith(".") and each not in others]
-    return sorted(found)
+    seen = set()
+    with readable(folder):
+        for where, folders, files in os.walk(folder, followlinks=True, onerror=stop):
+            place = os.path.realpath(where)
+            if place in seen:
+                folders.clear()
+                continue
+            seen.add(place)
+            folders[:] = sorted(each for each in folders if each[0] != ".")
+            yield where, files
 
 
 @contextmanager

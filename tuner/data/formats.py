@@ -86,19 +86,13 @@ def _object(text: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         shown = text.strip()[:40]
         raise DataError(f"not JSON ({getattr(error, 'msg', error)}), found {shown!r}; expected one object a line") from None
-    _check_object(record, text)
-    return dict(record)
+    return _checked_object(record)
 
 
-def _check_object(record: Any, text: str) -> None:
-    """Raises DataError for what is no object, and for half a character in it."""
-    if "\\ud" in text or "\\uD" in text:
-        try:
-            json.dumps(record, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise DataError("half of a surrogate pair (\\ud800 to \\udfff), which is no character; expected text") from None
+def _checked_object(record: Any) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise DataError(f'found a {type(record).__name__}, expected an object such as {{"text": "..."}}')
+    return record
 
 
 def _json(part: Part, file: IO[bytes]) -> Iterator[Row | DataError]:
@@ -111,8 +105,12 @@ def _json(part: Part, file: IO[bytes]) -> Iterator[Row | DataError]:
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
+        if data.lstrip()[:1] == b"{" and _is_object(data.lstrip().split(b"\n", 1)[0]):
+            yield from _json_lines(part, BytesIO(data))
+            return
         line = data.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{part.path}:{line}: not UTF-8 text: byte 0x{data[error.start]:02x}") from None
+        why = "a list is read whole, so no row of it can be left out"
+        raise DataError(f"{part.path}:{line}: not UTF-8 text: byte 0x{data[error.start]:02x}; {why}") from None
     del data
     start = _list_start(part, text)
     if start is None:
@@ -136,14 +134,20 @@ def _json(part: Part, file: IO[bytes]) -> Iterator[Row | DataError]:
         except (ValueError, RecursionError) as error:
             raise DataError(f"{place}: not JSON ({getattr(error, 'msg', error)}), found {text[at : at + 40]!r}") from None
         try:
-            _check_object(record, text[at:end])
-            yield Row(place, record)
+            yield Row(place, _checked_object(record))
         except DataError as error:
             yield bad(place, str(error), "broken")
         at = _next(text, end)
         if text[at : at + 1] not in (",", "]"):
             raise DataError(f"{place}: expected a comma or the end of the list behind this row; is the file whole?")
         at += text[at] == ","
+
+
+def _is_object(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
 
 
 def _next(text: str, at: int) -> int:

@@ -2,53 +2,84 @@
 
 import hashlib
 import importlib.util
-import pickle
+import json
 import sys
 import tempfile
 import traceback
 from collections.abc import Iterator
+from datetime import date, time
+from decimal import Decimal
 from itertools import islice
-from pathlib import Path
+from pathlib import Path, PurePath
+from typing import IO, Any
+from uuid import UUID
 
-from tuner.data.cache import folder
+from tuner.data.cache import folder, made
 from tuner.data.files import Source, readable
 from tuner.data.rows import Row
-from tuner.errors import DataError, nearest
+from tuner.errors import DataError, disk_errors, nearest
 
 # Of a function that draws by chance these many rows are never the same twice.
 DRAWN_AGAIN = 100
 
 
 class Kept:
-    """A function's rows in a file without a name, which is gone with the process.
-
-    Raises DataError where the first rows are others when it is called again.
-    """
+    """A function's rows in a file without a name, which is gone with the process; drawn as they are asked for, and once."""
 
     def __init__(self, source: Source) -> None:
-        where = folder()
-        where.mkdir(parents=True, exist_ok=True)
-        self._file = tempfile.TemporaryFile(dir=where)  # noqa: SIM115 - open for as long as this is
+        self._source = source
+        self._fresh = rows(source)
+        self._failure: DataError | None = None
+        self._file: IO[bytes] | None = None
+        self._count = 0
+
+    def rows(self) -> Iterator[Row]:
+        """All of them, from the first one on. Raises DataError where the function fails."""
+        at, number = 0, 0
+        while True:
+            if number == self._count and not self._draw():
+                return
+            assert self._file is not None
+            self._file.seek(at)  # another reader may have moved it
+            record = json.loads(self._file.readline())
+            at = self._file.tell()
+            number += 1
+            yield Row(_place(self._source, number), record)
+
+    def identity(self) -> str:
+        """The sha256 of all rows. Raises DataError where the first ones are others when the function is called again."""
         digest = hashlib.sha256()
         first: list[bytes] = []
-        for row in rows(source):
-            pickle.dump(row, self._file)
+        for row in self.rows():
             digest.update(row.content + b"\n")
             if len(first) < DRAWN_AGAIN:
                 first.append(row.content)
-        if first != [row.content for row in islice(rows(source), DRAWN_AGAIN)]:
-            raise DataError(f"{source.name}: gives other rows each time; seed what it draws")
-        self.identity = digest.hexdigest()
-        """The sha256 of all rows."""
+        if first != [row.content for row in islice(rows(self._source), DRAWN_AGAIN)]:
+            raise DataError(f"{self._source.name}: gives other rows each time; seed what it draws")
+        return digest.hexdigest()
 
-    def rows(self) -> Iterator[Row]:
-        """The rows again."""
-        at, end = 0, self._file.seek(0, 2)
-        while at < end:
-            self._file.seek(at)  # another reader may have moved it
-            row: Row = pickle.load(self._file)
-            at = self._file.tell()
-            yield row
+    def _draw(self) -> bool:
+        """Keep one more row; False where there is none."""
+        if self._failure:
+            raise self._failure
+        try:
+            row = next(self._fresh, None)
+        except DataError as error:
+            self._failure = error
+            raise
+        if row is None:
+            return False
+        if self._file is None:
+            self._file = tempfile.TemporaryFile(dir=made(folder()))  # noqa: SIM115 - open for as long as this is
+        with disk_errors(folder()):
+            self._file.seek(0, 2)
+            self._file.write(json.dumps(row.record).encode() + b"\n")
+        self._count += 1
+        return True
+
+
+def _place(source: Source, number: int) -> str:
+    return f"{source.function}:row {number}"
 
 
 def rows(source: Source) -> Iterator[Row]:
@@ -73,10 +104,23 @@ def rows(source: Source) -> Iterator[Row]:
                 raise DataError(f"{file}:{name}: row {number} is a {type(record).__name__}, expected a mapping")
             if not all(isinstance(key, str) for key in record):
                 raise DataError(f"{file}:{name}: row {number} has the keys {list(record)!r:.60}, expected text")
-            yield Row(f"{file}:{name}:row {number}", record)
+            place = _place(source, number)
+            try:
+                yield Row(place, json.loads(json.dumps(record, default=_plain)))
+            except (TypeError, ValueError) as error:
+                raise DataError(f"{place}: {error}, expected text, numbers, and lists and mappings of them") from None
     except (DataError, GeneratorExit):
         raise
     except Exception as error:
         inside = [each.lineno for each in traceback.extract_tb(error.__traceback__) if Path(each.filename) == Path(file)]
         line = getattr(error, "lineno", None) or (inside[-1] if inside else 1)
         raise DataError(f"{file}:{line}: {name} failed at row {number + 1}: {type(error).__name__}: {error}") from None
+
+
+def _plain(value: Any) -> Any:
+    """What JSON has for a value of another library. Raises TypeError where that has nothing for it."""
+    if isinstance(value, date | time | Decimal | UUID | PurePath):
+        return str(value)
+    if callable(getattr(value, "tolist", None)):  # numpy's arrays and numbers
+        return value.tolist()
+    raise TypeError(f"found a {type(value).__name__}")

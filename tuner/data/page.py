@@ -3,6 +3,7 @@
 from html import escape
 
 from tuner.data.quality import LISTED, Quality
+from tuner.data.reading import not_read
 from tuner.data.show import Pictured, bins
 
 PAGE_EXAMPLES = 20
@@ -50,8 +51,9 @@ def _counts(quality: Quality) -> str:
     rows += [(f"of the shape {name or 'that no one knows'}", str(count)) for name, count in quality.shapes.items()]
     rows += [(f"{side} rows that cannot be used", str(bad["skipped_rows"])) for side, bad in quality.bad.items()]
     cells = "".join(f'<tr><td>{escape(name)}</td><td class="number">{count}</td></tr>' for name, count in rows)
+    unread = "".join(f"<p>{escape(said)}</p>" for said in not_read(quality.passed_over))
     reasons = "".join(_listed(bad["skipped"], bad["skipped_rows"]) for bad in quality.bad.values())
-    return f"<table>{cells}</table>{reasons}"
+    return f"<table>{cells}</table>{unread}{reasons}"
 
 
 def _example(number: int, parts: list[tuple[str, list[tuple[str, bool]]]]) -> str:

@@ -1,6 +1,7 @@
 """The rows of a recipe: its sources in order, each row in the form that tasks read, and what tells one state from another."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -75,34 +76,36 @@ def state(recipe: Recipe, which: str, *, places: bool = False) -> list[Any]:
 def read(recipe: Recipe, which: str, first: int | None = None) -> Iterator[Row | DataError]:
     """Rows in order; one that is damaged is a DataError in its place, for `usable` to decide about.
 
-    `first` ends it after so many rows of the files, though not before one is given: a small share may begin late. An empty file
+    `first` ends each source after so many of its rows, though not before one is given: a small share may begin late. An empty file
     counts as a damaged row. Raises DataError for a file that is damaged as a whole, or has changed since the run began.
     """
-    seen, given = 0, False
+    seen, given = Counter[int](), set[int]()
     for number, part in found(recipe, which):
         before = _stamp(recipe, part)
         rows = 0
-        kept = recipe.seen.get(_key("kept", part))
-        for row in kept.rows() if kept else formats.rows(part):
-            if first is not None and given and seen >= first:
-                return
-            rows, seen = rows + 1, seen + 1
+        for row in _kept(recipe, part).rows() if part.source.function else formats.rows(part):
+            if first is not None and number in given and seen[number] >= first:
+                recipe.seen["more", which] = True
+                break
+            rows += 1
+            seen[number] += 1
             share = recipe.data.heldout_fraction if which in SPLIT else None
             if isinstance(row, DataError):
                 if not share or which == "train":  # once is enough
-                    given = True
+                    given.add(number)
                     yield row
                 continue
             if share and _held_out(row, share) != (which == "heldout"):
                 continue
-            given = True
+            given.add(number)
             try:
-                check_texts(row.record)
                 columns = {} if part.format == "conll" else part.source.map  # there they are numbers, and read already
                 row = canonical(row, columns, table=part.format in ("csv", "tsv"))
+                check_texts(row.record)
                 yield Row(row.place, row.record, row.shape, number)
             except DataError as error:
-                yield DataError(f"{row.place}: {error}", error.kind or "shape")
+                smaller = "; `documents: paragraph` or `line` makes smaller ones" if part.format == "text" else ""
+                yield DataError(f"{row.place}: {error}{smaller if error.kind == 'broken' else ''}", error.kind or "shape")
         if not rows:
             yield DataError(f"{part.path}:1: the file is empty; expected rows" + _form(part), "broken")
         if part.stamp() != before:
@@ -112,6 +115,11 @@ def read(recipe: Recipe, which: str, first: int | None = None) -> Iterator[Row |
 def _key(what: str, part: Part) -> tuple[str, ...]:
     """Two sources may have one name and differ in their arguments or split."""
     return what, part.path, part.source.model_dump_json()
+
+
+def _kept(recipe: Recipe, part: Part) -> functions.Kept:
+    kept: functions.Kept = recipe.seen.setdefault(_key("kept", part), functions.Kept(part.source))
+    return kept
 
 
 def _form(part: Part) -> str:
@@ -129,11 +137,8 @@ def _stamp(recipe: Recipe, part: Part) -> tuple[int, ...] | None:
 def _identity(recipe: Recipe, part: Part) -> str:
     key = _key("identity", part)
     _stamp(recipe, part)
-    if key not in recipe.seen and part.source.function:
-        kept = recipe.seen[_key("kept", part)] = functions.Kept(part.source)
-        recipe.seen[key] = kept.identity
     if key not in recipe.seen:
-        recipe.seen[key] = part.identity()
+        recipe.seen[key] = _kept(recipe, part).identity() if part.source.function else part.identity()
         _stamp(recipe, part)
     return str(recipe.seen[key])
 

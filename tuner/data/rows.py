@@ -17,8 +17,9 @@ T = TypeVar("T")
 LISTED = 20
 # A longer one is a file without line ends more often than a row; making tokens of a text takes about 90 times its size in memory.
 MOST_ROW_BYTES = 32_000_000
-# Nothing that a person wrote has these; tabs, line ends and form feeds it may have.
-CONTROL = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f]")
+# Nothing that a person wrote has these; tabs, line ends and form feeds it may have, and pages of the web often U+0080 to U+009F.
+# Half of a surrogate pair is no character at all.
+CONTROL = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f\ud800-\udfff]")
 
 Choice = Literal["error", "skip"]
 
@@ -129,20 +130,22 @@ def usable(rows: Iterator[Row | DataError], use: Callable[[Row], T], bad: BadRow
 
 
 def check_texts(record: dict[str, Any]) -> None:
-    """Raises DataError for control characters in a record's texts, and for more text than a row can have."""
+    """Raises DataError for what is no text in a record's texts, and for more text than a row can have."""
     if _check_texts(record) > MOST_ROW_BYTES:
         raise DataError(f"longer than {MOST_ROW_BYTES // 1_000_000} MB, expected one row of many", "broken")
 
 
 def _check_texts(value: Any) -> int:
-    """The number of characters in a text, or in the texts of a list or mapping."""
+    """The bytes of a text, or of the texts and keys of a list or mapping."""
     if isinstance(value, str):
         if found := CONTROL.search(value):
-            near = value[max(0, found.start() - 20) : found.start() + 20]
-            raise DataError(f"the control character U+{ord(found.group()):04X} in {near!r}, expected text", "control")
-        return len(value)
+            near = f"U+{ord(found.group()):04X} in {value[max(0, found.start() - 20) : found.start() + 20]!r}"
+            if found.group() >= "\ud800":
+                raise DataError(f"half of a surrogate pair, which is no character: {near}, expected text", "encoding")
+            raise DataError(f"the control character {near}, expected text", "control")
+        return len(value) if value.isascii() else len(value.encode())
     if isinstance(value, dict):
-        return sum(map(_check_texts, value.values()))
+        return sum(map(_check_texts, value)) + sum(map(_check_texts, value.values()))
     return sum(map(_check_texts, value)) if isinstance(value, list) else 0
 
 

@@ -9,7 +9,7 @@
 | preference pairs          | chosen, rejected, also as lists of messages    | messages or prompt, chosen, rejected |
 | judged answers            | completion, label: true or false               | itself  |
 | words and tags            | words, tags; or tokens, ner_tags               | words, tags |
-| pairs, triples            | anchor, positive; negative                     | itself  |
+| pairs, triples            | anchor, positive; negative, or score           | itself  |
 | sentence pairs            | sentence1, sentence2; score                    | itself  |
 | label, labels, score      | text and one of these                          | itself  |
 | text                      | text                                           | itself  |
@@ -32,6 +32,7 @@ SHAPES: dict[str, tuple[str, ...]] = {
     "words and tags": ("words", "tags"),
     "words and tags (tokens, ner_tags)": ("tokens", "ner_tags"),
     "triples": ("anchor", "positive", "negative"),
+    "pairs with a score": ("anchor", "positive", "score"),
     "pairs": ("anchor", "positive"),
     "sentence pairs with a score": ("sentence1", "sentence2", "score"),
     "sentence pairs": ("sentence1", "sentence2"),
@@ -97,6 +98,7 @@ def canonical(row: Row, columns: dict[str, str | int], *, table: bool) -> Row:
         "Alpaca": _alpaca,
         "prompt and completion": _prompt,
         "preference pairs": _preference,
+        "judged answers": _judged,
         "words and tags (tokens, ner_tags)": _tokens,
         "words and tags": _named,
         "text with a label": _named,
@@ -147,8 +149,13 @@ def _is_messages(value: Any) -> bool:
 
 
 def _messages(record: dict[str, Any]) -> dict[str, Any]:
-    changed = {**record, "messages": _turns(record["messages"])}
-    return {**changed, "tools": _tools(record["tools"])} if record.get("tools") else changed
+    return _with_tools({**record, "messages": _turns(record["messages"])})
+
+
+def _with_tools(record: dict[str, Any]) -> dict[str, Any]:
+    """The record with its tools as templates want them; without the key where there are none, which some files write as "[]"."""
+    tools = _tools(record["tools"]) if record.get("tools") else []
+    return {**{key: value for key, value in record.items() if key != "tools"}, **({"tools": tools} if tools else {})}
 
 
 def _turns(messages: Any) -> Any:
@@ -184,7 +191,7 @@ def _parsed(text: str, what: str) -> Any:
 
 def _tools(tools: Any) -> Any:
     found = _parsed(tools, "the tools") if isinstance(tools, str) else tools
-    if not _is_messages(found):
+    if found != [] and not _is_messages(found):
         raise DataError(f'"tools" is {found!r:.60}, expected a list of {{"type": "function", "function": {{...}}}}')
     return [_tool(each) for each in found]
 
@@ -216,9 +223,8 @@ def _sharegpt(record: dict[str, Any]) -> dict[str, Any]:
             messages.append({"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call}]})
         else:
             messages.append({"role": SPEAKERS.get(role, role), "content": turn["value"]})
-    rest = {key: value for key, value in record.items() if key not in ("conversations", "system", "tools")}
-    tools = {"tools": _tools(record["tools"])} if record.get("tools") else {}
-    return {**rest, "messages": messages, **tools}
+    rest = {key: value for key, value in record.items() if key not in ("conversations", "system")}
+    return _with_tools({**rest, "messages": messages})
 
 
 def _alpaca(record: dict[str, Any]) -> dict[str, Any]:
@@ -260,6 +266,15 @@ def _preference(record: dict[str, Any]) -> dict[str, Any]:
     answers = {"chosen": chosen[-1]["content"], "rejected": rejected[-1]["content"]}
     # Some files repeat the question in both answers, some do not.
     return {**rest, "messages": _turns(shared if shared[: len(before)] == before else before + shared), **answers}
+
+
+def _judged(record: dict[str, Any]) -> dict[str, Any]:
+    """A question and an answer that are lists of messages, as in preference pairs."""
+    completion, prompt = record["completion"], record.get("prompt")
+    if not (_said(completion) and isinstance(prompt, list)):
+        return _named(record)
+    rest = {key: value for key, value in record.items() if key not in ("prompt", "completion")}
+    return _with_tools({**rest, "messages": _turns([*prompt, *completion[:-1]]), "completion": completion[-1]["content"]})
 
 
 def _named(record: dict[str, Any]) -> dict[str, Any]:

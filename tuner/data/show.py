@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -40,17 +39,11 @@ class Pictured:
     """Of the first ones: parts with a name, each in pieces that are learned or only read."""
 
 
-def pictured(plan: Plan, out_dir: Path, rows: int) -> tuple[list[Pictured], str]:
-    """(every task of a recipe with its first `rows` examples, what is to be said of the tokenizer).
-
-    A recipe that changes its tokenizer is shown with the one in `out_dir`; where its own is not there yet, no task is.
-    """
+def pictured(plan: Plan, tokenizer: Any, rows: int) -> list[Pictured]:
+    """Every task of a recipe with its first `rows` examples."""
     from tuner.data.dataset import task_of, tasks_of, training_examples
 
-    tokenizer, remark = _tokenizer(plan, out_dir)
     found: list[Pictured] = []
-    if tokenizer is None:
-        return found, remark
     for task in tasks_of(plan.recipe) or [task_of(plan.recipe)]:
         examples, data = training_examples(plan.recipe, task, tokenizer)
         shown = getattr(kinds.load("tasks", task.kind), "shown", lambda example, _: [("", example)])
@@ -59,7 +52,7 @@ def pictured(plan: Plan, out_dir: Path, rows: int) -> tuple[list[Pictured], str]
         said: list[str] = getattr(kinds.load("tasks", task.kind), "told", lambda *_: [])(tokenizer, task, data["shapes"])
         counts |= {"supervised": data["supervised_tokens"], "lengths": examples.lengths}
         found.append(Pictured(task.kind, said, examples=first, **counts))
-    return found, remark
+    return found
 
 
 def show(tasks: list[Pictured], quality: Quality, remark: str = "") -> None:
@@ -163,22 +156,3 @@ def _print_bars(console: Console, counts: list[tuple[str, int]]) -> None:
     most = max((count for _, count in counts), default=1) or 1
     for name, count in counts:
         console.print(f"{name:>15} {'█' * round(BAR_WIDTH * count / most):<{BAR_WIDTH}} {count}", markup=False)
-
-
-def _tokenizer(plan: Plan, out_dir: Path) -> tuple[Any, str]:
-    """(the tokenizer that the recipe's tasks read with, or None where it is not there; what is to be said of it)."""
-    from tuner.checkpoint import load_tokenizer
-    from tuner.run import made_before
-    from tuner.tokens import tokenizer_of
-
-    changing = [step for step in plan.steps if step.gives == "tokenizer" or getattr(step.stage, "ADDS_TOKENS", False)]
-    made = made_before(plan, changing[-1], out_dir) if changing else None
-    if not plan.learns:
-        at = made.path if made else out_dir / "tokenizer"
-        return None, f"no model reads these rows; `tuner tokens {at} --data FILE` shows what the tokenizer makes of text"
-    if made:
-        return load_tokenizer(made.path), f"in the tokens of {made.path}"
-    if plan.source is None:
-        return None, f"not shown in tokens: `tuner run {plan.recipe.path}` has yet to train the recipe's tokenizer in {out_dir}"
-    old = f"in the tokens of the model as it is: `tuner run {plan.recipe.path}` has yet to extend them" if changing else ""
-    return tokenizer_of(plan.source), old

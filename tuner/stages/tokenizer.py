@@ -58,9 +58,9 @@ class Options(BaseOptions):
     eos_token: str = Field("<|endoftext|>", min_length=1)
     """Ends a document; with `chat_template: chatml` turns end in <|im_end|>, and this ends nothing. Not for `wordpiece`."""
     bos_token: str | None = Field(None, min_length=1)
-    """Stands before each text, as in Llama; by default nothing does. Not for `wordpiece`, where [CLS] does."""
+    """Stands before each text, though not before a conversation, which begins as its template says; by default nothing does."""
     pad_token: str | None = Field(None, min_length=1)
-    """Fills up a batch; `eos_token` by default. Not for `wordpiece`, where [PAD] does."""
+    """Fills up a batch; `eos_token` by default. Neither is for `wordpiece`, where [CLS] and [PAD] do that."""
     special_tokens: list[str] = Field(default_factory=list)
     """Further tokens that no text is cut across, such as "<|tool|>"."""
     min_frequency: int = Field(2, ge=1)
@@ -77,6 +77,10 @@ class Options(BaseOptions):
         given = [key for key in ("chat_template", "eos_token", "bos_token", "pad_token") if key in self.model_fields_set]
         if wordpiece and given:
             raise ValueError(f"{given[0]}: a wordpiece tokenizer is BERT's, whose own tokens stand for that; leave it out")
+        if self.bos_token and (":" in self.bos_token or self.bos_token.startswith("$")):
+            raise ValueError(
+                f'bos_token: {self.bos_token!r} has a ":" or begins with "$", which mean something else to the library'
+            )
         named = {self.eos_token, self.bos_token, self.pad_token, *self.special_tokens} - {None}
         always = len(self.special_tokens) + 5 if wordpiece else len(named) + 256 + 2 * bool(self.chat_template)
         if self.vocab_size <= always:

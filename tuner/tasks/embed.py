@@ -26,7 +26,13 @@ if TYPE_CHECKING:
 HEAD = "embedding"
 TOO_LONG = "truncate"
 KEYS = frozenset({"anchor", "positive", "negative", "negatives", "sentence1", "sentence2", "score"})
-SHAPES: dict[str, dict[str, Any]] = {"pairs": {}, "triples": {}, "sentence pairs with a score": {"loss": "cosine"}}
+SHAPES: dict[str, dict[str, Any]] = {
+    "pairs": {},
+    "triples": {},
+    "sentence pairs": {},
+    "pairs with a score": {"loss": "cosine"},
+    "sentence pairs with a score": {"loss": "cosine"},
+}
 
 
 class Options(BaseOptions):
@@ -61,7 +67,9 @@ def check(options: Options, known: "Facts") -> None:
 
 def texts(record: dict[str, Any], options: Options) -> list[str]:
     """Anchor, positive and negatives, or the two sentences. Raises DataError."""
-    keys = ["anchor", "positive"] if options.loss == "contrastive" else ["sentence1", "sentence2"]
+    pairs = [["anchor", "positive"], ["sentence1", "sentence2"]]
+    usual = pairs[options.loss == "cosine"]
+    keys = next((list(each) for each in pairs if set(each) <= set(record)), usual)
     found = [record.get(key) for key in keys]
     if options.loss == "contrastive":
         negatives = record.get("negatives", [record["negative"]] if "negative" in record else [])

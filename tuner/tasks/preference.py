@@ -97,8 +97,8 @@ def examples(rows: Iterator[Row], tokenizer: Any, options: Options, bad: BadRows
 
 
 def question(record: dict[str, Any], tokenizer: Any, options: Options) -> dict[str, Any]:  # noqa: ARG001 - a task's common signature
-    """`ids` of the prompt, and the `messages` that they were rendered from."""
-    return {"ids": sft.question_ids(_answered(record, _first_answer(record)), tokenizer), "messages": record.get("messages")}
+    """`ids` of the prompt, and the `messages` or the `text` that they were made from."""
+    return sft.question(_answered(record, _first_answer(record)), tokenizer, sft.Options())
 
 
 def reference(record: dict[str, Any]) -> str:

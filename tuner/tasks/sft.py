@@ -142,7 +142,9 @@ def encode(record: dict[str, Any], tokenizer: Any) -> Example:
 
 def has_markers(tokenizer: Any) -> bool:
     """The chat template says itself what the assistant writes, between {% generation %} and {% endgeneration %}."""
-    return bool(re.search(r"{%-?\s*generation\s*-?%}", tokenizer.chat_template or ""))
+    templates = tokenizer.chat_template or ""
+    each = templates.values() if isinstance(templates, dict) else [templates]
+    return all(re.search(r"{%-?\s*generation\s*-?%}", template) for template in each)
 
 
 def told(tokenizer: Any, options: Options, shapes: dict[str, int]) -> list[str]:  # noqa: ARG001 - a task's common signature

@@ -56,7 +56,9 @@ def write_report(bundles: list[Bundle], out_dir: Path) -> Path:
         if said := stage in kinds.names("stages") and getattr(kinds.load("stages", stage), "told", None):
             lines += ["", *said(bundle.manifest.metrics[stage])]
         if data.get("shapes"):
-            lines += ["", f"{stage}: {data['rows']} rows of {data['path']}: {shapes_told(data['shapes'])}."]
+            usable = sum(data["shapes"].values())
+            drawn = f", {data['rows']} of them drawn" if data["rows"] != usable else ""
+            lines += ["", f"{stage}: {usable} rows of {data['path']}{drawn}: {shapes_told(data['shapes'])}."]
         if data.get("cut_rows"):
             lines += ["", f"{stage}: {data['cut_rows']} of {data['rows']} rows were cut to the longest allowed."]
         if data.get("skipped_rows"):

@@ -59,4 +59,6 @@ def test_the_report_names_the_shapes_of_the_rows_and_what_was_left_out(tmp_path:
     made = Bundle(Path("/b"), Manifest(kind="model", stage="tune", fingerprint="f", data=data))
     text = write_report([made], tmp_path).read_text()
     assert "tune: 7 rows of a.jsonl: 5 messages (messages), 2 Alpaca (instruction, output)." in text
+    made = Bundle(Path("/b"), Manifest(kind="model", stage="tune", fingerprint="f", data={**data, "rows": 3}))
+    assert "tune: 7 rows of a.jsonl, 3 of them drawn: 5 messages" in write_report([made], tmp_path).read_text()
     assert "tune: 1 rows of a.jsonl were left out, such as:\n\n- a.jsonl:3: found" in text

@@ -91,7 +91,7 @@ RECIPES = {
     "minilm-spam": ("merge", "accuracy", 0.93),
     "minilm-masked-classify": ("tune-2", "accuracy", 0.80),
     "mamba2-pretrain": ("tune", None, 6.0),
-    "smollm2-sources": ("merge", None, 2.5),
+    "smollm2-sources": ("merge", None, 2.8),
     "bert-from-text": ("tune-2", "accuracy", 0.60),
 }
 

@@ -58,7 +58,10 @@ def new(
     """Look at rows, a model and this machine, and write a commented recipe that passes `tuner check`."""
     from tuner.new import new as write_recipe
 
-    named = dict(each.partition("=")[::2] for each in columns or [])
+    pairs = [each.partition("=")[::2] for each in columns or []]
+    named = dict(pairs)
+    if len(named) < len(pairs):
+        raise typer.BadParameter("--map names one key twice")
     if not all(named.values()):
         raise typer.BadParameter("--map is KEY=COLUMN, such as text=review")
     # Columns of CoNLL files have numbers.

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from tuner import kinds
 from tuner.data import reading
 from tuner.data.quality import labels_of
 from tuner.data.rows import BadRows, OnBadRow, Row, usable
-from tuner.errors import DataError, RecipeError, TunerError
+from tuner.data.shapes import SHAPES
+from tuner.errors import DataError, RecipeError, TunerError, nearest
 from tuner.families import family_of
 from tuner.plan import make_plan
 from tuner.recipe import read_recipe, rows_only
@@ -30,6 +32,10 @@ HELDOUT_ROWS = 200
 LONG_ROWS = 20_000
 # Of a model that is trained in full: weights, gradient, and two moments of AdamW, in float32.
 FULL_BYTES = 16
+
+
+# What a column can be mapped to.
+MAPPED = {key for keys in SHAPES.values() for key in keys} | {"input", "system", "history", "tools", "negatives"}
 
 
 @dataclass
@@ -57,12 +63,14 @@ def new(data: str, base: str, out: Path, columns: dict[str, str | int]) -> list[
     Raises DataError for rows of no known shape, RecipeError where the model has no head for them or `out` exists, SourceError for
     a model that is not there.
     """
+    if wrong := [key for key in columns if key not in MAPPED]:
+        raise DataError(f'--map {wrong[0]}={columns[wrong[0]]}: no task reads "{wrong[0]}"{nearest(wrong[0], MAPPED)}')
     if out.exists():
         raise RecipeError(f"{out} exists; choose another name with --out, or move it away")
     source = find(base)
     known = facts(source)
     look = _look(data, columns)
-    task = _task(data, look, known)
+    task = _task(data, look, known, columns)
     task["max_tokens"], look.too_long = _lengths(look, source, known, task)
     share = _share(data, columns, look.rows)
     keys = {"model": _moved(base, out), "train": _moved(data, out), "map": columns}
@@ -100,10 +108,10 @@ def _look(data: str, columns: dict[str, str | int]) -> _Look:
     return look
 
 
-def _task(data: str, look: _Look, known: Facts) -> dict[str, Any]:
+def _task(data: str, look: _Look, known: Facts, columns: dict[str, str | int]) -> dict[str, Any]:
     """The options of the task that learns from rows of this shape, as far as the model has the head for one."""
     if not look.shape:
-        raise DataError(_unknown(data, look))
+        raise DataError(_unfinished(data, look, columns) if columns else _unknown(data, look))
     family, architecture = family_of(known.model_type)
     tasks = {name: kinds.load("tasks", name) for name in kinds.names("tasks")}
     readers = {name: task for name, task in tasks.items() if look.shape in task.SHAPES}
@@ -120,6 +128,18 @@ def _task(data: str, look: _Look, known: Facts) -> dict[str, Any]:
     if "labels" in options:
         _check_labels(data, look)
     return {"kind": fitting[0], **options}
+
+
+def _unfinished(data: str, look: _Look, columns: dict[str, str | int]) -> str:
+    """What is missing beside the columns that were named."""
+    shape = next((keys for keys in SHAPES.values() if set(columns) <= set(keys)), ())
+    missing = [key for key in shape if key not in look.first[0].record]
+    if not missing:
+        return f"{data}: {', '.join(columns)} together are none of the known shapes"
+    given = " ".join(f"--map {key}={column}" for key, column in columns.items())
+    others = [key for key in look.first[0].record if key not in columns]
+    advice = f"; which of {', '.join(others)} is it? Such as `{given} --map {missing[0]}={others[0]}`" if others else ""
+    return f'{data}: beside {", ".join(columns)} "{missing[0]}" is missing{advice}'
 
 
 def _unknown(data: str, look: _Look) -> str:
@@ -157,18 +177,29 @@ def _lengths(look: _Look, source: Source, known: Facts, task: dict[str, Any]) ->
 
     most = known.max_tokens or 4096
     module = kinds.load("tasks", task["kind"])
+    bad = BadRows(OnBadRow.model_validate(dict.fromkeys(OnBadRow.model_fields, "skip")))
     if hasattr(module, "BLOCK_TOKENS"):
+        used = list(usable(iter(look.first), lambda row: module.check_row(row.record, module.Options(**task)), bad))
+        _count_bad(look, bad, len(used))
         return min(module.BLOCK_TOKENS, most), 0
     tokenizer = tokenizer_of(source)
-    bad = BadRows(OnBadRow.model_validate(dict.fromkeys(OnBadRow.model_fields, "skip")))
-    found = module.examples(iter(look.first), tokenizer, module.Options(**task, max_tokens=10**9), bad)
+    try:
+        options = module.Options(**task, max_tokens=10**9)
+    except ValidationError as error:
+        raise DataError(f"the rows' labels make no task: {error.errors()[0]['ctx']['error']}") from None
+    found = module.examples(iter(look.first), tokenizer, options, bad)
     lengths = sorted(_longest(example) for _, example in found)
-    if not lengths:
-        raise DataError(f"none of the first rows can be used: {bad.listed[0]}")
-    for kind, count in bad.by_kind.items():
-        look.bad[kind] = look.bad.get(kind, 0) + count
+    _count_bad(look, bad, len(lengths))
     chosen = min(max(32, -(-lengths[int(0.99 * (len(lengths) - 1))] // 32) * 32), most)
     return chosen, sum(length > chosen for length in lengths)
+
+
+def _count_bad(look: _Look, bad: BadRows, used: int) -> None:
+    """Raises DataError where more of the first rows are left out than used: then something else is meant than was understood."""
+    if bad.count > used:
+        raise DataError(f"{bad.count} of the first {bad.count + used} rows cannot be used, such as {bad.listed[0]}")
+    for kind, count in bad.by_kind.items():
+        look.bad[kind] = look.bad.get(kind, 0) + count
 
 
 def _longest(example: Any) -> int:

@@ -318,6 +318,11 @@ def _anchor(tree: dict[str, Any], folder: Path) -> None:
         each = [_anchored(value, folder) for value in (data[key] if several else [data.get(key)])]
         if key in data:
             data[key] = each if several else each[0]
+    for stage in tree["stages"] if isinstance(tree.get("stages"), list) else []:
+        for options in stage.values() if isinstance(stage, dict) else []:
+            template = options.get("chat_template") if isinstance(options, dict) else None
+            if isinstance(template, str) and (folder / template).exists():
+                options["chat_template"] = str(folder / template)
     model = tree.get("model")
     if isinstance(model, str) and "://" not in model and (model.startswith((".", "/")) or (folder / model).exists()):
         tree["model"] = str(folder / model)

@@ -123,7 +123,7 @@ def _made_before(plan: Plan, step: Step, out_dir: Path) -> Bundle | None:
 def stage_fingerprint(plan: Plan, step: Step, parent: Bundle | None) -> str:
     """Changes with the stage's options and code version, the parent, the seed and the bytes of the training data."""
     data = plan.recipe.data
-    told = step.options.model_dump(mode="json", exclude={"gate", "tolerance", "checkpoint_every_steps"})
+    told = step.options.model_dump(mode="json", exclude={"gate", "tolerance", "checkpoint_every_steps", "chat_template"})
     read: list[Any] = getattr(step.stage, "reads", lambda *_: [])(plan.recipe, step.options)
     decided: list[Any] = []
     figure = getattr(step.stage, "decided_by", lambda *_: None)(step.options, parent)

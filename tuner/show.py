@@ -75,7 +75,7 @@ def show_tokens(
         table.add_row(Text(name), *(_told(counts) for counts in each_counts))
     console.print(table)
     if len(names) > top + 1:
-        console.print(f"and {len(names) - top - 1} smaller groups; `--top {len(names)}` shows all")
+        console.print(f"and {len(names) - top - 1} smaller groups; `--top {len(names) - 1}` shows all")
     for each in found:
         whole = each.groups[WHOLE]
         console.print(

@@ -110,8 +110,8 @@ def measure(references: list[str], data: str, by: str | None = None, only: list[
             for text, group, ids, again in zip(texts, groups, encoded, decoded, strict=True):
                 used[at].update(ids)
                 _count(found[at], {WHOLE, group} if group else {WHOLE}, text, ids, again, tokenizer.unk_token_id)
-    if not found[0].groups:
-        raise RecipeError(f"{data}: no row of it is in any of the groups {', '.join(only or [])}")
+    if missing := [name for name in only or [] if name not in found[0].groups]:
+        raise RecipeError(f"{data}: no row of it is in the group {missing[0]}")
     for each, seen, reference in zip(found, used, references, strict=True):
         ids = each.tokenizer.get_vocab().values()
         each.unused = sorted(set(ids) - seen)

@@ -137,7 +137,9 @@ def test_folders_and_patterns_are_read_in_the_order_of_their_names(tmp_path: Pat
     assert [row["text"] for row in records(tmp_path / "*" / "*.jsonl")] == ["a/1.jsonl", "b/2.jsonl"]
     with pytest.raises(DataError, match="no file matches this pattern"):
         records(tmp_path / "*.parquet")
-    with pytest.raises(DataError, match=r'notes\.pdf: its ending says nothing; add "format:", one of jsonl, json, csv'):
+    with pytest.raises(
+        DataError, match=r"notes\.pdf: its ending says nothing; in a recipe a source can have format: jsonl, json, csv"
+    ):
         records(tmp_path / "a" / "notes.pdf")
     assert records(tmp_path / "a" / "notes.pdf", format="jsonl") == [{"text": "a/notes.pdf"}]
 
@@ -353,6 +355,9 @@ def test_a_function_of_the_users_own_gives_rows(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "data", "said"),
     [
+        ("rows.jsonl", b"PAR1\x15\x04", "rows.jsonl: a Parquet file; call it .parquet, expected jsonl"),
+        ("rows.csv", "text\nx\n".encode("utf-16"), "rows.csv: UTF-16 text; write it as UTF-8, expected csv"),
+        ("rows.jsonl", gzip.compress(b"{}"), "rows.jsonl: packed by gzip; call it .gz, expected jsonl"),
         ("cut.jsonl.gz", gzip.compress(lines(ROWS * 99))[:-20], "cut.jsonl.gz: cannot be unpacked: Truncated compressed stream; is it whole?"),
         ("cut.jsonl.zst", pa.compress(lines(ROWS * 99), codec="zstd", asbytes=True)[:-8], "cut.jsonl.zst: cannot be unpacked: Truncated"),
         ("no.jsonl.gz", b"plain", "no.jsonl.gz: cannot be unpacked"),

@@ -84,6 +84,27 @@ def test_of_a_few_rows_some_are_held_out_or_none_and_it_is_said(tiny_model: Path
             assert count <= 5
 
 
+def test_bad_text_rows_are_left_out_as_bad_chats_are(tiny_model: Path, tmp_path: Path) -> None:
+    write_rows(tmp_path / "rows.jsonl", [*some(lambda n: {"text": text(n)}), {"text": ""}, {"text": None}])
+    new(str(tmp_path / "rows.jsonl"), str(tiny_model), tmp_path / "mine.yaml", {})
+    assert "{empty: skip, too_long: skip}   # found: 2 empty" in (tmp_path / "mine.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("columns", "said"),
+    [
+        ({"promt": "Frage"}, '--map promt=Frage: no task reads "promt"; did you mean "prompt"?'),
+        ({"prompt": "Frage"}, 'beside prompt "completion" is missing; which of Antwort is it? Such as `--map prompt=Frage --map completion=Antwort`'),
+    ],
+)  # fmt: skip
+def test_the_advice_on_columns_can_be_followed(tiny_model: Path, tmp_path: Path, columns: dict[str, str | int], said: str) -> None:
+    write_rows(tmp_path / "rows.jsonl", some(lambda n: {"Frage": text(n), "Antwort": "az"}))
+    with pytest.raises(DataError) as error:
+        new(str(tmp_path / "rows.jsonl"), str(tiny_model), tmp_path / "mine.yaml", columns)
+    assert said in str(error.value)
+    new(str(tmp_path / "rows.jsonl"), str(tiny_model), tmp_path / "mine.yaml", {"prompt": "Frage", "completion": "Antwort"})
+
+
 def test_what_was_written_is_trained_as_it_is(tiny_model: Path, tmp_path: Path) -> None:
     """Through the command line, from a table whose columns have names of their own and in which some rows are bad."""
     lines = ["question,answer", *(f"list {number},az list {number}" for number in range(60)), "empty,", f"{'long ' * 300},az"]
@@ -116,6 +137,8 @@ def test_what_was_written_is_trained_as_it_is(tiny_model: Path, tmp_path: Path) 
         (some(lambda n: {"text": text(n), "label": "a"}), DataError, "every row has the same label, 'a'"),
         (some(lambda n: {"text": "a", "label": f"{n}"}, 600), DataError, "more than 500 different labels"),
         (some(lambda n: {"body": text(n), "kind": "ab"[n % 2]}), DataError, "such as `--map text=body --map label=kind`"),
+        (some(lambda n: {"words": ["New", "York"], "tags": ["O", "I-LOC"]}), DataError, "the rows' labels make no task: labels: I-LOC"),
+        (some(lambda n: {"sentence1": text(n), "sentence2": "az", "score": float(n % 6)}), DataError, "rows cannot be used, such as"),
         (["{", "{"], DataError, "none of its rows can be used; the first: "),
         ([{}, {}], DataError, "its first row has no keys"),
     ],

@@ -109,6 +109,6 @@ def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path: Path) -> None:
 
 
 def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "a.jsonl").write_bytes(b"\xff\xf1\x00")
     with pytest.raises(DataError, match="not UTF-8"):
         rows_in(tmp_path / "a.jsonl")

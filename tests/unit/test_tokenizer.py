@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tests.conftest import tuner, write_rows
 from tuner.bundle import open_bundle
 from tuner.checkpoint import load_tokenizer
+from tuner.data.example import IGNORE
 from tuner.errors import RecipeError
 from tuner.plan import make_plan
 from tuner.recipe import read_recipe
@@ -147,13 +148,54 @@ def test_options_that_do_not_go_together_are_refused(trained: Any, options: dict
     assert said in str(error.value)
 
 
-def test_a_template_that_cannot_be_rendered_is_refused_with_its_place(trained: Any, tmp_path: Path) -> None:
-    for template in ("{% for message in messages %}{{ message.content }}", "{{ messages[0].content + 1 }}"):
-        (tmp_path / "t.jinja").write_text(template)
-        with pytest.raises(
-            RecipeError, match=r"stages.0.tokenizer.chat_template: no question and answer can be written down with it"
-        ):
-            trained(chat_template=str(tmp_path / "t.jinja"))
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{% for message in messages %}{{ message.content }}", "no question and answer can be written down with it: "),
+        ("{{ messages[0].content + 1 }}", "no question and answer can be written down with it: "),
+        ("{{ messages[1].content }}", "it leaves out a question or its answer: of both it makes 'its answer'"),
+    ],
+)
+def test_a_template_that_writes_down_no_conversation_is_refused_by_check(
+    recipe_file: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str, said: str
+) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "t.jinja").write_text(template)
+
+    def change(tree: dict[str, Any]) -> None:
+        del tree["model"]
+        tree["stages"] = [{"tokenizer": {"vocab_size": 300, "chat_template": "here/t.jinja"}}]
+
+    path = recipe_file(change)
+    with pytest.raises(RecipeError) as error:
+        make_plan(read_recipe(path), tmp_path / "out")
+    assert f"stages.0.tokenizer.chat_template: {said}" in str(error.value)
+    monkeypatch.chdir(tmp_path / "here")
+    (tmp_path / "here" / "good.jinja").write_text("{% for message in messages %}{{ message.content }}{% endfor %}")
+    make_plan(read_recipe(path, ["stages.0.tokenizer.chat_template=good.jinja"]), tmp_path / "out")
+
+
+def test_the_template_that_comes_along_shows_tools_and_calls(trained: Any) -> None:
+    from tuner.data.rows import BadRows, Row
+    from tuner.tasks import sft
+
+    tokenizer = load_tokenizer(trained(chat_template="chatml"))
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    turns = [
+        {"role": "user", "content": "sum"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "3"},
+    ]
+    tools = [{"type": "function", "function": {"name": "add", "description": None, "parameters": {}}}]
+    assert tokenizer.apply_chat_template(turns, tools=tools, tokenize=False, add_generation_prompt=True) == (
+        '<|im_start|>tools\n{"name": "add", "description": null, "parameters": {}}\n<|im_end|>\n<|im_start|>user\nsum<|im_end|>\n'
+        '<|im_start|>assistant\n<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call><|im_end|>\n'
+        "<|im_start|>tool\n3<|im_end|>\n<|im_start|>assistant\n"
+    )
+    record = {"messages": [*turns, {"role": "assistant", "content": "three"}], "tools": tools}
+    ((_, example),) = sft.examples(iter([Row("a:1", record)]), tokenizer, sft.Options(max_tokens=512), BadRows())
+    learned = tokenizer.decode([label for label in example.labels if label != IGNORE])
+    assert learned == '<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call><|im_end|>three<|im_end|>'
 
 
 @pytest.mark.parametrize(

@@ -141,8 +141,10 @@ def test_the_command_compares_them_side_by_side(of_bytes: Path, tiny_model: Path
 def test_what_cannot_be_counted_is_said(tiny_model: Path, rows: str, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"--by lang: .*rows\.jsonl:1 has no such key, but text, language"):
         measure([str(tiny_model)], rows, by="lang")
-    with pytest.raises(RecipeError, match="no row of it is in any of the groups zz"):
+    with pytest.raises(RecipeError, match="no row of it is in the group zz"):
         measure([str(tiny_model)], rows, by="language", only=["zz"])
+    with pytest.raises(RecipeError, match="no row of it is in the group zz"):
+        measure([str(tiny_model)], rows, by="language", only=["fr", "zz"])
     with pytest.raises(DataError, match="there is no such file"):
         measure([str(tiny_model)], str(tmp_path / "no.jsonl"))
     write_rows(tmp_path / "numbers.jsonl", [{"n": 1}])

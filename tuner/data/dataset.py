@@ -66,7 +66,7 @@ def training_examples(recipe: Recipe, task: Any, tokenizer: Any, rows: int | Non
     sources = examples.column("source")
     places = list(zip(sources, examples.column("place"), strict=True))  # two sources may have one name
     draw = random.Random(recipe.seed)
-    found = _weighed(recipe, places, sources)
+    found = _weighed(recipe, places)
     draw.shuffle(found)
     limits = [limit for limit in (rows, recipe.data.train_rows) if limit is not None]
     if limits:
@@ -145,26 +145,26 @@ def _encoded(recipe: Recipe, which: str, task: Any, tokenizer: Any, *, records: 
     return stored(fingerprint(_code(), rows, records, task.model_dump(mode="json"), _said_by(tokenizer)), make)
 
 
-def _weighed(recipe: Recipe, places: list[tuple[int, str]], sources: list[int]) -> list[int]:
+def _weighed(recipe: Recipe, places: list[tuple[int, str]]) -> list[int]:
     """The index of each example as often as its source's weight says; of a fraction the rows that the seed draws."""
     weights = [source.weight for source in reading.sources(recipe, "train")]
     if all(weight == 1.0 for weight in weights):
         return list(range(len(places)))
 
-    # A row's number among those of its source, which is the same from wherever the recipe is run.
-    numbers: dict[tuple[int, str], int] = {}
-    counts = Counter[int]()
+    # By a row's number among those of its source, which is the same from wherever the recipe is run.
+    rows: dict[int, dict[str, int]] = {}
     for source, place in places:
-        if (source, place) not in numbers:
-            numbers[source, place] = counts[source]
-            counts[source] += 1
-
-    def times(index: int) -> int:
-        whole, rest = divmod(weights[sources[index]], 1.0)
-        drawn = random.Random(f"{recipe.seed}:{sources[index]}:{numbers[places[index]]}").random()
-        return int(whole) + (drawn < rest)
-
-    return [index for index in range(len(places)) for _ in range(times(index))]
+        inside = rows.setdefault(source, {})
+        inside.setdefault(place, len(inside))
+    again = {
+        source: set(random.Random(f"{recipe.seed}:{source}").sample(range(len(inside)), round(weights[source] % 1.0 * len(inside))))
+        for source, inside in rows.items()
+    }
+    return [
+        index
+        for index, (source, place) in enumerate(places)
+        for _ in range(int(weights[source]) + (rows[source][place] in again[source]))
+    ]
 
 
 @cache

@@ -156,7 +156,8 @@ def parts(source: Source, made_by: str | None = None) -> tuple[list[Part], list[
         compression = COMPRESSED.get(ending.lower())
         kind = source.format or ENDINGS.get((os.path.splitext(stem)[1] if compression else ending).lower())
         if kind is None and chosen:
-            raise DataError(f'{path}: its ending says nothing; add "format:", one of {", ".join(dict.fromkeys(ENDINGS.values()))}')
+            known = ", ".join(dict.fromkeys(ENDINGS.values()))
+            raise DataError(f"{path}: its ending says nothing; in a recipe a source can have format: {known}")
         if kind is None:
             passed_over.append(path)
         elif compression and kind in ("parquet", "arrow"):

@@ -21,6 +21,16 @@ from tuner.errors import DataError
 # A list of objects is read whole; JSON lines are not.
 MOST_JSON_BYTES = 1_000_000_000
 BLOCK_ROWS = 1024
+# How files begin that are often called something else.
+MARKS = {
+    b"PAR1": "a Parquet file; call it .parquet",
+    b"ARRO": "an Arrow file; call it .arrow",
+    b"\x1f\x8b": "packed by gzip; call it .gz",
+    b"\x28\xb5\x2f\xfd": "packed by zstd; call it .zst",
+    b"PK\x03\x04": "a zip archive; unpack it",
+    b"\xff\xfe": "UTF-16 text; write it as UTF-8",
+    b"\xfe\xff": "UTF-16 text; write it as UTF-8",
+}
 
 
 def rows(part: Part) -> Iterator[Row | DataError]:
@@ -31,6 +41,7 @@ def rows(part: Part) -> Iterator[Row | DataError]:
     readers = {"jsonl": _json_lines, "json": _json, "text": _text, "conll": _conll, "parquet": _parquet, "arrow": _arrow}
     try:
         with part.open() as file:
+            _check_beginning(part, file)
             if part.format in ("csv", "tsv"):
                 yield from _csv(part, file, "\t" if part.format == "tsv" else None)
             else:
@@ -41,6 +52,14 @@ def rows(part: Part) -> Iterator[Row | DataError]:
         if part.compression and not error.errno:  # pyarrow's own have no number
             raise DataError(f"{part.path}: cannot be unpacked: {error}; is it whole?") from None
         raise DataError(f"{part.path}: cannot be read: {error.strerror or error}") from None
+
+
+def _check_beginning(part: Part, file: Any) -> None:
+    """Raises DataError for what is plainly no text where text is expected."""
+    start = file.peek(4)[:4]
+    what = next((name for mark, name in MARKS.items() if start.startswith(mark)), None)
+    if what and part.format not in ("parquet", "arrow"):
+        raise DataError(f"{part.path}: {what}, expected {part.format}")
 
 
 def bad(place: str, message: str, kind: str) -> DataError:

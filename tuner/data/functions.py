@@ -32,6 +32,7 @@ class Kept:
         self._failure: DataError | None = None
         self._file: IO[bytes] | None = None
         self._count = 0
+        self._same = False
 
     def rows(self) -> Iterator[Row]:
         """All of them, from the first one on. Raises DataError where the function fails."""
@@ -47,16 +48,21 @@ class Kept:
             yield Row(_place(self._source, number), record)
 
     def identity(self) -> str:
-        """The sha256 of all rows. Raises DataError where the first ones are others when the function is called again."""
+        """The sha256 of all rows."""
         digest = hashlib.sha256()
-        first: list[bytes] = []
         for row in self.rows():
             digest.update(row.content + b"\n")
-            if len(first) < DRAWN_AGAIN:
-                first.append(row.content)
-        if first != [row.content for row in islice(rows(self._source), DRAWN_AGAIN)]:
-            raise DataError(f"{self._source.name}: gives other rows each time; seed what it draws")
         return digest.hexdigest()
+
+    def require_same(self) -> None:
+        """Raises DataError where the first rows are others when the function is called again. It is called once."""
+        if self._same:
+            return
+        self._same = True
+        if [row.record for row in islice(self.rows(), DRAWN_AGAIN)] != [
+            row.record for row in islice(rows(self._source), DRAWN_AGAIN)
+        ]:
+            raise DataError(f"{self._source.name}: gives other rows each time; seed what it draws")
 
     def _draw(self) -> bool:
         """Keep one more row; False where there is none."""
@@ -91,13 +97,14 @@ def rows(source: Source) -> Iterator[Row]:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    number = 0
+    number, started = 0, False
     sys.modules[spec.name] = module  # dataclasses look there
     try:
         spec.loader.exec_module(module)
         if not callable(getattr(module, name, None)):
             known = [each for each in vars(module) if callable(getattr(module, each)) and not each.startswith("_")]
             raise DataError(f'{file}: there is no function "{name}"{nearest(name, known)}')
+        started = True
         for record in getattr(module, name)(**source.args):
             number += 1
             if not isinstance(record, dict):
@@ -111,10 +118,14 @@ def rows(source: Source) -> Iterator[Row]:
                 raise DataError(f"{place}: {error}, expected text, numbers, and lists and mappings of them") from None
     except (DataError, GeneratorExit):
         raise
-    except Exception as error:
-        inside = [each.lineno for each in traceback.extract_tb(error.__traceback__) if Path(each.filename) == Path(file)]
+    except (Exception, SystemExit) as error:
+        own = Path(file).resolve()
+        inside = [each.lineno for each in traceback.extract_tb(error.__traceback__) if Path(each.filename).resolve() == own]
         line = getattr(error, "lineno", None) or (inside[-1] if inside else 1)
-        raise DataError(f"{file}:{line}: {name} failed at row {number + 1}: {type(error).__name__}: {error}") from None
+        what = f"{name} failed at row {number + 1}" if started else "cannot be imported"
+        raise DataError(f"{file}:{line}: {what}: {type(error).__name__}: {error}") from None
+    if not number:
+        raise DataError(f"{file}:{name}: gives no rows")
 
 
 def _plain(value: Any) -> Any:

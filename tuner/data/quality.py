@@ -3,6 +3,7 @@
 One pass over the rows; of each a few numbers are kept (about 450 bytes), so that millions fit in memory.
 """
 
+import json
 import re
 from array import array
 from collections import Counter
@@ -51,6 +52,8 @@ DETECTORS = (
 # Nothing that they look for is without one of these.
 SUSPICIOUS = re.compile(r"[A-Za-z0-9+/=_\-.]{20,}|://[^/\s:@]+:[^/\s]+@|PRIVATE KEY")
 EMAIL = re.compile(r"([A-Za-z0-9])[A-Za-z0-9._%+-]*(@[A-Za-z0-9-]+(?:\.[A-Za-z0-9-]+)*\.[A-Za-z]{2,})")
+# What chat templates write around turns: in a row's own words it would be read as the end of a turn and the beginning of another.
+MARKERS = re.compile(r"<\|[A-Za-z][\w ]{1,40}\|>|\[/?INST\]|<(?:start|end)_of_turn>")
 # https://name:password@host is no address, and its password is not repeated.
 CREDENTIALS = re.compile(r"://[^/\s@]*@")
 
@@ -94,6 +97,10 @@ class Quality:
     """Training rows that hold a text of `data.test`."""
     secrets: Findings = field(default_factory=Findings)
     emails: Findings = field(default_factory=Findings)
+    markers: Findings = field(default_factory=Findings)
+    """Rows in whose words a turn ends or begins."""
+    asked: Findings = field(default_factory=Findings)
+    """Held-out rows that ask what a training row asks, and expect another answer."""
 
     def lines(self) -> Iterator[tuple[str, Findings]]:
         """The name of each kind of finding that was looked for, with what was found."""
@@ -102,10 +109,12 @@ class Quality:
         yield "texts with two labels", self.contradictions
         if "heldout" in self.rows:
             yield "held-out rows that are training rows, or nearly", self.leaks
+            yield "held-out rows that ask what a training row asks", self.asked
         if "test" in self.rows:
             yield "training rows that hold a text of data.test", self.contamination
         yield "rows with a secret in them", self.secrets
         yield "rows with an e-mail address in them", self.emails
+        yield "rows whose words hold a mark such as <|im_end|>", self.markers
 
 
 def examine(recipe: Recipe, check: Callable[[Row], object] = lambda row: row) -> Quality:
@@ -127,7 +136,7 @@ def examine(recipe: Recipe, check: Callable[[Row], object] = lambda row: row) ->
         for row, _ in counted(f"reading {side} rows", usable(reading.read(recipe, side), wanted, bad)):
             found.rows[side] += 1
             words = words_of(row.record)
-            numbers.add(side, row.place, words, _label(row.record))
+            numbers.add(side, row.place, words, _label(row.record), _question(row.record))
             if side == "test":
                 grams.update(dict.fromkeys(_runs(words, CONTAMINATED_WORDS), len(numbers.places) - 1))
                 if SHORT_WORDS <= (size := len(WORD.findall(words))) < CONTAMINATED_WORDS:
@@ -185,11 +194,8 @@ def _label(record: dict[str, Any]) -> str:
 
 def labels_of(record: dict[str, Any]) -> Iterator[str]:
     """The labels of a row, or of its words."""
-    if "label" in record:
-        yield str(record["label"])
-    for key in ("labels", "tags"):
-        if isinstance(record.get(key), list):
-            yield from map(str, record[key])
+    listed = [each for key in ("labels", "tags") if isinstance(record.get(key), list) for each in record[key]]
+    yield from (each for each in [record.get("label"), *listed] if isinstance(each, str) and each.strip())
 
 
 def _look(row: Row, found: Quality) -> None:
@@ -197,6 +203,8 @@ def _look(row: Row, found: Quality) -> None:
     words = "\n".join(_everything(row.record))
     if "@" in words and (address := EMAIL.search(CREDENTIALS.sub("://", words))):
         found.emails.add(f"{row.place}: {address[1]}...{address[2]}")
+    if ("<" in words or "[" in words) and (mark := MARKERS.search(words)):
+        found.markers.add(f"{row.place}: {mark.group()}")
     if SUSPICIOUS.search(words) and (kind := _secret(words)):
         found.secrets.add(f"{row.place}: {kind}")
 
@@ -232,22 +240,33 @@ def _runs(words: str, size: int) -> Iterator[tuple[int, int]]:
         yield size, hash(tuple(each[start : start + size]))
 
 
+def _number(text: str) -> int:
+    return int.from_bytes(blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
+
+
+def _question(record: dict[str, Any]) -> str:
+    """What is asked before the answer that is learned; empty for rows of other kinds."""
+    before = record["messages"][:-1] if isinstance(record.get("messages"), list) else record.get("prompt", "")
+    return json.dumps(before, sort_keys=True, default=str) if before else ""
+
+
 class _Numbers:
     """What is kept of every row: its place, its side, hashes of its text and label, and its MinHash."""
 
     def __init__(self) -> None:
         self.places: list[str] = []
         self.sides = array("b")
-        self.texts, self.labels = array("Q"), array("Q")
+        self.texts, self.labels, self.questions = array("Q"), array("Q"), array("Q")
         self._block: list[list[str]] = []
         self._sketches: list[Any] = []
 
-    def add(self, side: str, place: str, words: str, label: str) -> None:
+    def add(self, side: str, place: str, words: str, label: str, question: str) -> None:
         """Keep a row's numbers."""
         self.places.append(place)
         self.sides.append(SIDES.index(side))
-        self.texts.append(int.from_bytes(blake2b(words.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big"))
-        self.labels.append(int.from_bytes(blake2b(label.encode(), digest_size=8).digest(), "big"))
+        self.texts.append(_number(words))
+        self.labels.append(_number(label))
+        self.questions.append(_number(question) if question else 0)
         self._block.append(shingles(words))
         if len(self._block) == BLOCK_ROWS:
             self._sketch()
@@ -341,3 +360,15 @@ def _compare(numbers: _Numbers, found: Quality, contaminated: set[int]) -> None:
                 if place and at not in repeated and (other := like(at, train[:place])) is not None:
                     repeated.add(at)
                     found.near_duplicates.add(numbers.alike(at, other, nearly=True))
+    _compare_questions(numbers, found, leaked)
+
+
+def _compare_questions(numbers: _Numbers, found: Quality, leaked: set[int]) -> None:
+    """Held-out rows that ask what a training row asks, but for those that were counted as a whole."""
+    first: dict[int, int] = {}
+    for at, question in enumerate(numbers.questions):
+        if question and numbers.sides[at] == SIDES.index("train"):
+            first.setdefault(question, at)
+    for at, question in enumerate(numbers.questions):
+        if numbers.sides[at] == SIDES.index("heldout") and question in first and at not in leaked:
+            found.asked.add(f"{numbers.places[at]}: asks what {numbers.places[first[question]]} asks")

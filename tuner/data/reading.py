@@ -83,6 +83,8 @@ def read(recipe: Recipe, which: str, first: int | None = None) -> Iterator[Row |
     for number, part in found(recipe, which):
         before = _stamp(recipe, part)
         rows = 0
+        if part.source.function:
+            _kept(recipe, part).require_same()
         for row in _kept(recipe, part).rows() if part.source.function else formats.rows(part):
             if first is not None and number in given and seen[number] >= first:
                 recipe.seen["more", which] = True

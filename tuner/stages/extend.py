@@ -70,10 +70,17 @@ def check(plan: "Plan", step: "Step") -> None:
         message = "the model's output layer has a bias, and beside an adapter no new tokens of it are trained; use full"
         raise plan.recipe.error(message, "stages", trains.index, trains.name, "method")
     if step.index == 0 and plan.source is not None:
+        from pathlib import Path
+        from tempfile import TemporaryDirectory
+
+        from tuner import vocabulary
         from tuner.tokens import tokenizer_of
 
         try:
-            _require(tokenizer_of(plan.source), step.options)
+            old = tokenizer_of(plan.source)
+            _require(old, step.options)
+            with TemporaryDirectory() as folder:
+                vocabulary.extend(old, vocabulary.Entries(), step.options.listed, Path(folder))
         except SourceError as error:
             raise plan.recipe.error(str(error), "stages", step.index, "extend") from None
 
@@ -162,7 +169,8 @@ def _figures(job: Job, old: Any, new: Any, tokens: list[str]) -> dict[str, Any]:
     from tuner import vocabulary
 
     numbers = {token: new.convert_tokens_to_ids(token) for token in tokens}
-    figures: dict[str, Any] = {"tokens": len(tokens), "first": [new.decode([numbers[token]]) for token in tokens[:SHOWN]]}
+    figures: dict[str, Any] = {"tokens": len(tokens), "asked": job.options.learned + len(job.options.listed)}
+    figures["first"] = [new.decode([numbers[token]]) for token in tokens[:SHOWN]]
     for key in ("train", "heldout") if job.recipe.data.holds_out else ("train",):
         before, after = (
             vocabulary.count(tokenizer, texts(job.recipe, BadRows(job.recipe.data.on_bad_row), key)) for tokenizer in (old, new)
@@ -177,6 +185,8 @@ def _figures(job: Job, old: Any, new: Any, tokens: list[str]) -> dict[str, Any]:
 def told(figures: dict[str, Any]) -> list[str]:
     """What was added, and what it saves, for the run and its report."""
     lines = [f"extend: {figures['tokens']} new tokens, such as {', '.join(map(repr, figures['first']))}"]
+    if figures.get("asked", figures["tokens"]) > figures["tokens"]:
+        lines[0] += f"; {figures['asked']} were asked for, and the text has no more that occur often enough"
     if parts := figures["unused"] - len(figures["unseen"]):
         lines[0] += f"; {parts} are only parts of others"
     if figures["unseen"]:

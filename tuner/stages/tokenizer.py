@@ -4,6 +4,7 @@
 import json
 import sys
 from collections import Counter
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
@@ -33,8 +34,14 @@ SPLITS = {
     ),
     "whitespace": r"\s*\S+|\s+",
 }
-CHATML = """{% for message in messages %}<|im_start|>{{ message['role'] }}
-{{ message['content'] }}<|im_end|>
+# Tools are a turn of their own before all others, a JSON object a line, and a call is one behind the assistant's words. A line's
+# end behind a block, such as that of the calls, is not written.
+CHATML = """{% if tools %}<|im_start|>tools
+{% for tool in tools %}{{ tool['function'] | tojson }}
+{% endfor %}<|im_end|>
+{% endif %}{% for message in messages %}<|im_start|>{{ message['role'] }}
+{{ message['content'] }}{% for call in message['tool_calls'] or [] %}
+<tool_call>{{ call['function'] | tojson }}</tool_call>{% endfor %}<|im_end|>
 {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
 # The library's, in UnigramTrainer.finalize.
@@ -90,6 +97,11 @@ class Options(BaseOptions):
         return self
 
 
+def told(figures: dict[str, Any]) -> list[str]:
+    """For the report."""
+    return [f"tokenizer: {figures['vocab_size']:,} entries"]
+
+
 def gives(options: Options) -> str:  # noqa: ARG001 - a stage's common signature
     """A tokenizer."""
     return "tokenizer"
@@ -102,7 +114,7 @@ def run(job: Job) -> Manifest:
     from tuner.source import versions
 
     options: Any = job.options
-    template, end = _chat(job.recipe, options)
+    template, end = _chat(options)
     if options.model == "wordpiece":
         roles = BERT_ROLES
     else:
@@ -120,8 +132,6 @@ def run(job: Job) -> Manifest:
     say(f"tokenizer: {size:,} entries{short}")
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, extra_special_tokens=options.special_tokens, **roles)
     fast.chat_template = template
-    if template is not None:
-        _require_rendering(job, fast)
     fast.save_pretrained(job.folder)
     return Manifest(
         kind="tokenizer",
@@ -134,16 +144,18 @@ def run(job: Job) -> Manifest:
     )
 
 
-def _require_rendering(job: Job, tokenizer: Any) -> None:
-    """Raises RecipeError for a chat template that cannot write down one question and its answer."""
+def _require_rendering(template: str) -> None:
+    """Raises DataError for a chat template that cannot write down one question and its answer."""
     from jinja2.exceptions import TemplateError
+    from transformers.utils.chat_template_utils import render_jinja_template
 
-    asked = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    asked = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": "its answer"}]
     try:
-        tokenizer.apply_chat_template(asked, tokenize=False)
+        (text,), _ = render_jinja_template([asked], chat_template=template, bos_token="", eos_token="", pad_token="")
     except (TemplateError, TypeError, ValueError) as error:
-        message = f"no question and answer can be written down with it: {error}"
-        raise job.recipe.error(message, "stages", job.index, "tokenizer", "chat_template") from None
+        raise DataError(f"no question and answer can be written down with it: {error}") from None
+    if not all(each["content"] in text for each in asked):
+        raise DataError(f"it leaves out a question or its answer: of both it makes {text[:80]!r}")
 
 
 def _of_bytes(recipe: Recipe, options: Options, special: list[str], bad: BadRows) -> Any:
@@ -240,25 +252,27 @@ def _settled(tokenizer: Any, special: int) -> Any:
 
 
 def check(plan: "Plan", step: "Step") -> None:
-    """Raises RecipeError for a chat template that is not there."""
+    """Raises RecipeError for a chat template that is not there, or writes down no conversation."""
     try:
-        _chat(plan.recipe, step.options)
+        template, _ = _chat(step.options)
+        if template is not None:
+            _require_rendering(template)
     except DataError as error:
         raise plan.recipe.error(str(error), "stages", step.index, "tokenizer", "chat_template") from None
 
 
-def reads(recipe: Recipe, options: Options) -> list[Any]:
+def reads(recipe: Recipe, options: Options) -> list[Any]:  # noqa: ARG001 - a stage's common signature
     """The text of the chat template, wherever it is from."""
-    return [_chat(recipe, options)[0]]
+    return [_chat(options)[0]]
 
 
-def _chat(recipe: Recipe, options: Options) -> tuple[str | None, str | None]:
+def _chat(options: Options) -> tuple[str | None, str | None]:
     """(the chat template, the token that ends its turns where the template decides that). Raises DataError."""
     if options.chat_template is None:
         return None, None
     if options.chat_template == "chatml":
         return CHATML, "<|im_end|>"
-    path = recipe.path.parent / options.chat_template
+    path = Path(options.chat_template)
     try:
         return path.read_text(encoding="utf-8"), None
     except (OSError, UnicodeDecodeError) as error:

@@ -67,6 +67,8 @@ def check_row(record: dict[str, Any], options: Options, *, chat_template: bool =
     if not isinstance(record.get("text"), str) or not record["text"].strip():
         keys = ", ".join(f'"{key}"' for key in record) or "nothing"
         why = lacking(record.get("text"), there="text" in record)
+        if "text" in record:
+            raise DataError(f'"text" is {record["text"]!r:.60}, expected text', why)
         raise DataError(f'found {keys}, expected "text" with some text in it, and "label", "labels" or "score"', why)
     target(record, options)
 

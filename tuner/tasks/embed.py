@@ -80,7 +80,9 @@ def texts(record: dict[str, Any], options: Options) -> list[str]:
     else:
         score = record.get("score")
         if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score) or not -1 <= score <= 1:
-            raise DataError(f'"score" is {score!r:.60}, expected a number from -1 to 1, as a cosine is')
+            raise DataError(
+                f'"score" is {score!r:.60}, expected a number from -1 to 1, as a cosine is; divide those of another scale'
+            )
     for key, text in zip(keys, found, strict=True):
         if not isinstance(text, str) or not text.strip():
             there = ", ".join(f'"{name}"' for name in record)

@@ -244,7 +244,7 @@ LABELS = {"labels": ["good", "bad"]}
     [
         (LABELS, {"text": "x", "label": "god"}, 'f:1: "label": \'god\' is none of the recipe\'s labels; did you mean "good"?'),
         (LABELS, {"text": "x"}, 'f:1: the key "label" is missing beside "text"'),
-        (LABELS, {"label": "good"}, 'f:1: found "label", expected "text" with some text in it'),
+        (LABELS, {"label": "good"}, 'f:1: found "label", expected the key "text"'),
         ({**LABELS, "form": "multi"}, {"text": "x", "labels": "good"}, "f:1: \"labels\" is 'good', expected a list"),
         ({"form": "number"}, {"text": "x", "score": "3"}, "f:1: \"score\" is '3', expected a number"),
         (

@@ -41,6 +41,15 @@ def text_of(record: dict[str, Any]) -> str:
     return text
 
 
+def require_text(record: dict[str, Any], beside: str = "") -> None:
+    """Raises DataError unless the record has a text under "text"; `beside` names what else was expected."""
+    if "text" not in record:
+        found = ", ".join(f'"{key}"' for key in record) or "nothing"
+        raise DataError(f'found {found}, expected the key "text"{beside}')
+    if not isinstance(record["text"], str) or not record["text"].strip():
+        raise DataError(f'"text" is {record["text"]!r:.60}, expected text', lacking(record["text"]))
+
+
 def words_of(record: dict[str, Any]) -> str:
     """What the record says, without what it is labelled, and without what a system message says to all alike.
 

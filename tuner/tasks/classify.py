@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from tuner.data.example import IGNORE, Example, Labelled, repeated
-from tuner.data.rows import BadRows, Row, lacking, usable
-from tuner.data.text import asked, encode
+from tuner.data.rows import BadRows, Row, usable
+from tuner.data.text import asked, encode, require_text
 from tuner.errors import DataError, nearest
 from tuner.kinds import Options as BaseOptions
 from tuner.recipe import Evaluate
@@ -64,12 +64,7 @@ def proposed(shape: str, labels: list[str], family: "Family", known: "Facts") ->
 
 def check_row(record: dict[str, Any], options: Options, *, chat_template: bool = True) -> None:  # noqa: ARG001 - a task's common signature
     """Raises DataError unless the record has a text, and the label or number that the options ask for."""
-    if not isinstance(record.get("text"), str) or not record["text"].strip():
-        keys = ", ".join(f'"{key}"' for key in record) or "nothing"
-        why = lacking(record.get("text"), there="text" in record)
-        if "text" in record:
-            raise DataError(f'"text" is {record["text"]!r:.60}, expected text', why)
-        raise DataError(f'found {keys}, expected "text" with some text in it, and "label", "labels" or "score"', why)
+    require_text(record, ', and "label", "labels" or "score"')
     target(record, options)
 
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from tuner.data.example import IGNORE, Example
-from tuner.data.rows import BadRows, Row, lacking, usable
-from tuner.data.text import require_one_beginning
+from tuner.data.rows import BadRows, Row, usable
+from tuner.data.text import require_one_beginning, require_text
 from tuner.errors import DataError
 from tuner.kinds import Options as BaseOptions
 from tuner.recipe import Evaluate
@@ -52,12 +52,7 @@ class Maskable:
 
 def check_row(record: dict[str, Any], options: Options, *, chat_template: bool = True) -> None:  # noqa: ARG001 - a task's common signature
     """Raises DataError unless the record is {"text": "..."}."""
-    if not isinstance(record.get("text"), str) or not record["text"].strip():
-        keys = ", ".join(f'"{key}"' for key in record) or "nothing"
-        why = lacking(record.get("text"), there="text" in record)
-        if "text" in record:
-            raise DataError(f'"text" is {record["text"]!r:.60}, expected text', why)
-        raise DataError(f'found {keys}, expected "text" with some text in it', why)
+    require_text(record)
 
 
 def examples(rows: Iterator[Row], tokenizer: Any, options: Options, bad: BadRows) -> Iterator[tuple[Row, Maskable]]:

@@ -6,8 +6,8 @@ from typing import Any, Literal
 from pydantic import Field
 
 from tuner.data.example import Example
-from tuner.data.rows import BadRows, Row, lacking, usable
-from tuner.data.text import asked, require_one_beginning
+from tuner.data.rows import BadRows, Row, usable
+from tuner.data.text import asked, require_one_beginning, require_text
 from tuner.errors import DataError
 from tuner.kinds import Options as BaseOptions
 from tuner.score import of_answers as scores
@@ -49,11 +49,7 @@ class Options(BaseOptions):
 
 def check_row(record: dict[str, Any], options: Options, *, chat_template: bool = True) -> None:  # noqa: ARG001 - a task's common signature
     """Raises DataError unless the record is {"text": "..."}."""
-    if "text" not in record:
-        found = ", ".join(f'"{key}"' for key in record) or "nothing"
-        raise DataError(f'found {found}, expected the key "text"')
-    if not isinstance(record["text"], str) or not record["text"].strip():
-        raise DataError(f'"text" is {record["text"]!r:.60}, expected text', lacking(record["text"]))
+    require_text(record)
 
 
 def examples(rows: Iterator[Row], tokenizer: Any, options: Options, bad: BadRows) -> Iterator[tuple[Row, Example]]:

@@ -238,6 +238,21 @@ def test_marks_of_turns_and_questions_that_were_asked_before_are_found(recipe_fi
     assert found.asked.listed[0].endswith("train.jsonl:1 asks")
 
 
+def test_pairs_that_ask_the_same_are_found_by_the_whole_question(recipe_file: Any, tmp_path: Path) -> None:
+    recipe = read_recipe(recipe_file(lambda tree: tree["stages"][0]["tune"].update(task={"kind": "preference", "max_tokens": 128})))
+    begun = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+
+    def row(said: str, number: int) -> dict[str, Any]:
+        return {"messages": [*begun, {"role": "user", "content": said}], "chosen": f"yes, {number}", "rejected": "no"}
+
+    write_rows(
+        tmp_path / "train.jsonl", [row("list the virtual machines", 1), {"prompt": "show it", "chosen": "a", "rejected": "b"}]
+    )
+    asked = {"prompt": "show it", "chosen": "another answer of more words", "rejected": "b"}
+    write_rows(tmp_path / "heldout.jsonl", [row("list the virtual machines", 2), row("delete the network", 3), asked])
+    assert [each.split(":")[1] for each in examine(recipe).asked.listed] == ["1", "3"]
+
+
 def test_the_page_shows_the_same_in_a_browser(recipe_file: Any, tmp_path: Path) -> None:
     recipe, page = recipe_file(), tmp_path / "page.html"
     row = {"prompt": "<b>show</b> & tell", "completion": " az vm show"}

@@ -246,7 +246,9 @@ def _number(text: str) -> int:
 
 def _question(record: dict[str, Any]) -> str:
     """What is asked before the answer that is learned; empty for rows of other kinds."""
-    before = record["messages"][:-1] if isinstance(record.get("messages"), list) else record.get("prompt", "")
+    before = record.get("messages", record.get("prompt"))
+    if isinstance(before, list) and not {"chosen", "completion"} & set(record):
+        before = before[:-1]  # the answer is the last of them
     return json.dumps(before, sort_keys=True, default=str) if before else ""
 
 

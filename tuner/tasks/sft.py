@@ -5,8 +5,9 @@ Learned are the assistant's words and the token that ends its turn; everything e
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import cache
 from typing import Any, Literal
 
 from pydantic import Field
@@ -126,13 +127,23 @@ def question_ids(record: dict[str, Any], tokenizer: Any) -> list[int]:
 
 def encode(record: dict[str, Any], tokenizer: Any) -> Example:
     """The whole row, every answer in it supervised. Raises DataError where a server would render it otherwise."""
-    prompt = question_ids(record, tokenizer)
     if "messages" not in record:
+        prompt = question_ids(record, tokenizer)
         answer = [*tokenizer(record["completion"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
         require_one_beginning(prompt, tokenizer)
         return Example(prompt + answer, [IGNORE] * len(prompt) + answer)
     messages, tools = record["messages"], record.get("tools")
-    ids, learned = (_by_markers if has_markers(tokenizer) else _by_prefixes)(messages, tools, tokenizer)
+
+    @cache
+    def render(count: int, answer: bool) -> str:
+        return _render(messages[:count], tokenizer, tools, add_generation_prompt=answer)
+
+    _check_tools_are_shown(messages, tools, render(len(messages), False), tokenizer)
+    if has_markers(tokenizer):
+        ids, learned = _by_markers(messages, tools, tokenizer)
+    else:
+        ids, learned = _by_prefixes(messages, render, tokenizer)
+    prompt = list(tokenizer(render(len(messages) - 1, True), add_special_tokens=False)["input_ids"])
     if ids[: len(prompt)] != prompt:
         raise DataError("the chat template joins the question and the answer into one token, which no server would send")
     labels = [token if wanted else IGNORE for token, wanted in zip(ids, learned, strict=True)]
@@ -171,22 +182,23 @@ def told(tokenizer: Any, options: Options, shapes: dict[str, int]) -> list[str]:
 
 def _by_markers(messages: list[dict[str, Any]], tools: Any, tokenizer: Any) -> tuple[list[int], list[bool]]:
     """(ids, which of them are learned) by what the template marks."""
-    text = _render(messages, tokenizer, tools, add_generation_prompt=False)
-    _check_tools_are_shown(messages, tools, text, tokenizer)
     options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
     encoded = tokenizer.apply_chat_template(messages, tools=tools, **options)
     return list(encoded["input_ids"]), [bool(each) for each in encoded["assistant_masks"]]
 
 
-def _by_prefixes(messages: list[dict[str, Any]], tools: Any, tokenizer: Any) -> tuple[list[int], list[bool]]:
-    """(ids, which of them are learned): what each answer adds to the rendering of all that came before it."""
-    text = _render(messages, tokenizer, tools, add_generation_prompt=False)
-    _check_tools_are_shown(messages, tools, text, tokenizer)
+def _by_prefixes(
+    messages: list[dict[str, Any]], render: Callable[[int, bool], str], tokenizer: Any
+) -> tuple[list[int], list[bool]]:
+    """(ids, which of them are learned): what each answer adds to the rendering of all that came before it.
+
+    `render` gives so many of the messages as text, asking for an answer or not.
+    """
+    text = render(len(messages), False)
     spans = []
     for index, message in enumerate(messages):
         if message["role"] == "assistant":
-            start = _render(messages[:index], tokenizer, tools, add_generation_prompt=True)
-            end = _render(messages[: index + 1], tokenizer, tools, add_generation_prompt=False)
+            start, end = render(index, True), render(index + 1, False)
             if not (text.startswith(start) and text.startswith(end)):
                 raise DataError(
                     f"messages[{index}]: this model's chat template renders the turns before it differently once it is there, "

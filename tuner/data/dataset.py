@@ -72,12 +72,15 @@ def training_examples(recipe: Recipe, task: Any, tokenizer: Any, rows: int | Non
     if limits:
         wanted = set(list(dict.fromkeys(places[index] for index in found))[: min(limits)])
         found = [index for index in found if places[index] in wanted]
+    # Each once, as the shapes were counted, where none is drawn.
+    whole = not limits and all(source.weight == 1.0 for source in reading.sources(recipe, "train"))
+    count = sum(examples.info["shapes"].values()) if whole else len({places[index] for index in found})
     supervised, cut = examples.column("supervised"), examples.column("cut")
     chosen = Chosen(examples, found)
     return chosen, {
         **reading.identity(recipe, "train"),
         "shapes": examples.info["shapes"],
-        "rows": len({places[index] for index in found}),
+        "rows": count,
         "examples": len(chosen),
         "tokens": sum(chosen.lengths),
         "supervised_tokens": sum(supervised[index] for index in found),
@@ -182,8 +185,8 @@ def _said_by(tokenizer: Any) -> str:
     """Changes with anything that decides which tokens a text becomes."""
     from tuner.checkpoint import ends_of_turn
 
-    backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    # The last call's settings, which the next one replaces.
-    rest = {key: value for key, value in backend.items() if key not in ("truncation", "padding")}
+    backend = tokenizer.backend_tokenizer.to_str()
+    # Before these stand the last call's lengths for cutting and filling up, which the next one replaces.
+    rest = hashlib.sha256(backend[backend.index('"added_tokens"') :].encode()).hexdigest()
     names = {key: str(value) for key, value in tokenizer.special_tokens_map.items()}
     return fingerprint(rest, tokenizer.chat_template, names, sorted(ends_of_turn(tokenizer)))

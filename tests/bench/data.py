@@ -121,7 +121,7 @@ def figures(folder: Path) -> Iterator[tuple[str, str, str]]:
     for recipe, name in ((DEMO, "the demo's rows"), (of_million, "the million rows")):
         (first, padding), (second, _) = as_tokens(recipe, folder / "cache"), as_tokens(recipe, folder / "cache")
         yield f"{name} as tokens, the first and the second time", "2 s the second time", f"{first:.1f} s, {second:.2f} s"
-        # Of a million rows of 40 to 70 tokens what is left of a row is too short for any.
+        # Of a million short rows of much the same length what is left over in a row is too short for any of them.
         yield f"{name} in packed rows of 512 tokens", "2% padding" if recipe == DEMO else "none", f"{padding:.1%}"
 
 

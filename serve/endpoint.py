@@ -236,24 +236,28 @@ def default_name(bundle: Bundle) -> str:
 
 
 async def serve_until(engines: list[Engine], settings: Settings, stop: asyncio.Event, opened: Callable[[str], None]) -> None:
-    """Start all engines, open the gateway, call `opened` with its address, and after `stop` drain and end everything."""
+    """Open the gateway, start all engines, call `opened` with the address, and after `stop` drain and end everything.
+
+    Until its engine is proven a model answers 503, so that clients and load balancers need not wait for a connection.
+    """
     listener = _bind(settings.port)
     server: uvicorn.Server | None = None
     tasks: list[asyncio.Future[Any]] = []
     traffic = Traffic()
     try:
-        for engine in engines:
-            await _unless(stop, engine.start())
-            if stop.is_set():
-                return
         models: dict[str, Any] = {name: engine for engine in engines for name in (engine.name, *engine.adapters)}
         created = int(time.time())
         app = gateway(models, lambda: [_entry(name, engine, created) for name, engine in models.items()], traffic)
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=5))
         # Signals are ours: uvicorn would stop before the requests under way are answered.
         server.capture_signals = _no_signals  # type: ignore[method-assign]
+        tasks = [asyncio.create_task(server.serve(sockets=[listener]))]
+        for engine in engines:
+            await _unless(stop, engine.start())
+            if stop.is_set():
+                return
         watching = asyncio.gather(*(engine.watch() for engine in engines))
-        tasks = [asyncio.create_task(server.serve(sockets=[listener])), watching]
+        tasks.append(watching)
         opened(f"http://127.0.0.1:{listener.getsockname()[1]}/v1")
         waiting = asyncio.create_task(stop.wait())
         done, _ = await asyncio.wait([waiting, *tasks], return_when=asyncio.FIRST_COMPLETED)

@@ -219,6 +219,23 @@ def test_an_engine_that_answers_as_another_model_never_gets_ready(out: Path, tmp
 
 
 @pytest.mark.slow
+def test_while_an_engine_starts_its_model_is_503_at_once(out: Path) -> None:
+    from serve.endpoint import free_port
+
+    port = str(free_port())
+    server = Server(out / "merge", "--port", port)
+    try:
+        server.wait_for("the engine starts")
+        asked = {"model": "quick-merge", "prompt": "az vm", "max_tokens": 2}
+        reply = httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=asked, timeout=5)
+        assert (reply.status_code, reply.headers["retry-after"]) == (503, "5")
+        server.wait_for("serving")
+        assert httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=asked, timeout=60).status_code == 200
+    finally:
+        server.end()
+
+
+@pytest.mark.slow
 def test_an_engine_that_renders_a_conversation_otherwise_never_gets_ready(out: Path, tmp_path: Path) -> None:
     """The real engine, whose chat template is another one than that of training: the weights are right, and the answers are not."""
     import shutil

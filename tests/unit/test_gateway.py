@@ -1,7 +1,9 @@
 """The gateway in front of a stand-in engine; tests/e2e/test_serving.py shows the same in front of vLLM."""
 
+import asyncio
 import json
 import socket
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -12,9 +14,10 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
-from serve.endpoint import Settings, _bind, arrange
+from serve.endpoint import Settings, _bind, arrange, free_port, serve_until
 from serve.errors import ServeError
 from serve.gateway.app import Traffic, gateway
+from tuner.bundle import Bundle, Manifest
 
 
 class StandIn:
@@ -165,3 +168,48 @@ def test_a_question_that_the_models_head_cannot_answer_is_400(
     reply = client.post(path, json={"model": "m", "input": "x"})
     assert reply.status_code == 400
     assert reply.json()["error"]["message"] == said
+
+
+class Starting(StandIn):
+    """A stand-in that is proven only once it is told to be."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ready, self.name, self.adapters = False, "m", dict[str, Any]()
+        self.model = Bundle(Path("/b"), Manifest(kind="model", stage="tune", fingerprint="f", head="causal"))
+        self.proven = asyncio.Event()
+
+    async def start(self) -> None:
+        await self.proven.wait()
+        self.ready = True
+
+    async def watch(self) -> None:
+        await asyncio.Event().wait()
+
+    async def stop(self) -> None:
+        self.ready = False
+
+
+def test_until_an_engine_is_proven_its_model_is_503_and_no_request_waits() -> None:
+    async def scenario() -> None:
+        engine, stop, address = Starting(), asyncio.Event(), list[str]()
+        settings = Settings(port=free_port())
+        running = asyncio.create_task(serve_until([engine], settings, stop, address.append))  # type: ignore[list-item]
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{settings.port}/v1", timeout=5) as client:
+            before = await client.post("/chat/completions", json={"model": "m"})
+            assert (before.status_code, before.headers["retry-after"], address) == (503, "5", [])
+            assert "the engine of m is starting" in before.json()["error"]["message"]
+            engine.proven.set()
+            while not address:
+                await asyncio.sleep(0.01)
+            assert (await client.post("/chat/completions", json={"model": "m"})).status_code == 200
+            stop.set()
+            await running
+        # While it starts it can be stopped, too.
+        stop.clear()
+        running = asyncio.create_task(serve_until([Starting()], settings, stop, address.append))  # type: ignore[list-item]
+        await asyncio.sleep(0.1)
+        stop.set()
+        await asyncio.wait_for(running, 10)
+
+    asyncio.run(scenario())

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tuner.errors import TunerError
+from tuner.errors import DataError, TunerError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -166,6 +166,8 @@ def data(
         except OSError as error:
             raise typer.BadParameter(f"{html}: nothing can be written there: {error.strerror}") from None
         print(html)
+    if not quality.rows["train"]:
+        raise DataError(f"{recipe}: none of its rows can be used")
 
 
 @app.command()

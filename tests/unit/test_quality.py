@@ -219,6 +219,10 @@ def test_the_command_says_it_for_a_recipe_and_for_a_file_alone(recipe_file: Any,
     (tmp_path / "folder/notes.docx").write_text("no data")
     said = f"not read, since their endings are those of no data: {tmp_path / 'folder/notes.docx'}"
     assert said in tuner("data", tmp_path / "folder").stdout
+    write_rows(tmp_path / "bad.jsonl", ["{", "["])
+    none = tuner("data", tmp_path / "bad.jsonl")
+    assert (none.returncode, "bad.jsonl: none of its rows can be used" in none.stderr) == (2, True)
+    assert "2 train rows cannot be used" in none.stdout
     refused = tuner("data", tmp_path / "review.csv")
     assert refused.returncode == 2
     assert 'did you mean "reviews.csv"' in refused.stderr

@@ -111,6 +111,7 @@ def test_tools_and_calls_become_the_tokens_that_training_saw(tmp_path: Path) -> 
         server.end()
 
 
+@pytest.mark.slow
 def test_an_engine_with_another_classifier_never_gets_ready(checkpoints: Any, tmp_path: Path) -> None:  # noqa: F811
     path = recipe(tmp_path, checkpoints("bert").path, "classify", [], method="full", gate={"heldout_loss_drop": -9.0})
     bundle = run(make_plan(read_recipe(path), tmp_path / "out"), tmp_path / "out")[-1]

@@ -290,7 +290,7 @@ def test_a_taken_port_is_said_before_an_engine_starts(out: Path) -> None:
     assert "engine starts" not in done.stderr
 
 
-@pytest.mark.parametrize("seconds", [0, 12], ids=["at once", "while its own processes start"])
+@pytest.mark.parametrize("seconds", [pytest.param(0, marks=pytest.mark.slow), 12], ids=["at once", "while its own processes start"])
 def test_an_engine_does_not_outlive_an_endpoint_that_is_killed(out: Path, seconds: int) -> None:
     server = Server(out / "merge", "--port", "0")
     server.wait_for("the engine starts")

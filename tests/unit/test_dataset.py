@@ -87,6 +87,12 @@ def test_each_source_is_looked_at_however_long_the_one_before_it_is(
     recipe = read(train=["train.jsonl", {"path": "heldout.jsonl", "map": {"text": "nope"}}])
     with pytest.raises(DataError, match=r'heldout\.jsonl:1: there is no column "nope"'):
         make_plan(recipe, tmp_path / "out")
+    for name in ("a", "b", "c"):
+        (tmp_path / "many").mkdir(exist_ok=True)
+        write_rows(tmp_path / "many" / f"{name}.jsonl", chat_rows(12, start=ord(name) * 100))
+    for train in ("many", "many/*.jsonl"):
+        looked = make_plan(read(train=train), tmp_path / "out").data
+        assert (looked.rows["train"], looked.skipped["train"], looked.more) == (10, 0, ["train"]), "the other files are not empty"
     looked = make_plan(read(), tmp_path / "out").data
     assert (looked.rows["train"], looked.rows["heldout"], looked.more) == (10, 8, ["train"])
 

@@ -81,6 +81,9 @@ def read(recipe: Recipe, which: str, first: int | None = None) -> Iterator[Row |
     """
     seen, given = Counter[int](), set[int]()
     for number, part in found(recipe, which):
+        if first is not None and number in given and seen[number] >= first:
+            recipe.seen["more", which] = True
+            continue
         before = _stamp(recipe, part)
         rows = 0
         if part.source.function:

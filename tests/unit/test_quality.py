@@ -173,13 +173,14 @@ def test_secrets_and_addresses_are_named_without_their_value(examined: Any) -> N
         {"text": f"use {key} for it"},
         {"text": "write to jane.doe@example.org today"},
         {"text": "https://me:passw0rd@host.example/x"},
-        {"text": "me @ home, 5@6"},
+        {"text": "me @ home, 5@6, a..b@host.com, root@db.local; ask joe@example.net"},
     ]
     quality = examined(rows)
-    assert counts(quality) == {"rows with a secret in them": 2, "rows with an e-mail address in them": 1}
+    assert counts(quality) == {"rows with a secret in them": 2, "rows with an e-mail address in them": 2}
     assert "train.jsonl:1: AWS Access Key" in quality.secrets.listed[0]
     assert key not in str(quality) and "passw0rd" not in str(quality) and "jane" not in str(quality)
     assert quality.emails.listed[0].endswith("train.jsonl:2: j...@example.org")
+    assert quality.emails.listed[1].endswith("train.jsonl:4: j...@example.net")
 
 
 def test_languages_are_told_apart(examined: Any) -> None:

@@ -51,6 +51,7 @@ DETECTORS = (
 )  # fmt: skip
 # Nothing that they look for is without one of these.
 SUSPICIOUS = re.compile(r"[A-Za-z0-9+/=_\-.]{20,}|://[^/\s:@]+:[^/\s]+@|PRIVATE KEY")
+# What may be an address; email-validator says whether it is one.
 EMAIL = re.compile(r"([A-Za-z0-9])[A-Za-z0-9._%+-]*(@[A-Za-z0-9-]+(?:\.[A-Za-z0-9-]+)*\.[A-Za-z]{2,})")
 # What chat templates write around turns: in a row's own words it would be read as the end of a turn and the beginning of another.
 MARKERS = re.compile(r"<\|[A-Za-z][\w ]{1,40}\|>|\[/?INST\]|<(?:start|end)_of_turn>")
@@ -201,12 +202,22 @@ def labels_of(record: dict[str, Any]) -> Iterator[str]:
 def _look(row: Row, found: Quality) -> None:
     """What one row shows by itself, whatever key it stands under."""
     words = "\n".join(_everything(row.record))
-    if "@" in words and (address := EMAIL.search(CREDENTIALS.sub("://", words))):
+    if "@" in words and (address := next(filter(_is_address, EMAIL.finditer(CREDENTIALS.sub("://", words))), None)):
         found.emails.add(f"{row.place}: {address[1]}...{address[2]}")
     if ("<" in words or "[" in words) and (mark := MARKERS.search(words)):
         found.markers.add(f"{row.place}: {mark.group()}")
     if SUSPICIOUS.search(words) and (kind := _secret(words)):
         found.secrets.add(f"{row.place}: {kind}")
+
+
+def _is_address(candidate: re.Match[str]) -> bool:
+    from email_validator import EmailNotValidError, validate_email
+
+    try:
+        validate_email(candidate.group(), check_deliverability=False)  # nothing is asked of the network
+    except EmailNotValidError:
+        return False
+    return True
 
 
 @cache

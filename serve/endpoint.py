@@ -20,11 +20,12 @@ import httpx
 import psutil
 import uvicorn
 
-from serve.engines import vllm
+from serve import engines as kinds
 from serve.errors import EngineError, ServeError
 from serve.gateway.app import Traffic, gateway
 from serve.replay import replay
-from tuner.bundle import Bundle, open_bundle, verify
+from tuner.bundle import MANIFEST, Bundle, open_bundle, verify
+from tuner.errors import BundleError
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class Settings:
     """On loopback; 0 takes a free one."""
     max_tokens: int | None = None
     """Longest prompt and answer together; what the bundle's recipe says by default."""
+    engine: str | None = None
+    """A file in serve/engines; the preferred one that can serve the bundle by default."""
     name: str | None = None
     """What clients put into `model`; the bundle's own name by default."""
     start_timeout_s: float = 600.0
@@ -52,12 +55,12 @@ WATCH_INTERVAL_S = 0.25
 
 
 class Engine:
-    """One vLLM process group: started, proven, watched, restarted."""
+    """One engine's process group: started, proven, watched, restarted."""
 
     def __init__(
-        self, name: str, model: Bundle, adapters: dict[str, Bundle], settings: Settings, say: Callable[[str], None]
+        self, kind: str, name: str, model: Bundle, adapters: dict[str, Bundle], settings: Settings, say: Callable[[str], None]
     ) -> None:
-        self.name, self.model, self.adapters, self.settings, self.say = name, model, adapters, settings, say
+        self.kind, self.name, self.model, self.adapters, self.settings, self.say = kind, name, model, adapters, settings, say
         self.client = httpx.AsyncClient()
         self.failure: str | None = None
         """Why it stays down, once it does."""
@@ -84,7 +87,7 @@ class Engine:
     async def start(self) -> None:
         """Start, wait until healthy, replay every probe. Raises EngineError with the engine's last error lines."""
         port = free_port()
-        plan = vllm.launch(self.name, self.model, self.adapters, port=port, max_tokens=self.settings.max_tokens)
+        plan = kinds.load(self.kind).launch(self.name, self.model, self.adapters, port=port, max_tokens=self.settings.max_tokens)
         await self.client.aclose()
         self.client = httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", limits=httpx.Limits(max_connections=None))
         descriptor, log = tempfile.mkstemp(prefix="tuner-engine-", suffix=".log")
@@ -102,7 +105,7 @@ class Engine:
         os.close(descriptor)
         self._guard = _guard(self._process.pid)
         started = time.monotonic()
-        self.say(f"{self.name}: the engine starts (log: {log})")
+        self.say(f"{self.name}: the engine ({self.kind}) starts (log: {log})")
         await self._wait_until_healthy(started)
         with suppress(psutil.NoSuchProcess):  # died just now, which the probe will find
             self._children = psutil.Process(self._process.pid).children(recursive=True)
@@ -191,12 +194,12 @@ class Engine:
     def _last_words(self) -> str:
         code = self._process.poll() if self._process else None
         signalled = f" (ended by signal {-code})" if code is not None and code < 0 else ""
-        return f"{signalled}: {vllm.error_lines(self._log)} (log: {self._log})" if self._log else signalled
+        return f"{signalled}: {kinds.load(self.kind).error_lines(self._log)} (log: {self._log})" if self._log else signalled
 
 
 def arrange(folders: list[Path], settings: Settings, say: Callable[[str], None]) -> list[Engine]:
     """One engine for each model, and for each base that adapters share. Raises ServeError for what cannot be served."""
-    models: dict[Path, tuple[str, Bundle]] = {}
+    models: dict[Path, tuple[str, str, Bundle]] = {}
     adapters: dict[Path, dict[str, Bundle]] = {}
     claimed: dict[str, Path] = {}
 
@@ -211,10 +214,11 @@ def arrange(folders: list[Path], settings: Settings, say: Callable[[str], None])
     if settings.name and len(folders) > 1:
         raise ServeError(f"--name {settings.name}: {len(folders)} bundles cannot share one name; without it each has its own")
     for folder in folders:
-        bundle = open_bundle(folder)
+        bundle = _as_served(open_bundle(folder), say)
         verify(bundle)  # its answers are proven, and so is all else in it, such as the names of labels
-        if why := vllm.refusal(bundle):
-            raise ServeError(f"{folder}: {why}")
+        kind, why = kinds.choose(bundle, settings.engine)
+        if why:
+            say(f"{folder}: served by {kind}; {why}")
         if not bundle.manifest.probe:
             raise ServeError(f"{folder}: has no probe to be proven with; run its recipe to the end")
         name = settings.name if settings.name and len(folders) == 1 else default_name(bundle)
@@ -226,8 +230,24 @@ def arrange(folders: list[Path], settings: Settings, say: Callable[[str], None])
             claim(name, bundle)
             adapters.setdefault(model.path.resolve(), {})[name] = bundle
         claim(model_name, model)
-        models.setdefault(model.path.resolve(), (model_name, model))
-    return [Engine(name, model, adapters.get(path, {}), settings, say) for path, (name, model) in models.items()]
+        taken, *_ = models.setdefault(model.path.resolve(), (kind, model_name, model))
+        if taken != kind:
+            raise ServeError(f"{folder}: {kind} serves it and {taken} its base's other adapters; name one with --engine")
+    return [Engine(kind, name, model, adapters.get(path, {}), settings, say) for path, (kind, name, model) in models.items()]
+
+
+def _as_served(bundle: Bundle, say: Callable[[str], None]) -> Bundle:
+    """The bundle, or, of an adapter that no engine takes while it runs, the model that its run merged it into."""
+    why = kinds.unservable(bundle)
+    if bundle.manifest.kind != "adapter" or not why:
+        return bundle
+    for path in sorted(bundle.path.resolve().parent.glob(f"[!.]*/{MANIFEST}")):
+        with suppress(BundleError):
+            merged = open_bundle(path.parent)
+            if merged.manifest.stage == "merge" and merged.manifest.parents[-1]["fingerprint"] == bundle.manifest.fingerprint:
+                say(f"{bundle.path}: {why.split(';')[0]}, so it is served merged, as {path.parent.name}")
+                return merged
+    return bundle
 
 
 def default_name(bundle: Bundle) -> str:

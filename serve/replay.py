@@ -138,6 +138,7 @@ def _proof(bundle: Bundle, differences: list[float], same: list[bool], allowed: 
 async def _check_answer(client: httpx.AsyncClient, model: str, item: dict[str, Any], bundle: Bundle, near_tie: float) -> None:
     """What the engine generates is the recorded answer, up to the first near tie: from there the two answer different questions."""
     body = {"model": model, "prompt": item["ids"], "max_tokens": len(item["answer_ids"]), "temperature": 0, "logprobs": 1}
+    body["return_tokens_as_token_ids"] = True  # two tokens may look alike
     reply = await _post(client, "/v1/completions", body)
     tokens = [int(token.removeprefix("token_id:")) for token in reply["choices"][0]["logprobs"]["tokens"]]
     for position, (want, margin) in enumerate(zip(item["answer_ids"], item["margins"], strict=True)):

@@ -13,6 +13,7 @@ from typing import Any
 from tuner import kinds
 from tuner.bundle import Bundle
 from tuner.errors import SourceError
+from tuner.progress import say
 
 
 def device() -> str:
@@ -23,7 +24,7 @@ def device() -> str:
 
 
 # A call in a chat template that writes down today's date, as Llama 3's does, and the date that stands there instead.
-TODAY = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
+TODAY = re.compile(r"strftime_now\(\s*(?:format\s*=\s*)?(['\"])([^'\"]*)\1\s*\)")
 DATE = date(2024, 7, 26)
 
 
@@ -33,6 +34,14 @@ def dateless(template: str) -> str:
     It is the one that Llama 3's own templates name where they know no other.
     """
     return TODAY.sub(lambda found: json.dumps(DATE.strftime(found[2])), template)
+
+
+def say_of_date(template: str) -> None:
+    """Tell the user that a chat template writes down today's date, and what is done about it."""
+    if dateless(template) != template:
+        say(f"base: the chat template writes down today's date; from here on it is {DATE:%d %b %Y}, in training and when served")
+    if "strftime_now(" in dateless(template):
+        say("base: the chat template makes a date that is not understood here; what is trained today may be refused tomorrow")
 
 
 def name_one_date(tokenizer: Any) -> None:

@@ -194,7 +194,9 @@ def tokens(
         raise typer.BadParameter("--list is of the entries that --data does not use")
     if only and not by:
         raise typer.BadParameter("--only names values of the key that --by names")
-    show_tokens(tokenizers, data, text, by=by, only=only.split(",") if only else None, top=top, list_to=list_to)
+    show_tokens(
+        tokenizers, data, text, by=by, only=[each.strip() for each in only.split(",")] if only else None, top=top, list_to=list_to
+    )
 
 
 @app.command()
@@ -231,12 +233,13 @@ def serve(
         int | None, typer.Option(min=2, help="Longest prompt and answer together; the recipe's by default.")
     ] = None,
     name: Annotated[str | None, typer.Option(help="What clients put into `model`; for a single DIR.")] = None,
+    engine: Annotated[str | None, typer.Option(help="vllm or transformers; vllm where it can serve the bundle.")] = None,
 ) -> None:
     """Serve bundles as an OpenAI-compatible endpoint, once they answer their probes as they were trained to."""
     from serve.cli import serve as serve_bundles
     from serve.endpoint import Settings
 
-    serve_bundles(folders, Settings(port=port, max_tokens=max_tokens, name=name))
+    serve_bundles(folders, Settings(port=port, max_tokens=max_tokens, name=name, engine=engine))
 
 
 @app.command()

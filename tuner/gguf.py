@@ -99,7 +99,7 @@ def _gguf_value(file: BinaryIO, kind: int) -> Any:
 
 def unpack(path: Path, folder: Path) -> None:
     """Dequantize a GGUF file into an ordinary checkpoint in bfloat16, with its tokenizer and chat template."""
-    from tuner.checkpoint import quiet
+    from tuner.checkpoint import quiet, say_of_date
     from tuner.families import family_of
 
     quiet()
@@ -115,6 +115,7 @@ def unpack(path: Path, folder: Path) -> None:
     model.config.__dict__.pop("quantization_config", None)
     model.to(torch.bfloat16).save_pretrained(folder)
     load_tokenizer(path).save_pretrained(folder)
+    say_of_date(str(values.get("tokenizer.chat_template", "")))
 
 
 def embeddings(path: Path) -> Any:

@@ -22,6 +22,8 @@ from tuner.plan import make_plan
 from tuner.recipe import read_recipe, rows_only
 from tuner.source import Facts, Source, facts, find
 
+# Keys of shapes that need not be there.
+OPTIONAL = {"input", "system", "history", "tools", "negatives"}
 # Rows whose length in tokens is measured; the longest hundredth of them is known well enough.
 MEASURED_ROWS = 2_000
 # More labels than this are names or sentences.
@@ -72,7 +74,7 @@ def new(data: str, base: str, out: Path, columns: dict[str, str | int]) -> list[
     look = _look(data, columns)
     task = _task(data, look, known, columns)
     task["max_tokens"], look.too_long = _lengths(look, source, known, task)
-    share = _share(data, columns, look.rows)
+    share = _share(data, columns, look.rows, task, known)
     keys = {"model": _moved(base, out), "train": _moved(data, out), "map": columns}
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -132,7 +134,7 @@ def _task(data: str, look: _Look, known: Facts, columns: dict[str, str | int]) -
 
 def _unfinished(data: str, look: _Look, columns: dict[str, str | int]) -> str:
     """What is missing beside the columns that were named."""
-    shape = next((keys for keys in SHAPES.values() if set(columns) <= set(keys)), ())
+    shape = next((keys for keys in SHAPES.values() if set(columns) - OPTIONAL <= set(keys)), ())
     missing = [key for key in shape if key not in look.first[0].record]
     if not missing:
         return f"{data}: {', '.join(columns)} together are none of the known shapes"
@@ -160,6 +162,10 @@ def _unknown(data: str, look: _Look) -> str:
 
 def _check_labels(data: str, look: _Look) -> None:
     one = next(iter(look.labels), None)
+    if one is None:
+        row = look.first[0]
+        found = next((row.record[key] for key in ("label", "labels", "tags") if key in row.record), None)
+        raise DataError(f"{row.place}: found {found!r:.60} as its label, expected text, a whole number, or true or false")
     if len(look.labels) > MOST_LABELS:
         raise DataError(f"{data}: more than {MOST_LABELS} different labels, such as {one!r}; are they labels?")
     if len(look.labels) < 2:
@@ -208,12 +214,19 @@ def _longest(example: Any) -> int:
     return max(map(len, texts))
 
 
-def _share(data: str, columns: dict[str, str | int], rows: int) -> float | None:
-    """The fraction to hold out, by which there are rows on both sides; None where there are too few rows."""
+def _share(data: str, columns: dict[str, str | int], rows: int, task: dict[str, Any], known: Facts) -> float | None:
+    """The fraction to hold out, by which the task has rows on both sides; None where there are too few rows."""
+    module = kinds.load("tasks", task["kind"])
+    options = module.Options(**task)
+
+    def check(row: Row) -> None:
+        module.check_row(row.record, options, chat_template=known.chat_template)
+
     for share in (min(0.2, max(0.005, HELDOUT_ROWS / rows)), 0.3, 0.4, 0.5):
         changes = ["data.on_bad_row=skip", f"data.map={json.dumps(columns)}", f"data.heldout_fraction={round(share, 3)}"]
         recipe = rows_only(data, changes)
-        if all(any(isinstance(row, Row) for row in reading.read(recipe, side)) for side in reading.SPLIT):
+        sides = [usable(reading.read(recipe, side), check, BadRows(recipe.data.on_bad_row)) for side in reading.SPLIT]
+        if all(any(True for _ in side) for side in sides):
             return round(share, 3)
     return None
 

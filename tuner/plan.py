@@ -216,6 +216,7 @@ def check_rows(recipe: Recipe, known: Facts) -> Looked:
             raise recipe.error(str(error), "data", key) from None
         for first in (CHECKED_ROWS, None):  # all of them, where none of the first can be used
             bad = BadRows(recipe.data.on_bad_row)
+            recipe.seen.pop(("more", key), None)
             looked.rows[key] = sum(1 for _ in usable(reading.read(recipe, key, first), checked, bad))
             looked.skipped[key] = bad.count
             if looked.rows[key]:

@@ -321,7 +321,7 @@ def _anchor(tree: dict[str, Any], folder: Path) -> None:
     for stage in tree["stages"] if isinstance(tree.get("stages"), list) else []:
         for options in stage.values() if isinstance(stage, dict) else []:
             template = options.get("chat_template") if isinstance(options, dict) else None
-            if isinstance(template, str) and (folder / template).exists():
+            if isinstance(template, str) and template != "chatml":
                 options["chat_template"] = str(folder / template)
     model = tree.get("model")
     if isinstance(model, str) and "://" not in model and (model.startswith((".", "/")) or (folder / model).exists()):

@@ -17,7 +17,7 @@ import fcntl
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -104,20 +104,20 @@ def tokenizer_now(plan: Plan, out_dir: Path) -> tuple[Any, str]:
 def _made_before(plan: Plan, step: Step, out_dir: Path) -> Bundle | None:
     """What a stage of this very recipe and data has left in `out_dir`; None where it has yet to run, or something has changed."""
     found: Bundle | None = None
-    try:
-        if plan.source:
-            key, path = base_folder(plan.source, out_dir)
-            found = open_bundle(path)
-            if found.manifest.fingerprint != key:
-                return None
+    with suppress(BundleError):
+        if plan.source and not (found := _opened(*base_folder(plan.source, out_dir))):
+            return None
         for each in plan.steps[: step.index + 1]:
-            key, path = _folder(plan, each, found, out_dir)
-            found = open_bundle(path)
-            if found.manifest.fingerprint != key:
+            if not (found := _opened(*_folder(plan, each, found, out_dir))):
                 return None
-    except BundleError:
-        return None
-    return found
+        return found
+    return None
+
+
+def _opened(key: str, path: Path) -> Bundle | None:
+    """The bundle at `path`, unless it is another's. Raises BundleError where none is there, or not all of it."""
+    bundle = open_bundle(path)
+    return bundle if bundle.manifest.fingerprint == key else None
 
 
 def stage_fingerprint(plan: Plan, step: Step, parent: Bundle | None) -> str:
@@ -150,15 +150,14 @@ def _finished(plan: Plan, step: Step, parent: Bundle | None, out_dir: Path) -> B
     if not path.exists():
         return None
     try:
-        bundle = open_bundle(path)
-        if bundle.manifest.fingerprint == key:
+        bundle = _opened(key, path)
+        if bundle:
             verify(bundle)
     except BundleError as error:
         say(f"{step.name}: made again, since {error}")
         return None
-    if bundle.manifest.fingerprint != key:
-        return None
-    say(f"{step.name}: finished before, in {path}")
+    if bundle:
+        say(f"{step.name}: finished before, in {path}")
     return bundle
 
 

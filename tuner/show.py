@@ -51,7 +51,7 @@ def show_tokens(
     references: list[str], data: str | None, text: str | None, *, top: int, list_to: Path | None = None, **groups: Any
 ) -> None:
     """Print a text in the tokens of each tokenizer, and a table of what they make of the rows of `data`."""
-    from tuner.tokens import WHOLE, Counts, measure, pieces, tokenizer_of, write_list
+    from tuner.tokens import pieces, tokenizer_of
 
     console = Console(highlight=False)
     for reference in references if text is not None else []:
@@ -62,9 +62,17 @@ def show_tokens(
             if not console.is_terminal and at + 1 < len(parts):
                 shown.append("|")  # a file has no colours
         console.print(Text(f"{reference}: {len(tokenizer(text, add_special_tokens=False)['input_ids'])} tokens\n") + shown)
-    if data is None:
-        return
-    found, by = measure(references, data, **groups), groups.get("by")
+    if data is not None:
+        _show_counts(console, references, data, top=top, list_to=list_to, **groups)
+
+
+def _show_counts(
+    console: Console, references: list[str], data: str, *, top: int, list_to: Path | None, by: str | None, only: list[str] | None
+) -> None:
+    """A line for each group of rows, and under the table what each tokenizer does not use or has not learned."""
+    from tuner.tokens import WHOLE, Counts, measure, write_list
+
+    found = measure(references, data, by, only)
     table = Table(title=Text(f"{data}: tokens a word / bytes a token"))
     table.add_column(Text("rows" if by is None else by))
     for each in found:
@@ -72,7 +80,7 @@ def show_tokens(
     names = sorted(found[0].groups, key=lambda name: (name != WHOLE, -found[0].groups[name].bytes, name))
     for name in names[: top + 1]:
         each_counts = [each.groups.get(name, Counts()) for each in found]
-        table.add_row(Text(name), *(_told(counts) for counts in each_counts))
+        table.add_row(Text(name or "all"), *(_told(counts) for counts in each_counts))
     console.print(table)
     if len(names) > top + 1:
         console.print(f"and {len(names) - top - 1} smaller groups; `--top {len(names) - 1}` shows all")

@@ -20,12 +20,11 @@ from typing import Any
 
 from tuner import gguf, kinds
 from tuner.bundle import MANIFEST, Bundle, Manifest, checked_name, fingerprint, open_bundle, sha256, verify, write_bundle
-from tuner.checkpoint import DATE, dateless
+from tuner.checkpoint import dateless, say_of_date
 from tuner.errors import BundleError, SourceError, nearest
 from tuner.families import family_of, head_of
-from tuner.progress import say
 
-VERSION = 2
+VERSION = 3
 # What a checkpoint is made of. Anything else in a directory or on the hub stays where it is.
 WANTED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*_Pooling/config.json")
 # As sentence-transformers names them.
@@ -151,8 +150,7 @@ def base_bundle(source: Source, out_dir: Path) -> Bundle:
             if "hub" in source.identity and not _weights_are_here(source.path):
                 _snapshot(source.reference, source.identity["revision"], list(WANTED))
             _link(source.path, folder)
-            if not source.is_bundle:
-                _without_date(folder)
+            _without_date(folder)
         if source.is_bundle:
             return _adopted(open_bundle(source.path), path, source.reference, key)
         manifest = describe_model(folder, stage="base", fingerprint=key, source=source)
@@ -412,10 +410,19 @@ def _without_date(folder: Path) -> None:
         template = given.read_text(encoding="utf-8") if given.is_file() else config.get("chat_template")
     except (OSError, ValueError, AttributeError):
         return  # whoever opens the tokenizer says what is wrong with it
-    if isinstance(template, str) and dateless(template) != template:
+    if isinstance(template, list):  # several by name, in the tokenizer's own file
+        given, config = folder / "tokenizer_config.json", {**config, "chat_template": template}
+        written = "\n".join(str(each.get("template")) for each in template)
+        text = json.dumps(
+            {**config, "chat_template": [{**each, "template": dateless(str(each.get("template")))} for each in template]}
+        )
+    else:
+        written = template or ""
+        text = dateless(written)
+    if dateless(written) != written:
         given.unlink(missing_ok=True)  # a link to the model's own
-        given.write_text(dateless(template), encoding="utf-8")
-        say(f"base: the chat template writes down today's date; from here on it is {DATE:%d %b %Y}, in training and when served")
+        given.write_text(text, encoding="utf-8")
+    say_of_date(written)
 
 
 def _link(source: Path, folder: Path) -> None:

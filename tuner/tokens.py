@@ -21,7 +21,8 @@ from tuner.progress import counted, say
 from tuner.recipe import rows_only
 from tuner.source import Source, find
 
-WHOLE = "all"
+# Under this name all rows are counted; no group of theirs has it.
+WHOLE = ""
 # Names of the weights that a token's number is looked up in.
 EMBEDDINGS = tuple(
     f"{name}.weight" for name in ("embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embed_in", "backbone.embeddings")
@@ -109,7 +110,7 @@ def measure(references: list[str], data: str, by: str | None = None, only: list[
             decoded = tokenizer.batch_decode(encoded, clean_up_tokenization_spaces=False)
             for text, group, ids, again in zip(texts, groups, encoded, decoded, strict=True):
                 used[at].update(ids)
-                _count(found[at], {WHOLE, group} if group else {WHOLE}, text, ids, again, tokenizer.unk_token_id)
+                _count(found[at], [WHOLE, *group], text, ids, again, tokenizer.unk_token_id)
     if missing := [name for name in only or [] if name not in found[0].groups]:
         raise RecipeError(f"{data}: no row of it is in the group {missing[0]}")
     for each, seen, reference in zip(found, used, references, strict=True):
@@ -148,8 +149,8 @@ def pieces(text: str, tokenizer: Any) -> list[str]:
     return [piece for piece, _ in parts(Example(ids, ids), tokenizer)]
 
 
-def _grouped(data: str, by: str | None, only: list[str] | None) -> Iterator[tuple[str, str]]:
-    """(text, group) of each row."""
+def _grouped(data: str, by: str | None, only: list[str] | None) -> Iterator[tuple[str, list[str]]]:
+    """(text, its group, if there are any) of each row."""
     recipe = rows_only(data, ["data.on_bad_row=skip"])
     for remark in reading.not_read(reading.passed_over(recipe, "train")):
         say(remark)
@@ -159,16 +160,17 @@ def _grouped(data: str, by: str | None, only: list[str] | None) -> Iterator[tupl
         some = True
         if by is not None and by not in row.record:
             raise RecipeError(f"--by {by}: {row.place} has no such key, but {', '.join(row.record)}")
-        if only and str(row.record[str(by)]) not in only:
+        group = [] if by is None else [str(row.record[by]).strip() or "(empty)"]
+        if only and group[0] not in only:
             continue
-        yield words, str(row.record[by]) if by else ""
+        yield words, group
     if not some:
         raise DataError(f"{data}: none of its rows can be used; the first: {bad.listed[0]}")
     if bad.count:
         say(f"{bad.count} rows cannot be used and were left out; the first: {bad.listed[0]}")
 
 
-def _count(found: Measured, groups: set[str], text: str, ids: list[int], again: str, unknown: int | None) -> None:
+def _count(found: Measured, groups: list[str], text: str, ids: list[int], again: str, unknown: int | None) -> None:
     size, words = len(text.encode("utf-8", "surrogatepass")), len(WORD.findall(text))
     for group in groups:
         counts = found.groups.setdefault(group, Counts())

@@ -9,48 +9,35 @@ import os
 import re
 import shutil
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
+from serve import engines
+from serve.engines import Launch
 from serve.errors import ServeError
 from tuner.bundle import Bundle
 
+PREFERENCE = 1
 # vLLM sizes its buffers for one of these ranks.
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-# Long enough to chat; a longer one costs memory for the cache of keys and values.
-DEFAULT_MAX_TOKENS = 1024
 # Where requirements/install.py puts vLLM on a GPU machine, beside the environment that trains.
 SERVE_ENVIRONMENT = ".venv-serve"
+
+# Their scan is missing from the CPU build (selective_scan_fwd): healthy, and dead at the first request.
+NOT_ON_CPU = frozenset({"mamba", "falcon_mamba", "jamba"})
+# Its attention on a CPU is written for heads of these sizes.
+CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 
 # For models that answer with words.
 WORDS = [
     # A checkpoint's own sampling defaults would change answers behind the client's back.
     "--generation-config", "vllm",
-    "--return-tokens-as-token-ids",
     "--max-logprobs", "5",
 ]  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Launch:
-    """A command line and environment, ready to be started."""
-
-    command: list[str]
-    environment: dict[str, str]
-    dtype: str
-    """What the engine computes in."""
-
-
 def launch(name: str, model: Bundle, adapters: dict[str, Bundle], *, port: int, max_tokens: int | None = None) -> Launch:
     """How to start vLLM on one model bundle and the adapters that belong to it. Raises ServeError for what it cannot serve."""
-    gpu = shutil.which("nvidia-smi") is not None
-    facts = model.manifest.serving
-    most = int(facts.get("max_tokens") or 0) or None
-    said = [each.manifest.serving.get("serve_max_tokens") for each in (model, *adapters.values())]
-    wanted = max_tokens or max((each for each in said if each), default=None)
-    if wanted and most and wanted > most:
-        raise ServeError(f"{model.path}: reads {most} tokens at most, --max-tokens {wanted} was asked for")
-    longest = wanted or min(DEFAULT_MAX_TOKENS, most or DEFAULT_MAX_TOKENS)
+    gpu = _gpu()
     command = [
         python(), "-m", "vllm.entrypoints.openai.api_server",
         "--model", str(model.path.resolve()),
@@ -59,7 +46,7 @@ def launch(name: str, model: Bundle, adapters: dict[str, Bundle], *, port: int, 
         "--port", str(port),
         "--dtype", dtype(model, gpu=gpu),
         "--load-format", "safetensors",
-        "--max-model-len", str(longest),
+        "--max-model-len", str(engines.longest(model, adapters, max_tokens)),
         # Without this, requests under way are cut off when the engine is asked to stop.
         "--shutdown-timeout", "10",
     ]  # fmt: skip
@@ -105,21 +92,42 @@ def rank_bucket(rank: int) -> int:
     raise ServeError(f"vLLM serves adapters of rank {RANKS[-1]} at most, this one has {rank}; merge it first")
 
 
+def missing() -> str | None:
+    """Why it cannot be started on this machine, or None."""
+    try:
+        python()
+    except ServeError as error:
+        return str(error)
+    return None
+
+
 def refusal(bundle: Bundle) -> str | None:
-    """Why this bundle cannot be served, in one sentence, or None."""
+    """Why it cannot serve this bundle, in one sentence, or None."""
     manifest = bundle.manifest
-    if manifest.kind == "tokenizer":
-        return "a tokenizer alone answers nothing; serve a model"
-    if manifest.kind == "adapter" and manifest.head != "causal":
-        return "only an adapter that answers with words is served beside its base; add `- merge: {}` to the recipe and serve that"
     if manifest.head != "causal" and manifest.head not in manifest.serving.get("heads", []):
-        return f"vLLM was not seen to serve a {manifest.head} head of {manifest.model_type}; transformers opens it as it is"
-    if manifest.kind == "adapter" and not manifest.serving.get("live_adapter"):
-        why = manifest.serving.get("not_live") or f"vLLM takes no live adapters for {manifest.model_type}"
-        return f"{why}; add `- merge: {{}}` to the recipe and serve that"
+        return f"vLLM was not seen to serve a {manifest.head} head of {manifest.model_type}"
+    if not _gpu() and manifest.model_type in NOT_ON_CPU:
+        return f"vLLM's CPU build lacks what {manifest.model_type} computes with"
+    if not _gpu() and (size := head_size(bundle)) and size not in CPU_HEAD_SIZES:
+        return f"vLLM's attention on a CPU knows no heads of size {size}"
     if manifest.kind == "adapter":
         rank_bucket(int(manifest.serving["adapter_rank"]))
     return None
+
+
+def head_size(bundle: Bundle) -> int | None:
+    """The size of an attention head, as the configuration says it; None where it says none."""
+    try:
+        config = json.loads((bundle.path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None  # an adapter, which has its base's
+    heads = config.get("num_attention_heads") or config.get("n_head")
+    width = config.get("hidden_size") or config.get("n_embd")
+    return config.get("head_dim") or (width // heads if heads and width else None)
+
+
+def _gpu() -> bool:
+    return shutil.which("nvidia-smi") is not None
 
 
 def python() -> str:
@@ -134,18 +142,10 @@ def python() -> str:
     return found
 
 
-def error_lines(log: Path, count: int = 3) -> str:
+def error_lines(log: Path) -> str:
     """The last lines of the engine's log that name an error, else its very last lines, without the log's own prefixes."""
     lines = [line.rstrip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     prefix = re.compile(r"^(\(\w+ pid=\d+\) )?((ERROR|INFO|WARNING) [\d-]+ [\d:]+ \[[^\]]*\] ?)?")
     # An engine that served for hours has logged errors that it survived.
     told = [line for line in lines[-200:] if not re.match(r"(\(\w+ pid=\d+\) )?INFO\b", line)]
-    lines = [prefix.sub("", line) for line in told or lines[-count:]]
-    named = []
-    for line, following in zip(lines, [*lines[1:], ""], strict=True):
-        if re.match(r"[\w.]*(Error|Exception|Interrupt)\b.*: ", line):
-            # pydantic's errors say what is wrong in the line below, indented.
-            named.append(f"{line.strip()} {following.strip()}" if following.startswith("  ") else line.strip())
-    # The root cause comes first and is then wrapped; the same line is often printed by several processes.
-    chosen = list(dict.fromkeys(named))[:count] or [line.strip() for line in lines[-count:]]
-    return " | ".join(line[:300] for line in chosen)
+    return engines.errors_in([prefix.sub("", line) for line in told or lines])

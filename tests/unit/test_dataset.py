@@ -57,7 +57,7 @@ def test_sources_of_different_forms_are_one_data_set(read: Any, tmp_path: Path, 
 def test_a_weight_says_how_often_an_epoch_sees_a_row(read: Any, tmp_path: Path, tokenizer: Any) -> None:
     write_rows(tmp_path / "other.jsonl", chat_rows(40, start=500))
     other = {tuple(each.ids) for each in encoded(read(train="other.jsonl"), tokenizer)[0]}
-    for weight, seen in ((2.0, 80), (0.5, 20), (1.5, 60), (0.33, 13)):
+    for weight, seen in ((2.0, 80), (0.5, 20), (1.5, 60), (0.33, 13), (0.01, 1)):
         found = [
             tuple(each.ids)
             for each in encoded(read(train=["train.jsonl", {"path": "other.jsonl", "weight": weight}]), tokenizer)[0]
@@ -374,6 +374,16 @@ def test_a_function_that_draws_its_rows_anew_is_refused(read: Any, tmp_path: Pat
         encoded(recipe, tokenizer)
 
 
+def test_two_copies_of_a_function_do_not_take_each_others_place(read: Any, tmp_path: Path, tokenizer: Any) -> None:
+    """Its first rows are drawn again while the first copy waits at row 100; what it defines must still be found by name."""
+    recipe = read(train={"function": "mine.py:rows"})
+    (tmp_path / "mine.py").write_text(
+        "import pickle\ndef work():\n    pass\ndef rows():\n    for number in range(150):\n        pickle.dumps(work)\n"
+        "        yield {'prompt': f'list {number}', 'completion': ' az'}\n"
+    )
+    assert len(encoded(recipe, tokenizer)[0]) == 150
+
+
 def test_a_function_is_called_as_seldom_as_can_be(read: Any, tmp_path: Path, tokenizer: Any) -> None:
     """Once for all its rows, which are kept, and once more for the first hundred, to see whether they come again."""
     recipe = read(train={"function": "mine.py:rows"}, heldout=None, heldout_fraction=0.2)
@@ -395,6 +405,7 @@ def test_a_function_is_called_as_seldom_as_can_be(read: Any, tmp_path: Path, tok
     [
         ("def rows():\n    yield {'prompt': 'a', 'completion': 'b'}\n    raise ValueError('no')\n", "mine.py:3: rows failed at row 2: ValueError: no"),
         ("\nx = 1 / 0\n", "mine.py:2: cannot be imported: ZeroDivisionError"),
+        ("import json\ndef rows():\n    yield json.loads('{')\n", "mine.py:3: rows failed at row 1: JSONDecodeError"),
         ("def rows():\n    raise SystemExit(3)\n", "mine.py:2: rows failed at row 1: SystemExit: 3"),
         ("def rows():\n    return []\n", "mine.py:rows: gives no rows"),
         ("import random\ndef rows():\n    return [{'prompt': str(random.random()), 'completion': 'b'}]\n", "mine.py:rows: gives other rows each time"),

@@ -164,7 +164,8 @@ def test_two_links_that_lead_back_are_two_to_the_fortieth_ways_for_a_pattern_and
 
 
 @pytest.mark.parametrize(
-    "pattern", ["*/*.jsonl", "**/*.jsonl", "a/*", "?/[12].jsonl", "*/2*", "*/.x.jsonl", "**/b/2.jsonl", "none/*"]
+    "pattern",
+    ["*/*.jsonl", "**/*.jsonl", "*/**/*.jsonl", "*/", "a/*", "?/[12].jsonl", "*/2*", "*/.x.jsonl", "**/b/2.jsonl", "none/*"],
 )
 def test_a_pattern_finds_what_globs_own_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str) -> None:
     from glob import glob
@@ -408,6 +409,22 @@ def test_a_line_of_200_mb_is_refused_in_little_memory(tmp_path: Path) -> None:
     assert int(memory_mb) < 400, "the file alone is 200 MB, and its text and tree would be four times that"
 
 
+def test_words_that_begin_like_the_mark_of_a_format_are_words(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("ARROWS fly.\n")
+    (tmp_path / "b.csv").write_text("PARTY,label\nx,y\n")
+    (tmp_path / "c.csv").write_text("PAR1,label\nx,y\n")
+    assert [len(read(tmp_path / name)) for name in ("a.txt", "b.csv", "c.csv")] == [1, 1, 1]
+
+
+def test_a_byte_that_is_no_text_costs_one_line_wherever_it_stands(tmp_path: Path) -> None:
+    good = b'{"text": "a"}\n'
+    for name, data in (("first", b'{"text": "caf\xe9"}\n' + good), ("mark", b"\xef\xbb\xbf" + good + b'{"text": "caf\xe9"}\n')):
+        (tmp_path / f"{name}.json").write_bytes(data)
+        found = read(tmp_path / f"{name}.json")
+        assert [type(each).__name__ for each in found].count("Row") == 1
+        assert ["byte 0xe9" in str(each) for each in found].count(True) == 1
+
+
 def test_a_folder_that_may_not_be_read_is_said(tmp_path: Path) -> None:
     if os.geteuid():
         pytest.skip("only root can become another user")
@@ -422,7 +439,7 @@ def test_a_folder_that_may_not_be_read_is_said(tmp_path: Path) -> None:
         "try:\n    print(read(sys.argv[1]))\nexcept DataError as error:\n    print(error)"
     )
     for path, named in ((folder, folder), (folder / "a.jsonl", folder / "a.jsonl"), (folder / "*.jsonl", folder),
-                        (tmp_path / "*" / "*.jsonl", folder), (tmp_path / "**" / "*.jsonl", folder)):  # fmt: skip
+                        (tmp_path / "*" / "*.jsonl", folder), (tmp_path / "**" / "*.jsonl", folder), (tmp_path / "*" / "a.jsonl", folder / "a.jsonl")):  # fmt: skip
         done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True)
         assert done.stdout.strip() == f"{named}: cannot be read: Permission denied", done.stderr
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from serve import engines
 from serve.engines import vllm
 from serve.errors import ServeError
 from serve.replay import tolerance
@@ -69,8 +70,8 @@ def test_a_rank_goes_into_the_smallest_buffer_that_holds_it(rank: int, bucket: i
 def test_what_vllm_cannot_serve_is_refused_with_what_to_do() -> None:
     with pytest.raises(ServeError, match="merge it first"):
         vllm.rank_bucket(513)
-    assert "serve a model" in str(vllm.refusal(bundle("tokenizer")))
-    assert "add `- merge: {}`" in str(vllm.refusal(bundle("adapter", live_adapter=False)))
+    assert "serve a model" in str(engines.unservable(bundle("tokenizer")))
+    assert "add `- merge: {}`" in str(engines.unservable(bundle("adapter", live_adapter=False)))
     assert vllm.refusal(bundle("adapter", live_adapter=True, adapter_rank=8)) is None
 
 

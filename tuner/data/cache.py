@@ -7,13 +7,14 @@ result is written beside its place and renamed into it. Two runs that make the s
 import json
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import fields, is_dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints, overload
+from typing import IO, Any, get_args, get_origin, get_type_hints, overload
 from uuid import uuid4
 
 from tuner.data.example import Example
@@ -38,11 +39,24 @@ def folder() -> Path:
 
 def made(path: Path) -> Path:
     """The directory, which is there now. Raises DataError where it cannot be."""
-    try:
+    with _kept_in(path):
         path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"{path.parent}: nothing can be kept there ({error.strerror}); TUNER_CACHE names another folder") from None
     return path
+
+
+def temporary() -> IO[bytes]:
+    """A file in the cache that is gone once it is closed. Raises DataError where there can be none."""
+    place = made(folder())
+    with _kept_in(place):
+        return tempfile.TemporaryFile(dir=place)
+
+
+@contextmanager
+def _kept_in(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"{path}: nothing can be kept there ({error.strerror}); TUNER_CACHE names another folder") from None
 
 
 def remembered(path: str, found: os.stat_result, work: Callable[[], str]) -> str:

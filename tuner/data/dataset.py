@@ -159,10 +159,11 @@ def _weighed(recipe: Recipe, places: list[tuple[int, str]]) -> list[int]:
     for source, place in places:
         inside = rows.setdefault(source, {})
         inside.setdefault(place, len(inside))
-    again = {
-        source: set(random.Random(f"{recipe.seed}:{source}").sample(range(len(inside)), round(weights[source] % 1.0 * len(inside))))
-        for source, inside in rows.items()
-    }
+    again: dict[int, set[int]] = {}
+    for source, inside in rows.items():
+        # A source that counts little counts a little all the same.
+        extra = max(round(weights[source] % 1.0 * len(inside)), int(weights[source] < 1.0))
+        again[source] = set(random.Random(f"{recipe.seed}:{source}").sample(range(len(inside)), extra))
     return [
         index
         for index, (source, place) in enumerate(places)

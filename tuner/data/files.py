@@ -180,7 +180,7 @@ def _paths(path: str, made_by: str | None) -> tuple[list[str], list[str], bool]:
         # Of several ways to a file the shortest counts.
         found = sorted(_expanded("/" if path[0] == "/" else "", names), key=len, reverse=True)
         places = {os.path.realpath(each): each for each in found}
-        matches = sorted(each for place, each in places.items() if not os.path.isdir(place))
+        matches = sorted(each for place, each in places.items() if not os.path.isdir(place) and not path.endswith("/"))
         if not matches:
             raise DataError(f"{path}: no file matches this pattern")
         return matches, [], True
@@ -197,19 +197,30 @@ def _expanded(folder: str, names: list[str]) -> Iterator[str]:
     """Every path that a pattern's `names` lead to from a folder. As `glob` has it, but a folder that may not be read is an error,
     and one that links lead back to is followed once."""
     first, rest = names[0], names[1:]
+    if not os.path.isdir(folder or "."):
+        return
     if first == "**":
         for where, files in _folders(folder or "."):
             yield from _expanded(where, rest) if rest else (os.path.join(where, each) for each in files if each[0] != ".")
-    elif not glob.has_magic(first):
-        path = os.path.join(folder, first)
-        if os.path.lexists(path):
+    elif os.path.lexists(path := os.path.join(folder, first)) or not glob.has_magic(first):  # a name may have brackets of its own
+        if _is_there(path):
             yield from _expanded(path, rest) if rest else [path]
-    elif os.path.isdir(folder or "."):
+    else:
         with readable(folder):
             inside = sorted(os.listdir(folder or "."))
         for each in inside:
             if fnmatch.fnmatchcase(each, first) and (each[0] != "." or first[0] == "."):
                 yield from _expanded(os.path.join(folder, each), rest) if rest else [os.path.join(folder, each)]
+
+
+def _is_there(path: str) -> bool:
+    """Something has this name. Raises DataError where its folder does not let us look."""
+    with readable(path):
+        try:
+            os.lstat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+    return True
 
 
 def _walk(folder: str) -> list[str]:

@@ -23,8 +23,8 @@ MOST_JSON_BYTES = 1_000_000_000
 BLOCK_ROWS = 1024
 # How files begin that are often called something else.
 MARKS = {
-    b"PAR1": "a Parquet file; call it .parquet",
-    b"ARRO": "an Arrow file; call it .arrow",
+    b"PAR1\x15": "a Parquet file; call it .parquet",
+    b"ARROW1\0\0": "an Arrow file; call it .arrow",
     b"\x1f\x8b": "packed by gzip; call it .gz",
     b"\x28\xb5\x2f\xfd": "packed by zstd; call it .zst",
     b"PK\x03\x04": "a zip archive; unpack it",
@@ -56,7 +56,7 @@ def rows(part: Part) -> Iterator[Row | DataError]:
 
 def _check_beginning(part: Part, file: Any) -> None:
     """Raises DataError for what is plainly no text where text is expected."""
-    start = file.peek(4)[:4]
+    start = file.peek(8)[:8]
     what = next((name for mark, name in MARKS.items() if start.startswith(mark)), None)
     if what and part.format not in ("parquet", "arrow"):
         raise DataError(f"{part.path}: {what}, expected {part.format}")
@@ -121,10 +121,11 @@ def _json(part: Part, file: IO[bytes]) -> Iterator[Row | DataError]:
         raise DataError(
             f"{part.path}: more than {MOST_JSON_BYTES // 1_000_000} MB of JSON in one piece; write one object a line (.jsonl)"
         )
+    data = data.removeprefix(b"\xef\xbb\xbf")
     try:
-        text = data.decode("utf-8-sig")
+        text = data.decode()
     except UnicodeDecodeError as error:
-        if data.lstrip()[:1] == b"{" and _is_object(data.lstrip().split(b"\n", 1)[0]):
+        if data.lstrip()[:1] == b"{" and _is_object(data.lstrip().split(b"\n", 1)[0].decode(errors="replace")):
             yield from _json_lines(part, BytesIO(data))
             return
         line = data.count(b"\n", 0, error.start) + 1
@@ -162,10 +163,10 @@ def _json(part: Part, file: IO[bytes]) -> Iterator[Row | DataError]:
         at += text[at] == ","
 
 
-def _is_object(line: bytes) -> bool:
+def _is_object(line: str) -> bool:
     try:
         return isinstance(json.loads(line), dict)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
 
 
@@ -183,7 +184,7 @@ def _list_start(part: Part, text: str) -> int | None:
     first, _, rest = text[at:].partition("\n")
     try:
         whole = json.loads(first)
-    except ValueError:
+    except (ValueError, RecursionError):
         whole = None
     if isinstance(whole, dict) and rest.strip():
         return None

@@ -4,7 +4,6 @@ import hashlib
 import importlib.util
 import json
 import sys
-import tempfile
 import traceback
 from collections.abc import Iterator
 from datetime import date, time
@@ -12,9 +11,9 @@ from decimal import Decimal
 from itertools import islice
 from pathlib import Path, PurePath
 from typing import IO, Any
-from uuid import UUID
+from uuid import UUID, uuid4
 
-from tuner.data.cache import folder, made
+from tuner.data.cache import folder, temporary
 from tuner.data.files import Source, readable
 from tuner.data.rows import Row
 from tuner.errors import DataError, disk_errors, nearest
@@ -76,10 +75,11 @@ class Kept:
         if row is None:
             return False
         if self._file is None:
-            self._file = tempfile.TemporaryFile(dir=made(folder()))  # noqa: SIM115 - open for as long as this is
+            self._file = temporary()
         with disk_errors(folder()):
             self._file.seek(0, 2)
             self._file.write(json.dumps(row.record).encode() + b"\n")
+            self._file.flush()  # or a full disk would be noticed by whoever reads next
         self._count += 1
         return True
 
@@ -93,7 +93,8 @@ def rows(source: Source) -> Iterator[Row]:
     file, _, name = str(source.function).rpartition(":")
     with readable(file):
         Path(file).read_bytes()
-    spec = importlib.util.spec_from_file_location("tuner_user_rows", file)
+    # A name of its own each time: two of one name would take each other's place where Python looks for their classes.
+    spec = importlib.util.spec_from_file_location(f"tuner_user_rows_{uuid4().hex[:8]}", file)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -121,7 +122,9 @@ def rows(source: Source) -> Iterator[Row]:
     except (Exception, SystemExit) as error:
         own = Path(file).resolve()
         inside = [each.lineno for each in traceback.extract_tb(error.__traceback__) if Path(each.filename).resolve() == own]
-        line = getattr(error, "lineno", None) or (inside[-1] if inside else 1)
+        line = inside[-1] if inside else 1
+        if isinstance(error, SyntaxError) and Path(error.filename or "").resolve() == own:
+            line = error.lineno or line
         what = f"{name} failed at row {number + 1}" if started else "cannot be imported"
         raise DataError(f"{file}:{line}: {what}: {type(error).__name__}: {error}") from None
     if not number:

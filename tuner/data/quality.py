@@ -18,6 +18,7 @@ import regex
 
 from tuner.data import reading
 from tuner.data.rows import BadRows, Row, usable
+from tuner.data.shapes import label_name
 from tuner.data.text import text_of, words_of
 from tuner.errors import DataError
 from tuner.progress import counted
@@ -101,7 +102,7 @@ class Quality:
     markers: Findings = field(default_factory=Findings)
     """Rows in whose words a turn ends or begins."""
     asked: Findings = field(default_factory=Findings)
-    """Held-out rows that ask what a training row asks, and expect another answer."""
+    """Held-out rows that ask what a training row asks."""
 
     def lines(self) -> Iterator[tuple[str, Findings]]:
         """The name of each kind of finding that was looked for, with what was found."""
@@ -196,7 +197,9 @@ def _label(record: dict[str, Any]) -> str:
 def labels_of(record: dict[str, Any]) -> Iterator[str]:
     """The labels of a row, or of its words."""
     listed = [each for key in ("labels", "tags") if isinstance(record.get(key), list) for each in record[key]]
-    yield from (each for each in [record.get("label"), *listed] if isinstance(each, str) and each.strip())
+    for each in [record.get("label"), *listed]:
+        if isinstance(each, str | int) and str(each).strip():
+            yield label_name(each)
 
 
 def _look(row: Row, found: Quality) -> None:

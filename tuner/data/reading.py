@@ -85,6 +85,7 @@ def read(recipe: Recipe, which: str, first: int | None = None) -> Iterator[Row |
             recipe.seen["more", which] = True
             continue
         before = _stamp(recipe, part)
+        share = recipe.data.heldout_fraction if which in SPLIT else None
         rows = 0
         if part.source.function:
             _kept(recipe, part).require_same()
@@ -94,7 +95,6 @@ def read(recipe: Recipe, which: str, first: int | None = None) -> Iterator[Row |
                 break
             rows += 1
             seen[number] += 1
-            share = recipe.data.heldout_fraction if which in SPLIT else None
             if isinstance(row, DataError):
                 if not share or which == "train":  # once is enough
                     given.add(number)
@@ -111,7 +111,7 @@ def read(recipe: Recipe, which: str, first: int | None = None) -> Iterator[Row |
             except DataError as error:
                 smaller = "; `documents: paragraph` or `line` makes smaller ones" if part.format == "text" else ""
                 yield DataError(f"{row.place}: {error}{smaller if error.kind == 'broken' else ''}", error.kind or "shape")
-        if not rows:
+        if not rows and (not share or which == "train"):
             yield DataError(f"{part.path}:1: the file is empty; expected rows" + _form(part), "broken")
         if part.stamp() != before:
             raise DataError(f"{part.path}: changed while it was read; start the run again")

@@ -241,7 +241,7 @@ def _alpaca(record: dict[str, Any]) -> dict[str, Any]:
     asked = "\n\n".join(part for part in (record["instruction"], record.get("input")) if part)
     messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": record["output"]}]
     rest = {key: value for key, value in record.items() if key not in ("instruction", "input", "output", "system", "history")}
-    return {**rest, "messages": messages}
+    return _with_tools({**rest, "messages": messages})
 
 
 def _prompt(record: dict[str, Any]) -> dict[str, Any]:
@@ -265,27 +265,28 @@ def _preference(record: dict[str, Any]) -> dict[str, Any]:
     rest = {key: value for key, value in record.items() if key not in ("prompt", "messages", "chosen", "rejected")}
     answers = {"chosen": chosen[-1]["content"], "rejected": rejected[-1]["content"]}
     # Some files repeat the question in both answers, some do not.
-    return {**rest, "messages": _turns(shared if shared[: len(before)] == before else before + shared), **answers}
+    return _with_tools({**rest, "messages": _turns(shared if shared[: len(before)] == before else before + shared), **answers})
 
 
 def _judged(record: dict[str, Any]) -> dict[str, Any]:
     """A question and an answer that are lists of messages, as in preference pairs."""
     completion, prompt = record["completion"], record.get("prompt")
     if not (_said(completion) and isinstance(prompt, list)):
-        return _named(record)
+        return record
     rest = {key: value for key, value in record.items() if key not in ("prompt", "completion")}
     return _with_tools({**rest, "messages": _turns([*prompt, *completion[:-1]]), "completion": completion[-1]["content"]})
 
 
 def _named(record: dict[str, Any]) -> dict[str, Any]:
-    """Labels that are whole numbers are names all the same."""
-
-    def name(value: Any) -> Any:
-        return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
-
-    named = {key: name(record[key]) for key in ("label",) if key in record}
-    named |= {key: [name(each) for each in record[key]] for key in ("labels", "tags") if isinstance(record.get(key), list)}
+    """Labels that are whole numbers, true or false are names all the same."""
+    named = {key: label_name(record[key]) for key in ("label",) if key in record}
+    named |= {key: [label_name(each) for each in record[key]] for key in ("labels", "tags") if isinstance(record.get(key), list)}
     return {**record, **named}
+
+
+def label_name(value: Any) -> Any:
+    """A label as recipes write it: `true` of true, "3" of 3; what is no label stays as it is."""
+    return json.dumps(value) if isinstance(value, int) else value
 
 
 def _said(answer: Any) -> bool:

@@ -33,8 +33,9 @@ def texts(recipe: Recipe, bad: BadRows, key: str = "train") -> Iterator[str]:
 def text_of(record: dict[str, Any]) -> str:
     """All the text that a model reads in the record, system messages too; raises DataError where it has none."""
     if isinstance(record.get("prompt"), str) and isinstance(record.get("completion"), str):
-        return str(record["prompt"] + record["completion"])
-    text = "\n".join(_texts(record, system=True))
+        text = str(record["prompt"] + record["completion"])
+    else:
+        text = "\n".join(_texts(record, system=True))
     if not text.strip():
         kind = "empty" if any(lacking(value) == "empty" for value in record.values()) else "shape"
         raise DataError(f"found no text under the keys {', '.join(record) or 'of an empty object'}", kind)

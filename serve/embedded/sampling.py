@@ -1,0 +1,99 @@
+"""Which token comes next: what a request may say about it, and the choice itself.
+
+Shapes: V vocabulary.
+"""
+
+from typing import Any
+
+import numpy
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+# As many alternatives as the other engine gives.
+MAX_LOGPROBS = 5
+
+
+class Sampling(BaseModel):
+    """The keys that completions and chats share. A key that nobody would read is refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    temperature: float = Field(1.0, ge=0.0, le=2.0)
+    """0 takes the likeliest token."""
+    top_p: float = Field(1.0, gt=0.0, le=1.0)
+    top_k: int = Field(0, ge=-1)
+    """0 and -1 leave all tokens."""
+    min_p: float = Field(0.0, ge=0.0, le=1.0)
+    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
+    presence_penalty: float = Field(0.0, ge=-2.0, le=2.0)
+    frequency_penalty: float = Field(0.0, ge=-2.0, le=2.0)
+    logit_bias: dict[int, float] | None = Field(None, max_length=1024)
+    stop: str | list[str] | None = None
+    ignore_eos: bool = False
+
+    @property
+    def stops(self) -> list[str]:
+        """The texts at which an answer ends."""
+        listed = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        return [each for each in listed if each]
+
+
+class Chooser:
+    """Chooses the tokens of one answer, one after the other, and remembers what it chose."""
+
+    def __init__(self, sampling: Sampling, *, copy: int = 0, grammar: Any = None) -> None:
+        self.sampling, self.grammar = sampling, grammar
+        self._counts: dict[int, int] = {}
+        self._generator: torch.Generator | None = None
+        if sampling.seed is not None:
+            # Each of the n answers to one request draws numbers of its own.
+            self._generator = torch.Generator().manual_seed((sampling.seed + copy) % 2**63)
+
+    def choose(self, logits_V: Tensor) -> int:
+        """The next token. `logits_V` is float32 and is changed in place."""
+        said = self.sampling
+        if self.grammar is not None:
+            logits_V[~self._allowed(len(logits_V))] = -torch.inf
+        for token, bias in (said.logit_bias or {}).items():
+            if 0 <= token < len(logits_V):
+                logits_V[token] += bias
+        if self._counts and (said.presence_penalty or said.frequency_penalty):
+            tokens = torch.tensor(list(self._counts))
+            counts = torch.tensor(list(self._counts.values()), dtype=logits_V.dtype)
+            logits_V[tokens] -= said.presence_penalty + said.frequency_penalty * counts
+        token = int(logits_V.argmax()) if said.temperature == 0 else self._draw(logits_V / said.temperature)
+        self._counts[token] = self._counts.get(token, 0) + 1
+        if self.grammar is not None:
+            self.grammar.consume_token(token)
+        return token
+
+    def _draw(self, logits_V: Tensor) -> int:
+        said = self.sampling
+        if said.top_k > 0:
+            least = logits_V.topk(min(said.top_k, len(logits_V))).values[-1]
+            logits_V = logits_V.masked_fill(logits_V < least, -torch.inf)
+        if said.min_p > 0:
+            probabilities_V = logits_V.softmax(-1)
+            logits_V = logits_V.masked_fill(probabilities_V < said.min_p * probabilities_V.max(), -torch.inf)
+        if said.top_p < 1:
+            ordered_V, tokens_V = logits_V.softmax(-1).sort(descending=True)
+            # A token stays if those before it do not reach top_p; the first always does.
+            left_out_V = tokens_V[ordered_V.cumsum(-1) - ordered_V >= said.top_p]
+            logits_V = logits_V.index_fill(0, left_out_V, -torch.inf)
+        return int(torch.multinomial(logits_V.softmax(-1), 1, generator=self._generator))
+
+    def _allowed(self, size: int) -> Tensor:
+        bits = numpy.frombuffer(self.grammar.compute_bitmask(), dtype=numpy.uint8)
+        allowed = numpy.zeros(size, dtype=bool)
+        unpacked = numpy.unpackbits(bits, bitorder="little")[:size].astype(bool)
+        allowed[: len(unpacked)] = unpacked  # embeddings may be padded beyond the vocabulary
+        return torch.from_numpy(allowed)
+
+
+def logprobs(logits_V: Tensor, chosen: int, count: int) -> tuple[float, list[tuple[int, float]], int]:
+    """(log-probability of `chosen`, the `count` likeliest tokens with theirs, its rank from 1), before any penalty (nats)."""
+    values_V = logits_V.log_softmax(-1)
+    best = values_V.topk(min(count, len(values_V))) if count else None
+    listed = list(zip(best.indices.tolist(), best.values.tolist(), strict=True)) if best else []
+    return float(values_V[chosen]), listed, int((values_V > values_V[chosen]).sum()) + 1

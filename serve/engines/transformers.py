@@ -1,0 +1,52 @@
+"""transformers in a process of its own, for what vLLM is not there for, or cannot run. The process is `serve/embedded`.
+
+It batches what is asked at the same time, but keeps no pages and compiles nothing: slower than vLLM with many users, ready sooner.
+"""
+
+import importlib.util
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from serve import engines
+from serve.engines import Launch
+from tuner.bundle import Bundle
+
+PREFERENCE = 2
+
+
+def missing() -> str | None:
+    """Why it cannot be started on this machine, or None."""
+    lacking = [each for each in ("torch", "transformers") if importlib.util.find_spec(each) is None]
+    return f"{' and '.join(lacking)} not installed here" if lacking else None
+
+
+def refusal(bundle: Bundle) -> str | None:
+    """Why it cannot serve this bundle, in one sentence, or None."""
+    if bundle.manifest.kind == "quantized":
+        return "its weights are packed for vLLM; serve the bundle that it was made from"
+    return None
+
+
+def launch(name: str, model: Bundle, adapters: dict[str, Bundle], *, port: int, max_tokens: int | None = None) -> Launch:
+    """How to start it on one model bundle and the adapters that belong to it. Raises ServeError for more than the model reads."""
+    dtype = "bfloat16" if shutil.which("nvidia-smi") else "float32"
+    command = [
+        sys.executable, "-m", "serve.embedded",
+        "--model", str(model.path.resolve()),
+        "--name", name,
+        "--port", str(port),
+        "--max-tokens", str(engines.longest(model, adapters, max_tokens)),
+        "--dtype", dtype,
+    ]  # fmt: skip
+    for each, bundle in adapters.items():
+        command += ["--adapter", each, str(bundle.path.resolve())]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "passive"}
+    return Launch(command, environment, dtype)
+
+
+def error_lines(log: Path) -> str:
+    """What the process wrote last that names an error."""
+    text = log.read_text(encoding="utf-8", errors="replace")
+    return engines.errors_in([line.rstrip() for line in text.splitlines() if line.strip()][-200:])

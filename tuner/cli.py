@@ -157,8 +157,8 @@ def data(
     else:
         # Without a recipe all that is wrong is said, and nothing stops at the first.
         read, check = rows_only(recipe, ["data.on_bad_row=skip", *(overrides or [])]), check_by_shape
-        tasks, remark = [], ""
-    quality = examine(read, check)
+        tokenizer, tasks, remark = None, [], ""
+    quality = examine(read, check, tokenizer.all_special_tokens if tokenizer else ())
     show([replace(task, examples=task.examples[:rows]) for task in tasks], quality, remark)
     if html:
         try:

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from tuner import kinds
 from tuner.data import reading
 from tuner.data.dataset import task_of, tasks_of
-from tuner.data.rows import BadRows, Row, usable
+from tuner.data.rows import BadRows, Row, usable, words_of
 from tuner.errors import DataError, RecipeError, SourceError, TunerError
 from tuner.families import Architecture, Family, family_of
 from tuner.optimizers import STATE_BYTES
@@ -24,6 +24,8 @@ from tuner.source import Facts, Source, facts, find
 
 # `check` looks at this many rows of each source, which takes a tenth of a second; the run itself looks at all.
 CHECKED_ROWS = 10_000
+# Of the keys that nothing reads.
+MOST_NAMED = 12
 # Long enough to chat; a longer one costs an engine memory for the cache of keys and values.
 CHAT_TOKENS = 1024
 # Of a frozen weight; those outside the blocks stay in bfloat16.
@@ -95,7 +97,8 @@ class Plan:
         for options in tasks_of(self.recipe):
             said += getattr(kinds.load("tasks", options.kind), "remarks", lambda *_: [])(options, self.family)
         if self.data.unread:
-            said.append(f"rows also have {', '.join(self.data.unread)}, which nothing reads")
+            more = f" and {len(self.data.unread) - MOST_NAMED} more" if len(self.data.unread) > MOST_NAMED else ""
+            said.append(f"rows also have {', '.join(self.data.unread[:MOST_NAMED])}{more}, which nothing reads")
         return said + reading.not_read(self.data.passed_over)
 
     @property
@@ -207,7 +210,7 @@ def check_rows(recipe: Recipe, known: Facts) -> Looked:
         def checked(row: Row, key: str = key, shapes: Counter[str] = shapes) -> None:
             check(row)
             unread.update(set(_keys(row.record)) - read)
-            seen[key].add(hash(row.content))
+            seen[key].add(hash(words_of(row.record) or row.content))
             shapes[row.shape] += 1
 
         try:

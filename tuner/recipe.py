@@ -61,6 +61,8 @@ class Data(Options):
             raise ValueError("heldout and heldout_fraction both say which rows are held out; give one")
         if any(source.weight != 1.0 for source in self.heldout or []):
             raise ValueError("heldout: every held-out row is measured once; weight is for training rows")
+        if any(source.weight != 1.0 for source in self.test or []):
+            raise ValueError("test: nothing is drawn from it; weight is for training rows")
         return self
 
     @property

@@ -97,6 +97,16 @@ def test_each_source_is_looked_at_however_long_the_one_before_it_is(
     assert (looked.rows["train"], looked.rows["heldout"], looked.more) == (10, 8, ["train"])
 
 
+def test_equal_texts_are_held_out_together_whatever_else_their_rows_have(read: Any, tmp_path: Path) -> None:
+    rows = [{**each, "id": number} for number, each in enumerate(chat_rows(60) + chat_rows(60))]
+    recipe = read(heldout=None, heldout_fraction=0.3)
+    write_rows(tmp_path / "train.jsonl", rows)
+    train, heldout = ({json.dumps(row.record["messages"]) for row in reading.read(recipe, side)} for side in ("train", "heldout"))
+    assert heldout
+    assert not train & heldout
+    assert len(train | heldout) == 60
+
+
 def test_a_share_is_held_out_by_content(recipe_file: Any, tmp_path: Path, tokenizer: Any) -> None:
     def change(tree: dict[str, Any]) -> None:
         del tree["data"]["heldout"]

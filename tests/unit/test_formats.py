@@ -153,6 +153,21 @@ def test_what_the_datasets_library_writes_beside_rows_is_no_row(tmp_path: Path) 
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "state.json").write_text('[{"text": "of a state"}]')
     assert records(tmp_path / "mine") == [{"text": "of a state"}]
+    one = Dataset.from_list([{"text": "a"}, {"text": "b"}])
+    one.save_to_disk(tmp_path / "one")
+    (tmp_path / "one" / "cache-0123.arrow").write_bytes((tmp_path / "one" / "data-00000-of-00001.arrow").read_bytes())
+    assert [row["text"] for row in records(tmp_path / "one")] == ["a", "b"]
+    DatasetDict({"train": one, "test": one}).save_to_disk(tmp_path / "two")
+    with pytest.raises(DataError, match="is a data set of the splits train, test; name one, such as .*two/train"):
+        records(tmp_path / "two")
+
+
+def test_a_pipe_beside_files_is_said_and_not_waited_for(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(lines(ROWS))
+    os.mkfifo(tmp_path / "b.jsonl")
+    for path in (tmp_path, tmp_path / "*.jsonl", tmp_path / "b.jsonl"):
+        with pytest.raises(DataError, match=r"b\.jsonl: is no ordinary file"):
+            records(path)
 
 
 def test_two_links_that_lead_back_are_two_to_the_fortieth_ways_for_a_pattern_and_one_here(tmp_path: Path) -> None:
@@ -374,7 +389,6 @@ def test_a_function_of_the_users_own_gives_rows(tmp_path: Path) -> None:
         ("quote2.csv", b'text,label\n"a"b,c\n', "quote2.csv:2: not CSV (',' expected after '\"')"),
         ("fields.csv", b"text,label\na,b,c\n", "fields.csv:2: 3 fields, expected 2: text, label"),
         ("names.csv", b"text,text\na,b\n", 'names.csv:1: the name "text" twice'),
-        ("empty.csv", b"", "empty.csv:1: the file is empty"),
     ],
 )  # fmt: skip
 def test_a_damaged_file_is_said(tmp_path: Path, name: str, data: bytes | None, said: str) -> None:

@@ -74,6 +74,17 @@ def test_duplicates_are_found_exactly_and_nearly(examined: Any) -> None:
     assert "train.jsonl:104: nearly the same as " in quality.near_duplicates.listed[0]
 
 
+def test_where_words_have_no_spaces_between_them_each_letter_is_one(examined: Any) -> None:
+    """Clauses of ten letters and a comma: by spaces or commas each clause would be one word."""
+    from random import Random
+
+    draw = Random(0)
+    texts = ["，".join("".join(chr(draw.randrange(0x4E00, 0x5E00)) for _ in range(10)) for _ in range(12)) for _ in range(30)]
+    near = [{"text": each[:40] + "甲" + each[41:]} for each in texts[:10]]
+    quality = examined([{"text": each} for each in texts] + near)
+    assert counts(quality)["rows that are nearly another one"] == 10
+
+
 def test_the_estimate_agrees_with_the_sets_themselves(examined: Any) -> None:
     """Pairs of known Jaccard similarity: the exact value of the sets of shingles is the oracle."""
     for changed, expected in ((2, True), (30, False)):

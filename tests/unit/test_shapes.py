@@ -66,6 +66,7 @@ def test_tool_calls_have_their_arguments_as_objects_as_vllm_gives_them_to_templa
 
 
 def test_columns_are_called_what_the_recipe_says() -> None:
+    assert changed({"review": "good", "1": "5"}, text="review", label=1)[1] == {"text": "good", "label": "5"}  # type: ignore[arg-type]
     assert changed({"review": "good", "stars": "5", "id": 1}, text="review", label="stars") == (
         "text with a label",
         {"text": "good", "label": "5", "id": 1},

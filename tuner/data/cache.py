@@ -123,7 +123,7 @@ def stored(key: str, make: Callable[[dict[str, Any]], Iterator[tuple[str, str | 
     _tidy(path.parent)
     part = made(path.with_name(f".{key}.{os.getpid()}.{uuid4().hex[:8]}.part"))
     try:
-        with disk_errors(part):
+        with disk_errors(part), _kept_in(part):
             _write(part, make)
         try:
             part.rename(path)

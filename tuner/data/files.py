@@ -9,7 +9,7 @@ import glob
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,6 +152,8 @@ def parts(source: Source, made_by: str | None = None) -> tuple[list[Part], list[
     paths, passed_over, chosen = _paths(source.path, made_by)
     found = []
     for path in paths:
+        if not path.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in path):
+            raise DataError(f"{path.encode('utf-8', 'backslashreplace').decode()}: its name is not UTF-8; rename it")
         stem, ending = os.path.splitext(path)
         compression = COMPRESSED.get(ending.lower())
         kind = source.format or ENDINGS.get((os.path.splitext(stem)[1] if compression else ending).lower())
@@ -164,6 +166,8 @@ def parts(source: Source, made_by: str | None = None) -> tuple[list[Part], list[
             raise DataError(f"{path}: {kind} files are compressed inside; unpack it")
         else:
             found.append(Part(source, path, kind, compression))
+    if source.documents and not any(each.format == "text" for each in found):
+        raise DataError(f"{source.path}: documents: {source.documents} is for plain text, and none of this is")
     if not found:
         raise DataError(
             f"{source.path}: no data in there, expected files that end in {', '.join(ENDINGS)}, or these with .gz or .zst"
@@ -177,16 +181,14 @@ def _paths(path: str, made_by: str | None) -> tuple[list[str], list[str], bool]:
         return _remote_paths(path)
     if any(letter in path for letter in "*?[") and not os.path.lexists(path):
         names = [each for each in path.split("/") if each]
-        # Of several ways to a file the shortest counts.
-        found = sorted(_expanded("/" if path[0] == "/" else "", names), key=len, reverse=True)
-        places = {os.path.realpath(each): each for each in found}
-        matches = sorted(each for place, each in places.items() if not os.path.isdir(place) and not path.endswith("/"))
+        found = [] if path.endswith("/") else _expanded("/" if path[0] == "/" else "", names)
+        matches = _once(each for each in found if not os.path.isdir(each))
         if not matches:
             raise DataError(f"{path}: no file matches this pattern")
         return matches, [], True
     with readable(path, made_by):
         if os.path.isdir(path):
-            return [*_walk(path)], [], False
+            return _once(_walk(path)), [], False
         if not os.path.isfile(path):
             os.stat(path)  # says what is wrong with it, if anything is
             raise DataError(f"{path}: is no ordinary file")
@@ -213,6 +215,15 @@ def _expanded(folder: str, names: list[str]) -> Iterator[str]:
                 yield from _expanded(os.path.join(folder, each), rest) if rest else [os.path.join(folder, each)]
 
 
+def _once(paths: Iterable[str]) -> list[str]:
+    """The files in the order of their names; of several ways to one the shortest. Raises DataError for what is no ordinary file."""
+    places = {os.path.realpath(each): each for each in sorted(paths, key=len, reverse=True)}
+    for place, path in places.items():
+        if os.path.lexists(place) and not os.path.isfile(place):
+            raise DataError(f"{path}: is no ordinary file")
+    return sorted(places.values())
+
+
 def _is_there(path: str) -> bool:
     """Something has this name. Raises DataError where its folder does not let us look."""
     with readable(path):
@@ -227,9 +238,25 @@ def _walk(folder: str) -> list[str]:
     """Every file below, by name, that is no other program's note."""
     found = []
     for where, files in _folders(folder):
+        splits = _saved(where, ABOVE_ROWS).get("splits") if ABOVE_ROWS in files else None
+        if splits and len(splits) > 1:
+            raise DataError(f"{where}: is a data set of the splits {', '.join(splits)}; name one, such as {where}/{splits[0]}")
+        if "state.json" in files and (listed := _saved(where, "state.json").get("_data_files")):
+            # Beside its rows the library leaves what it worked out of them.
+            found += [os.path.join(where, os.path.basename(each["filename"])) for each in listed]
+            continue
         others = {ABOVE_ROWS, *(BESIDE_ROWS if any(each.endswith((".arrow", ".parquet")) for each in files) else ())}
         found += [os.path.join(where, each) for each in files if each[0] != "." and each not in others]
     return sorted(found)
+
+
+def _saved(folder: str, name: str) -> dict[str, Any]:
+    """What the datasets library wrote down of its files; nothing where the name stands for something else."""
+    try:
+        value = json.loads(Path(folder, name).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def _folders(folder: str) -> Iterator[tuple[str, list[str]]]:

@@ -41,6 +41,8 @@ def rows(part: Part) -> Iterator[Row | DataError]:
     readers = {"jsonl": _json_lines, "json": _json, "text": _text, "conll": _conll, "parquet": _parquet, "arrow": _arrow}
     try:
         with part.open() as file:
+            if not file.peek(1):  # type: ignore[attr-defined]
+                return  # whoever counts rows says so
             _check_beginning(part, file)
             if part.format in ("csv", "tsv"):
                 yield from _csv(part, file, "\t" if part.format == "tsv" else None)
@@ -288,7 +290,7 @@ def _text(part: Part, file: IO[bytes]) -> Iterator[Row | DataError]:
         ends = unit == "paragraph" and not line.strip()
         if line.strip() or (document and not ends):
             start = number if not document else start
-            document.append(line)
+            document.append(line.replace("\r\n", "\n"))
         if ends and (document or broken):
             yield broken or Row(f"{part.path}:{start}", {"text": "".join(document)})
             document, broken = [], None

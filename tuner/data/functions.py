@@ -17,6 +17,7 @@ from tuner.data.cache import folder, temporary
 from tuner.data.files import Source, readable
 from tuner.data.rows import Row
 from tuner.errors import DataError, disk_errors, nearest
+from tuner.progress import counted
 
 # Of a function that draws by chance these many rows are never the same twice.
 DRAWN_AGAIN = 100
@@ -49,7 +50,7 @@ class Kept:
     def identity(self) -> str:
         """The sha256 of all rows."""
         digest = hashlib.sha256()
-        for row in self.rows():
+        for row in counted(f"keeping the rows of {self._source.name}", self.rows()):
             digest.update(row.content + b"\n")
         return digest.hexdigest()
 
@@ -98,6 +99,8 @@ def rows(source: Source) -> Iterator[Row]:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    if (beside := str(Path(file).resolve().parent)) not in sys.path:
+        sys.path.append(beside)  # last, so that nothing there takes a library's place
     number, started = 0, False
     sys.modules[spec.name] = module  # dataclasses look there
     try:

@@ -7,7 +7,7 @@ import json
 import re
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from hashlib import blake2b
@@ -17,9 +17,9 @@ from typing import Any
 import regex
 
 from tuner.data import reading
-from tuner.data.rows import BadRows, Row, usable
+from tuner.data.rows import BadRows, Row, usable, words_of
 from tuner.data.shapes import label_name
-from tuner.data.text import text_of, words_of
+from tuner.data.text import text_of
 from tuner.errors import DataError
 from tuner.progress import counted
 from tuner.recipe import Recipe
@@ -43,6 +43,9 @@ BLOCK_ROWS = 10_000
 SIDES = ("train", "heldout", "test")
 # Letters with their marks, which Python's own \\w cuts apart in Hindi and Tamil, and digits.
 WORD = regex.compile(r"[\p{L}\p{M}\p{N}_]+")
+# Scripts that write no spaces between words: each letter counts as one.
+UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
+WORD_OR_LETTER = regex.compile(rf"[{UNSPACED}]|[[\p{{L}}\p{{M}}\p{{N}}_]--[{UNSPACED}]]+", regex.V1)
 # detect-secrets' detectors of secrets with a form of their own; those by entropy or by a keyword find too much in prose.
 DETECTORS = (
     "ArtifactoryDetector", "AWSKeyDetector", "AzureStorageKeyDetector", "BasicAuthDetector", "CloudantDetector",
@@ -119,12 +122,15 @@ class Quality:
         yield "rows whose words hold a mark such as <|im_end|>", self.markers
 
 
-def examine(recipe: Recipe, check: Callable[[Row], object] = lambda row: row) -> Quality:
+def examine(recipe: Recipe, check: Callable[[Row], object] = lambda row: row, special: Sequence[str] = ()) -> Quality:
     """Read every row of the recipe's data and say what is in there.
 
-    `check` raises DataError for a row that cannot be used, beside what readers find. Raises DataError as a run would.
+    `check` raises DataError for a row that cannot be used, beside what readers find; `special` are the tokenizer's own special
+    tokens. Raises DataError as a run would.
     """
     found, numbers, drawn = Quality(), _Numbers(), _Drawn()
+    marks = [re.escape(each) for each in sorted(special, key=len, reverse=True) if not each.isalnum()]
+    markers = re.compile("|".join([*marks, MARKERS.pattern]))
     grams: dict[tuple[int, int], int] = {}
     short: set[int] = set()  # how long the test texts are that have fewer words than a run
     contaminated: set[int] = set()
@@ -141,11 +147,11 @@ def examine(recipe: Recipe, check: Callable[[Row], object] = lambda row: row) ->
             numbers.add(side, row.place, words, _label(row.record), _question(row.record))
             if side == "test":
                 grams.update(dict.fromkeys(_runs(words, CONTAMINATED_WORDS), len(numbers.places) - 1))
-                if SHORT_WORDS <= (size := len(WORD.findall(words))) < CONTAMINATED_WORDS:
+                if SHORT_WORDS <= (size := len(_words(words))) < CONTAMINATED_WORDS:
                     short.add(size)
                     grams.update(dict.fromkeys(_runs(words, size), len(numbers.places) - 1))
                 continue
-            _look(row, found)
+            _look(row, found, markers)
             if side == "train":
                 drawn.add(words)
                 found.shapes[row.shape] += 1
@@ -202,12 +208,12 @@ def labels_of(record: dict[str, Any]) -> Iterator[str]:
             yield label_name(each)
 
 
-def _look(row: Row, found: Quality) -> None:
+def _look(row: Row, found: Quality, markers: re.Pattern[str]) -> None:
     """What one row shows by itself, whatever key it stands under."""
     words = "\n".join(_everything(row.record))
     if "@" in words and (address := next(filter(_is_address, EMAIL.finditer(CREDENTIALS.sub("://", words))), None)):
         found.emails.add(f"{row.place}: {address[1]}...{address[2]}")
-    if ("<" in words or "[" in words) and (mark := MARKERS.search(words)):
+    if ("<" in words or "[" in words) and (mark := markers.search(words)):
         found.markers.add(f"{row.place}: {mark.group()}")
     if SUSPICIOUS.search(words) and (kind := _secret(words)):
         found.secrets.add(f"{row.place}: {kind}")
@@ -249,9 +255,14 @@ def _language(words: str) -> str:
 
 def _runs(words: str, size: int) -> Iterator[tuple[int, int]]:
     """(how many, a number) for each run of so many words."""
-    each = WORD.findall(words.lower())
+    each = _words(words)
     for start in range(len(each) - size + 1):
         yield size, hash(tuple(each[start : start + size]))
+
+
+def _words(text: str) -> list[str]:
+    found: list[str] = (WORD if text.isascii() else WORD_OR_LETTER).findall(text.lower())
+    return found
 
 
 def _number(text: str) -> int:
@@ -314,10 +325,10 @@ class _Numbers:
 
 
 def shingles(words: str) -> list[str]:
-    """Three words in a row each, in lower case; characters instead where words are not told apart by spaces."""
-    each = WORD.findall(words.lower())
+    """Three words in a row each, in lower case."""
+    each = _words(words)
     if len(words) > 20 * len(each):
-        each = list(words)
+        each = list(words)  # signs, or one long line of code
     return [" ".join(each[at : at + SHINGLE]) for at in range(max(1, len(each) - SHINGLE + 1))]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from tuner.data import formats, functions
 from tuner.data.files import Part, Source, parts
-from tuner.data.rows import Row, check_texts
+from tuner.data.rows import Row, check_texts, words_of
 from tuner.data.shapes import canonical
 from tuner.errors import DataError
 from tuner.recipe import Recipe
@@ -100,15 +100,18 @@ def read(recipe: Recipe, which: str, first: int | None = None) -> Iterator[Row |
                     given.add(number)
                     yield row
                 continue
-            if share and _held_out(row, share) != (which == "heldout"):
-                continue
-            given.add(number)
             try:
                 columns = {} if part.format == "conll" else part.source.map  # there they are numbers, and read already
                 row = canonical(row, columns, table=part.format in ("csv", "tsv"))
+                if share and _held_out(row, share) != (which == "heldout"):
+                    continue
                 check_texts(row.record)
+                given.add(number)
                 yield Row(row.place, row.record, row.shape, number)
             except DataError as error:
+                if share and which != "train":
+                    continue
+                given.add(number)
                 smaller = "; `documents: paragraph` or `line` makes smaller ones" if part.format == "text" else ""
                 yield DataError(f"{row.place}: {error}{smaller if error.kind == 'broken' else ''}", error.kind or "shape")
         if not rows and (not share or which == "train"):
@@ -149,5 +152,6 @@ def _identity(recipe: Recipe, part: Part) -> str:
 
 
 def _held_out(row: Row, share: float) -> bool:
-    """By the row's own content: equal rows are never on both sides, and adding rows moves none of the old ones."""
-    return int.from_bytes(hashlib.blake2b(row.content, digest_size=8).digest(), "big") < share * 2**64
+    """By what the row says: equal texts are never on both sides, and adding rows moves none of the old ones."""
+    said = words_of(row.record).encode("utf-8", "surrogatepass") or row.content
+    return int.from_bytes(hashlib.blake2b(said, digest_size=8).digest(), "big") < share * 2**64

@@ -21,6 +21,14 @@ MOST_ROW_BYTES = 32_000_000
 # Half of a surrogate pair is no character at all.
 CONTROL = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f\ud800-\udfff]")
 
+# Keys whose text tasks read.
+SPEAKING = (
+    "text", "messages", "prompt", "completion", "chosen", "rejected", "words", "anchor", "positive", "negative", "negatives",
+    "sentence1", "sentence2",
+)  # fmt: skip
+# Keys whose text says what a row is, not what it says.
+MARKS = frozenset({"role", "label", "labels", "tags", "score", "id", "type", "tools", "tool_call_id"})
+
 Choice = Literal["error", "skip"]
 
 
@@ -39,6 +47,27 @@ class Row:
     def content(self) -> bytes:
         """The record alone, the same bytes for the same record."""
         return json.dumps(self.record, sort_keys=True, default=str).encode("utf-8", "surrogatepass")
+
+
+def words_of(record: dict[str, Any], *, system: bool = False) -> str:
+    """What the record says, without what it is labelled, and unless wanted without what a system message says to all alike.
+
+    That is what stands under the keys that tasks read, or under all where there are none of those.
+    """
+    read = {key: record[key] for key in SPEAKING if key in record}
+    return "\n".join(_inside(read or record, system=system))
+
+
+def _inside(value: Any, *, system: bool) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict) and (system or value.get("role") != "system"):
+        for key, each in value.items():
+            if key not in MARKS:
+                yield from _inside(each, system=system)
+    elif isinstance(value, list):
+        for each in value:
+            yield from _inside(each, system=system)
 
 
 def lacking(value: Any, *, there: bool = True) -> str:

@@ -110,8 +110,9 @@ def canonical(row: Row, columns: dict[str, str | int], *, table: bool) -> Row:
 def _renamed(record: dict[str, Any], columns: dict[str, str | int]) -> dict[str, Any]:
     renamed = dict(record)
     for name, column in columns.items():
+        column = str(column)  # a name that is a number
         if column not in record:
-            raise DataError(f'there is no column "{column}" (data.map.{name}){nearest(str(column), record)}', "shape")
+            raise DataError(f'there is no column "{column}" (data.map.{name}){nearest(column, record)}', "shape")
         renamed.pop(str(column), None)
     return {**renamed, **{name: record[str(column)] for name, column in columns.items()}}
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 from tuner.data import reading
-from tuner.data.rows import BadRows, lacking, usable
+from tuner.data.rows import BadRows, lacking, usable, words_of
 from tuner.errors import DataError
 from tuner.progress import counted
 from tuner.recipe import Recipe
@@ -14,13 +14,6 @@ T = TypeVar("T")
 BATCH_CHARACTERS = 1_000_000
 # Keys of a record whose text is read by a stage that has no task.
 TEXT_KEYS = frozenset({"text", "messages", "messages.role", "messages.content", "prompt", "completion"})
-# Keys whose text tasks read.
-SPEAKING = (
-    "text", "messages", "prompt", "completion", "chosen", "rejected", "words", "anchor", "positive", "negative", "negatives",
-    "sentence1", "sentence2",
-)  # fmt: skip
-# Keys whose text says what a row is, not what it says.
-MARKS = frozenset({"role", "label", "labels", "tags", "score", "id", "type", "tools", "tool_call_id"})
 
 
 def texts(recipe: Recipe, bad: BadRows, key: str = "train") -> Iterator[str]:
@@ -35,7 +28,7 @@ def text_of(record: dict[str, Any]) -> str:
     if isinstance(record.get("prompt"), str) and isinstance(record.get("completion"), str):
         text = str(record["prompt"] + record["completion"])
     else:
-        text = "\n".join(_texts(record, system=True))
+        text = words_of(record, system=True)
     if not text.strip():
         kind = "empty" if any(lacking(value) == "empty" for value in record.values()) else "shape"
         raise DataError(f"found no text under the keys {', '.join(record) or 'of an empty object'}", kind)
@@ -49,31 +42,6 @@ def require_text(record: dict[str, Any], beside: str = "") -> None:
         raise DataError(f'found {found}, expected the key "text"{beside}')
     if not isinstance(record["text"], str) or not record["text"].strip():
         raise DataError(f'"text" is {record["text"]!r:.60}, expected text', lacking(record["text"]))
-
-
-def words_of(record: dict[str, Any]) -> str:
-    """What the record says, without what it is labelled, and without what a system message says to all alike.
-
-    That is what stands under the keys that tasks read, or under all where there are none of those.
-    """
-    return "\n".join(_texts(record, system=False))
-
-
-def _texts(record: dict[str, Any], *, system: bool) -> Iterator[str]:
-    read = {key: record[key] for key in SPEAKING if key in record}
-    return _inside(read or record, system=system)
-
-
-def _inside(value: Any, *, system: bool) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict) and (system or value.get("role") != "system"):
-        for key, each in value.items():
-            if key not in MARKS:
-                yield from _inside(each, system=system)
-    elif isinstance(value, list):
-        for each in value:
-            yield from _inside(each, system=system)
 
 
 def batches(items: Iterable[T], size: Callable[[T], int]) -> Iterator[list[T]]:

@@ -152,7 +152,7 @@ def _require_rendering(template: str) -> None:
     asked = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": "its answer"}]
     try:
         (text,), _ = render_jinja_template([asked], chat_template=template, bos_token="", eos_token="", pad_token="")
-    except (TemplateError, TypeError, ValueError) as error:
+    except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError) as error:
         raise DataError(f"no question and answer can be written down with it: {error}") from None
     if not all(each["content"] in text for each in asked):
         raise DataError(f"it leaves out a question or its answer: of both it makes {text[:80]!r}")

@@ -284,7 +284,7 @@ def _check_messages(messages: Any) -> None:
             raise DataError(f'messages[{index}]: the role is "{role}", expected {" or ".join(expected)} here', "turns")
         calls = message.get("tool_calls") or []
         _check_calls(calls, index, role)
-        if not isinstance(content, str) or (role == "assistant" and not content.strip() and not calls):
+        if not isinstance(content, str) or (role in ("user", "assistant") and not content.strip() and not calls):
             raise DataError(f"messages[{index}]: the content is {_shown(content)}, expected text", lacking(content))
         expected = after.get(role) or (("tool",) if calls else ("user",))
     if messages[-1]["role"] != "assistant":

@@ -1,18 +1,27 @@
-"""`tuner serve` and `tuner chat`."""
+"""`tuner serve`, `tuner chat`, and the commands of whoever operates an endpoint."""
 
 import asyncio
+import json
+import os
 import re
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.table import Table
 
-from serve.endpoint import Settings, arrange, serve_until, serving
+from serve import keys as keyring
+from serve.deployment import read_deployment
+from serve.endpoint import OPERATOR, Settings, named, serve_until, serving
 from serve.errors import ServeError
+from serve.fleet import Fleet
+from serve.state import State
 from tuner.bundle import open_bundle
 
 console = Console(stderr=True, highlight=False)
@@ -23,9 +32,21 @@ def say(text: str) -> None:
     console.print(text, soft_wrap=True, markup=False)
 
 
-def serve(folders: list[Path], settings: Settings) -> None:
-    """Serve until Ctrl-C or SIGTERM, then finish what is under way and leave no process behind."""
-    engines = arrange(folders, settings, say)
+def serve(targets: list[Path], *, name: str | None, state: Path | None, max_tokens: int | None, **changes: Any) -> None:
+    """Serve until Ctrl-C or SIGTERM, then finish what is under way and leave no process behind.
+
+    `changes` are the settings that the command line names; those that are None stay as they are.
+    """
+    if len(targets) == 1 and targets[0].suffix in (".yaml", ".yml"):
+        if name:
+            raise ServeError(f"--name {name}: a deployment names its models itself")
+        bundles, settings = read_deployment(targets[0])
+    else:
+        bundles, settings = named(targets, name), Settings()
+    settings = replace(settings, **{key: value for key, value in changes.items() if value is not None})
+    settings = replace(settings, state=state or settings.state or default_state())
+    if max_tokens:
+        settings = replace(settings, care=replace(settings.care, max_tokens=max_tokens))
     waiting = console.status("waiting for the engines")
 
     async def main() -> None:
@@ -39,19 +60,117 @@ def serve(folders: list[Path], settings: Settings) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, ask_to_stop)
 
-        def opened(url: str) -> None:
+        def opened(url: str, fleet: Fleet) -> None:
             waiting.stop()
-            names = ", ".join(name for engine in engines for name in (engine.name, *engine.adapters))
-            say(f"serving {names} at {url}")
+            fine = [name for name, pointer in fleet.names.items() if fleet.versions[str(pointer.current)].ready]
+            say(f"serving {', '.join(fine)} at {url}")
 
-        await serve_until(engines, settings, stop, opened)
+        await serve_until(bundles, settings, say, stop, opened)
 
     if console.is_terminal:
         waiting.start()
     try:
-        asyncio.run(main())
+        import uvloop
+
+        uvloop.run(main())
     finally:
         waiting.stop()
+
+
+def default_state() -> Path:
+    """Where an endpoint keeps what must outlive it, and where commands look for it."""
+    return Path(os.environ.get("TUNER_STATE") or "runs/serve")
+
+
+def order(path: str, state: Path | None, url: str | None, **body: Any) -> dict[str, Any]:
+    """Tell a running endpoint what to do and wait until it is done. Raises ServeError with what it says against it."""
+    import httpx
+
+    address, secret = _operator(state, url)
+    try:
+        # Bringing a model up takes as long as it takes.
+        with httpx.Client(timeout=None, headers={"authorization": f"Bearer {secret}"}) as client:
+            reply = client.post(address + path, json=body) if body else client.get(address + path)
+            told = reply.json()
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
+        raise ServeError(f"{address}: no endpoint answers there ({type(error).__name__})") from None
+    if reply.status_code != 200:
+        raise ServeError(str(told.get("error", {}).get("message", reply.text[:300])))
+    return dict(told)
+
+
+def _operator(state: Path | None, url: str | None) -> tuple[str, str]:
+    """(address, secret) of the endpoint to order: one elsewhere, with a key in TUNER_ADMIN_KEY, or the one of a state folder."""
+    if url:
+        secret = os.environ.get("TUNER_ADMIN_KEY")
+        if not secret:
+            raise ServeError(f"--url {url}: TUNER_ADMIN_KEY holds no admin key; `tuner keys create --admin` there makes one")
+        return url.rstrip("/").removesuffix("/v1"), secret
+    folder = state or default_state()
+    try:
+        told = json.loads((folder / OPERATOR).read_text())
+        return str(told["url"]), str(told["secret"])
+    except (OSError, ValueError, KeyError):
+        raise ServeError(
+            f"{folder}: no endpoint runs with its state there; `tuner serve` starts one, --state and --url name another"
+        ) from None
+
+
+def show_deployments(told: dict[str, Any]) -> None:
+    """A line for each version of each name, and why the last deployments failed that did."""
+    table = Table("name", "version", "share", "status", "engine", "bundle")
+    for each in told["names"]:
+        for version in each["versions"]:
+            share = ""
+            if version["id"] == each["current"]:
+                share = f"{100 - each['weight']}%"
+            elif version["id"] == each["canary"]:
+                share = f"{each['weight']}%"
+            elif version["id"] == each["shadow"]:
+                share = "shadow"
+            table.add_row(each["name"], version["id"], share, version["status"], version["engine"], version["path"])
+    Console(width=max(console.width, 140)).print(table)
+    for each in told["deployments"]:
+        if each["status"] != "done":
+            reason = f": {each['reason']}" if each["reason"] else ""
+            say(f"{each['name']}: {each['path']}: {each['status']}{reason}")
+
+
+def create_key(state: Path | None, **options: Any) -> str:
+    """A new key, to be shown once."""
+    opened = State((state or default_state()) / "state.sqlite")
+    try:
+        return keyring.create(opened, **options)
+    finally:
+        opened.close()
+
+
+def list_keys(state: Path | None) -> None:
+    """Every key but for its secret."""
+    opened = State((state or default_state()) / "state.sqlite")
+    table = Table("id", "label", "models", "a minute", "made", "ends", "")
+    for key in opened.keys().values():
+        limits = [f"{count} {what}" for count, what in ((key.rpm, "requests"), (key.tpm, "tokens")) if count is not None]
+        expired = key.expires is not None and key.expires <= time.time()
+        table.add_row(
+            key.id, key.label, ", ".join(key.models) + (" admin" if key.admin else ""), ", ".join(limits), _day(key.created),
+            _day(key.expires) if key.expires else "", "revoked" if key.revoked else "expired" if expired else "",
+        )  # fmt: skip
+    opened.close()
+    Console(width=max(console.width, 120)).print(table)
+
+
+def revoke_key(state: Path | None, key_id: str) -> None:
+    """End a key; a running endpoint refuses it from its next request on."""
+    opened = State((state or default_state()) / "state.sqlite")
+    try:
+        opened.revoke_key(key_id, time.time())
+    finally:
+        opened.close()
+
+
+def _day(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
 
 
 def chat(target: str, system: str | None) -> None:

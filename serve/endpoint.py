@@ -1,324 +1,173 @@
-"""One address that serves one or more bundles: engines as child processes, proven before they take traffic, restarted and
-proven again when they die, and gone without a trace when the endpoint stops."""
+"""One address for many bundles: the gateway opens at once, the engines start, are proven, and answer; at the end all is gone."""
 
 import asyncio
-import ctypes
+import fcntl
+import ipaddress
+import json
 import os
-import signal
+import secrets
 import socket
-import subprocess
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-import httpx
-import psutil
 import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from serve import engines as kinds
-from serve.errors import EngineError, ServeError
-from serve.gateway.app import Traffic, gateway
-from serve.replay import replay
-from tuner.bundle import MANIFEST, Bundle, open_bundle, verify
-from tuner.errors import BundleError
+from serve.engine import Care
+from serve.errors import ServeError
+from serve.fleet import Fleet, default_name
+from serve.gateway.app import Gateway, Limits, Traffic
+from serve.gateway.telemetry import Telemetry
+from serve.keys import Keyring
+from serve.state import State
+from tuner.bundle import open_bundle
+
+# A client that has not sent its headers by then is cut off; slow ones would keep every connection busy.
+HEADERS_TIMEOUT_S = 15.0
+# In the endpoint's state folder: where it listens, and what its own commands order with.
+OPERATOR = "operator.json"
 
 
 @dataclass(frozen=True)
 class Settings:
     """How to serve."""
 
+    host: str = "127.0.0.1"
+    """Anything but loopback wants a key."""
     port: int = 8000
-    """On loopback; 0 takes a free one."""
-    max_tokens: int | None = None
-    """Longest prompt and answer together; what the bundle's recipe says by default."""
+    """0 takes a free one."""
     engine: str | None = None
     """A file in serve/engines; the preferred one that can serve the bundle by default."""
-    name: str | None = None
-    """What clients put into `model`; the bundle's own name by default."""
-    start_timeout_s: float = 600.0
-    """An engine that is not healthy by then is given up."""
+    state: Path | None = None
+    """The folder for what must outlive a crash; without it nothing does."""
+    certificate: Path | None = None
+    """For TLS, in PEM, with its key beside it."""
+    certificate_key: Path | None = None
     drain_timeout_s: float = 30.0
     """Requests under way may finish in this time after Ctrl-C."""
-    # After this many failed starts in a row an engine stays down; the endpoint ends when none is left.
-    max_failed_starts: int = 3
+    care: Care = field(default_factory=Care)
+    limits: Limits = field(default_factory=Limits)
 
 
-# An engine whose endpoint was killed may end by itself in this time.
-GUARD_GRACE_S = 10
-# How often a child is looked at. A client must see 503 within 2 s of its death.
-WATCH_INTERVAL_S = 0.25
-
-
-class Engine:
-    """One engine's process group: started, proven, watched, restarted."""
-
-    def __init__(
-        self, kind: str, name: str, model: Bundle, adapters: dict[str, Bundle], settings: Settings, say: Callable[[str], None]
-    ) -> None:
-        self.kind, self.name, self.model, self.adapters, self.settings, self.say = kind, name, model, adapters, settings, say
-        self.client = httpx.AsyncClient()
-        self.failure: str | None = None
-        """Why it stays down, once it does."""
-        self._ready = False
-        self._process: subprocess.Popen[bytes] | None = None
-        self._children: list[psutil.Process] = []
-        self._guard: subprocess.Popen[bytes] | None = None
-        self._log: Path | None = None
-
-    @property
-    def ready(self) -> bool:
-        """It runs, and has answered its probe."""
-        return self._ready and self._alive()
-
-    @property
-    def head(self) -> str:
-        """What it answers with."""
-        return str(self.model.manifest.head)
-
-    def suspect(self) -> None:
-        """A request failed: stop sending more if a process is gone."""
-        self._ready = self.ready
-
-    async def start(self) -> None:
-        """Start, wait until healthy, replay every probe. Raises EngineError with the engine's last error lines."""
-        port = free_port()
-        plan = kinds.load(self.kind).launch(self.name, self.model, self.adapters, port=port, max_tokens=self.settings.max_tokens)
-        await self.client.aclose()
-        self.client = httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", limits=httpx.Limits(max_connections=None))
-        descriptor, log = tempfile.mkstemp(prefix="tuner-engine-", suffix=".log")
-        self._log = Path(log)
-        # A session of its own, so that the whole group can be ended and a Ctrl-C in the terminal reaches only us.
-        self._process = subprocess.Popen(
-            plan.command,
-            env=plan.environment,
-            stdout=descriptor,
-            stderr=descriptor,
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
-            preexec_fn=_end_with_parent,
-        )
-        os.close(descriptor)
-        self._guard = _guard(self._process.pid)
-        started = time.monotonic()
-        self.say(f"{self.name}: the engine ({self.kind}) starts (log: {log})")
-        await self._wait_until_healthy(started)
-        with suppress(psutil.NoSuchProcess):  # died just now, which the probe will find
-            self._children = psutil.Process(self._process.pid).children(recursive=True)
-        served = {**({self.name: self.model} if self.model.manifest.probe or not self.adapters else {}), **self.adapters}
-        for name, bundle in served.items():
-            try:
-                proof = await replay(self.client, name, bundle, plan.dtype)
-            except EngineError as error:
-                await asyncio.sleep(1.0)  # a core that died takes its front end along, and its log says why
-                raise EngineError(f"{error}{self._last_words() if not self._alive() else ''}") from None
-            self.say(
-                f"{name}: proven on {proof.questions} questions: {proof.agreement:.1%} of {proof.answers} answers the same, "
-                f"{proof.what} {proof.mean_difference:.5f} apart, {proof.tolerance:.3f} allowed"
-            )
-        self._ready = True
-        self.say(f"{self.name}: ready after {time.monotonic() - started:.0f} s")
-
-    async def watch(self) -> None:
-        """Restart the engine whenever one of its processes is gone; returns, with `failure` set, when it will not stay up."""
-        failures = 0
-        while True:
-            await asyncio.sleep(WATCH_INTERVAL_S)
-            if self._alive():
-                continue
-            self._ready = False
-            self.say(f"{self.name}: the engine died{self._last_words()}; starting it again")
-            await self.stop()
-            try:
-                await self.start()
-                failures = 0
-            except EngineError as error:
-                failures += 1
-                await self.stop()
-                if failures >= self.settings.max_failed_starts:
-                    self.failure = f"{self.name}: gave up after {failures} starts: {error}"
-                    self.say(self.failure)
-                    return
-                self.say(str(error))
-
-    async def stop(self) -> None:
-        """End the whole process group: politely, then after 15 s by force. The log of an engine that was well goes, too."""
-        well, self._ready = self.ready, False
-        process = self._process
-        if process is None:
-            return
-        with suppress(psutil.NoSuchProcess):
-            self._children = list({*self._children, *psutil.Process(process.pid).children(recursive=True)})
-        for number, seconds in ((signal.SIGTERM, 15.0), (signal.SIGKILL, 10.0)):
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, number)
-            end = time.monotonic() + seconds
-            while time.monotonic() < end and (process.poll() is None or _group_exists(process.pid)):
-                await asyncio.sleep(0.1)
-        for child in self._children:
-            with suppress(psutil.NoSuchProcess):
-                child.kill()
-        if self._guard is not None:
-            self._guard.kill()
-            self._guard.communicate()
-            self._guard = None
-        self._children, self._process = [], None
-        if well and self._log:
-            self._log.unlink(missing_ok=True)
-
-    async def _wait_until_healthy(self, started: float) -> None:
-        while True:
-            if not self._alive():
-                raise EngineError(f"{self.name}: the engine ended while it was starting{self._last_words()}")
-            if time.monotonic() - started > self.settings.start_timeout_s:
-                raise EngineError(
-                    f"{self.name}: the engine was not healthy after {self.settings.start_timeout_s:.0f} s{self._last_words()}"
-                )
-            with suppress(httpx.HTTPError):
-                if (await self.client.get("/health", timeout=5)).status_code == 200:
-                    return
-            await asyncio.sleep(0.5)
-
-    def _alive(self) -> bool:
-        if self._process is None or self._process.poll() is not None:
-            return False
-        try:
-            return all(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in self._children)
-        except psutil.NoSuchProcess:
-            return False
-
-    def _last_words(self) -> str:
-        code = self._process.poll() if self._process else None
-        signalled = f" (ended by signal {-code})" if code is not None and code < 0 else ""
-        return f"{signalled}: {kinds.load(self.kind).error_lines(self._log)} (log: {self._log})" if self._log else signalled
-
-
-def arrange(folders: list[Path], settings: Settings, say: Callable[[str], None]) -> list[Engine]:
-    """One engine for each model, and for each base that adapters share. Raises ServeError for what cannot be served."""
-    models: dict[Path, tuple[str, str, Bundle]] = {}
-    adapters: dict[Path, dict[str, Bundle]] = {}
-    claimed: dict[str, Path] = {}
-
-    def claim(name: str, bundle: Bundle) -> None:
-        if claimed.setdefault(name, bundle.path.resolve()) != bundle.path.resolve():
-            raise ServeError(
-                f"{bundle.path}: another bundle is called {name!r} already; serve them under different directories' names"
-            )
-
+def named(folders: list[Path], name: str | None = None) -> dict[str, Path]:
+    """Names for bundles that are given by their folders alone, and for the bases of adapters among them. Raises ServeError."""
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise ServeError(f"{', '.join(map(str, folders))}: the same bundle is named twice")
-    if settings.name and len(folders) > 1:
-        raise ServeError(f"--name {settings.name}: {len(folders)} bundles cannot share one name; without it each has its own")
+    if name and len(folders) > 1:
+        raise ServeError(f"--name {name}: {len(folders)} bundles cannot share one name; without it each has its own")
+    found: dict[str, Path] = {}
+
+    def claim(name: str, folder: Path) -> None:
+        if found.setdefault(name, folder).resolve() != folder.resolve():
+            raise ServeError(f"{folder}: another bundle is called {name!r} already; serve them under different directories' names")
+
     for folder in folders:
-        bundle = _as_served(open_bundle(folder), say)
-        verify(bundle)  # its answers are proven, and so is all else in it, such as the names of labels
-        kind, why = kinds.choose(bundle, settings.engine)
-        if why:
-            say(f"{folder}: served by {kind}; {why}")
-        if not bundle.manifest.probe:
-            raise ServeError(f"{folder}: has no probe to be proven with; run its recipe to the end")
-        name = settings.name if settings.name and len(folders) == 1 else default_name(bundle)
-        model, model_name = bundle, name
-        if bundle.manifest.kind == "adapter":
-            model = bundle.base()
-            verify(model)
-            model_name = default_name(model)
-            claim(name, bundle)
-            adapters.setdefault(model.path.resolve(), {})[name] = bundle
-        claim(model_name, model)
-        taken, *_ = models.setdefault(model.path.resolve(), (kind, model_name, model))
-        if taken != kind:
-            raise ServeError(f"{folder}: {kind} serves it and {taken} its base's other adapters; name one with --engine")
-    return [Engine(kind, name, model, adapters.get(path, {}), settings, say) for path, (kind, name, model) in models.items()]
+        bundle = open_bundle(folder)
+        claim(name or default_name(bundle), folder)
+        if bundle.manifest.kind == "adapter" and bundle.manifest.serving.get("live_adapter") and bundle.base().manifest.probe:
+            claim(default_name(bundle.base()), bundle.base().path)
+    return found
 
 
-def _as_served(bundle: Bundle, say: Callable[[str], None]) -> Bundle:
-    """The bundle, or, of an adapter that no engine takes while it runs, the model that its run merged it into."""
-    why = kinds.unservable(bundle)
-    if bundle.manifest.kind != "adapter" or not why:
-        return bundle
-    for path in sorted(bundle.path.resolve().parent.glob(f"[!.]*/{MANIFEST}")):
-        with suppress(BundleError):
-            merged = open_bundle(path.parent)
-            if merged.manifest.stage == "merge" and merged.manifest.parents[-1]["fingerprint"] == bundle.manifest.fingerprint:
-                say(f"{bundle.path}: {why.split(';')[0]}, so it is served merged, as {path.parent.name}")
-                return merged
-    return bundle
-
-
-def default_name(bundle: Bundle) -> str:
-    """The run's and the stage's name: `runs/demo/merge` is served as `demo-merge`."""
-    return f"{bundle.path.resolve().parent.name}-{bundle.name}"
-
-
-async def serve_until(engines: list[Engine], settings: Settings, stop: asyncio.Event, opened: Callable[[str], None]) -> None:
+async def serve_until(
+    bundles: dict[str, Path],
+    settings: Settings,
+    say: Callable[[str], None],
+    stop: asyncio.Event,
+    opened: Callable[[str, Fleet], None],
+) -> None:
     """Open the gateway, start all engines, call `opened` with the address, and after `stop` drain and end everything.
 
-    Until its engine is proven a model answers 503, so that clients and load balancers need not wait for a connection.
+    Until its version is proven a name answers 503, so that clients and load balancers need not wait for a connection.
+    Raises ServeError, BundleError or EngineError where nothing can be served.
     """
-    listener = _bind(settings.port)
-    server: uvicorn.Server | None = None
-    tasks: list[asyncio.Future[Any]] = []
-    traffic = Traffic()
+    with ExitStack() as held:
+        listener = held.enter_context(_bind(settings.host, settings.port))
+        if settings.state:
+            held.enter_context(_alone(settings.state))
+        state = State(settings.state / "state.sqlite" if settings.state else None)
+        held.callback(state.close)
+        keyring = Keyring(state)
+        _require_safety(settings, keyring)
+        fleet = Fleet(state, settings.care, say, engine=settings.engine)
+        fleet.declare(bundles)
+        if not keyring.some:
+            say(f"no key has been made: whoever reaches {settings.host} may ask; `tuner keys create --models NAME` ends that")
+        scheme = "https" if settings.certificate else "http"
+        url = f"{scheme}://{_shown(settings.host)}:{listener.getsockname()[1]}/v1"
+        operator = held.enter_context(_operated(settings.state, url)) if settings.state else None
+        traffic = Traffic()
+        telemetry = Telemetry(fleet, settings.state / "requests.jsonl" if settings.state else None)
+        held.callback(telemetry.close)
+        gateway = Gateway(fleet, keyring, traffic, settings.limits, telemetry, created=int(time.time()), operator=operator)
+        await _run(gateway, settings, listener, stop, lambda: opened(url, fleet))
+
+
+async def _run(
+    gateway: Gateway, settings: Settings, listener: socket.socket, stop: asyncio.Event, opened: Callable[[], None]
+) -> None:
+    server = uvicorn.Server(
+        uvicorn.Config(
+            gateway.app(),
+            http=Patient,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            lifespan="off",
+            timeout_graceful_shutdown=5,
+            ssl_certfile=settings.certificate,
+            ssl_keyfile=settings.certificate_key,
+        )
+    )
+    # Signals are ours: uvicorn would stop before the requests under way are answered.
+    server.capture_signals = _no_signals  # type: ignore[method-assign]
+    answering = asyncio.create_task(server.serve(sockets=[listener]))
+    stopping = asyncio.create_task(stop.wait())
+    work = asyncio.create_task(gateway.fleet.start())
     try:
-        models: dict[str, Any] = {name: engine for engine in engines for name in (engine.name, *engine.adapters)}
-        created = int(time.time())
-        app = gateway(models, lambda: [_entry(name, engine, created) for name, engine in models.items()], traffic)
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=5))
-        # Signals are ours: uvicorn would stop before the requests under way are answered.
-        server.capture_signals = _no_signals  # type: ignore[method-assign]
-        tasks = [asyncio.create_task(server.serve(sockets=[listener]))]
-        for engine in engines:
-            await _unless(stop, engine.start())
-            if stop.is_set():
-                return
-        watching = asyncio.gather(*(engine.watch() for engine in engines))
-        tasks.append(watching)
-        opened(f"http://127.0.0.1:{listener.getsockname()[1]}/v1")
-        waiting = asyncio.create_task(stop.wait())
-        done, _ = await asyncio.wait([waiting, *tasks], return_when=asyncio.FIRST_COMPLETED)
-        traffic.draining = True
+        await asyncio.wait([work, answering, stopping], return_when=asyncio.FIRST_COMPLETED)
+        if work.done():
+            work.result()
+            opened()
+            work = asyncio.create_task(gateway.fleet.watch())
+            await asyncio.wait([work, answering, stopping], return_when=asyncio.FIRST_COMPLETED)
+        gateway.traffic.draining = True
         end = time.monotonic() + settings.drain_timeout_s
-        while traffic.active and time.monotonic() < end:
+        while gateway.traffic.active and time.monotonic() < end:
             await asyncio.sleep(0.1)
-        waiting.cancel()
-        for task in done - {waiting}:
-            task.result()
-        if watching in done:
-            raise EngineError("; ".join(str(engine.failure) for engine in engines))
+        for task in (work, answering):
+            if task.done():
+                task.result()
     finally:
-        for task in tasks[1:]:
-            task.cancel()
-        if server is not None:
-            server.should_exit = True
+        work.cancel()
+        stopping.cancel()
+        server.should_exit = True
         # Whatever went wrong in them, the engines have still to be ended.
-        await asyncio.gather(*tasks, return_exceptions=True)
-        listener.close()
-        await asyncio.gather(*(engine.stop() for engine in engines))
-        for engine in engines:
-            await engine.client.aclose()
+        await asyncio.gather(work, answering, stopping, gateway.shadows.close(), return_exceptions=True)
+        await gateway.fleet.stop()
 
 
 @contextmanager
 def serving(folders: list[Path], settings: Settings, say: Callable[[str], None]) -> Iterator[str]:
     """The address of an endpoint that runs in a thread while the block does. Raises ServeError where it does not come up."""
-    engines = arrange(folders, settings, say)
+    bundles = named(folders)
     loop = asyncio.new_event_loop()
     stop, address, failed = asyncio.Event(), "", []
     up = threading.Event()
 
-    def opened(url: str) -> None:
+    def opened(url: str, fleet: Fleet) -> None:  # noqa: ARG001 - what the command line wants to know, too
         nonlocal address
         address = url
         up.set()
 
     def work() -> None:
         try:
-            loop.run_until_complete(serve_until(engines, settings, stop, opened))
+            loop.run_until_complete(serve_until(bundles, settings, say, stop, opened))
         except BaseException as error:
             failed.append(error)
         finally:
@@ -338,81 +187,112 @@ def serving(folders: list[Path], settings: Settings, say: Callable[[str], None])
         raise failed[0]
 
 
-def free_port() -> int:
-    """A port on loopback that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+class Patient(HttpToolsProtocol):
+    """uvicorn's protocol, which waits for a client's headers for some seconds and not for ever."""
+
+    _late: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        """A client has come."""
+        super().connection_made(transport)
+        self._wait()
+
+    def on_message_begin(self) -> None:
+        """A request begins."""
+        super().on_message_begin()
+        self._wait()
+
+    def on_headers_complete(self) -> None:
+        """Its headers are there."""
+        self._wait(ends=True)
+        super().on_headers_complete()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The client is gone."""
+        self._wait(ends=True)
+        super().connection_lost(exc)
+
+    def _wait(self, *, ends: bool = False) -> None:
+        if self._late is not None:
+            self._late.cancel()
+        self._late = None if ends else self.loop.call_later(HEADERS_TIMEOUT_S, self.transport.close)
 
 
-def _bind(port: int) -> socket.socket:
-    listener = socket.socket()
+def _bind(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        listener.bind(("127.0.0.1", port))
-        listener.listen()  # now, or a second endpoint could bind the same port until the first one's engines are up
-    except OSError:
+        listener.bind((host, port))
+        listener.listen(1024)  # now, or a second endpoint could bind the same port until the first one's engines are up
+    except OSError as error:
         listener.close()
-        raise ServeError(f"port {port} on 127.0.0.1 is taken; stop what listens there or choose another with --port") from None
+        if isinstance(error, socket.gaierror) or error.errno in (None, 99):
+            raise ServeError(f"host {host}: is no address of this machine") from None
+        if error.errno == 13:
+            raise ServeError(f"port {port} on {host} is for the administrator; choose one above 1023 with --port") from None
+        raise ServeError(f"port {port} on {host} is taken; stop what listens there or choose another with --port") from None
     return listener
 
 
-async def _unless(stop: asyncio.Event, work: Any) -> None:
-    """Run `work`, and cancel it when `stop` is set first."""
-    task, waiting = asyncio.ensure_future(work), asyncio.ensure_future(stop.wait())
-    await asyncio.wait([task, waiting], return_when=asyncio.FIRST_COMPLETED)
-    waiting.cancel()
-    if task.done():
-        task.result()
-    else:
-        task.cancel()
-        with suppress(asyncio.CancelledError):
-            await task
+def _require_safety(settings: Settings, keyring: Keyring) -> None:
+    """Raises ServeError for what would let strangers in."""
+    if not _is_loopback(settings.host) and not keyring.some:
+        where = f" --state {settings.state}" if settings.state else ""
+        raise ServeError(
+            f"host {settings.host}: whoever reaches it could ask; make a key first: `tuner keys create --models '*'{where}`"
+        )
+    for file in (settings.certificate, settings.certificate_key):
+        if file and not file.is_file():
+            raise ServeError(f"{file}: there is no such file, which TLS wants")
+    if (settings.certificate is None) != (settings.certificate_key is None):
+        raise ServeError("TLS wants a certificate and its key; one of them is not named")
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _shown(host: str) -> str:
+    """A host as it is written into a URL; of all interfaces the one that is always there."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"[{host}]" if ":" in host else host
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """No other endpoint uses this state meanwhile. Raises ServeError where one does."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock: IO[str] = (folder / "lock").open("w")
+    except OSError as error:
+        raise ServeError(f"{folder}: the endpoint's state cannot be kept there ({error.strerror}); --state names another") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ServeError(f"{folder}: another endpoint keeps its state there; --state FOLDER gives this one its own") from None
+        yield
+
+
+@contextmanager
+def _operated(folder: Path, url: str) -> Iterator[str]:
+    """A secret for the endpoint's own commands, in a file that only the user can read and that is gone with the endpoint."""
+    secret, file = secrets.token_urlsafe(32), folder / OPERATOR
+    file.unlink(missing_ok=True)
+    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w") as opened:
+        json.dump({"url": url.removesuffix("/v1"), "secret": secret}, opened)
+    try:
+        yield secret
+    finally:
+        with suppress(OSError):
+            file.unlink()
 
 
 @contextmanager
 def _no_signals() -> Iterator[None]:
     yield
-
-
-def _entry(name: str, engine: Engine, created: int) -> dict[str, Any]:
-    bundle = engine.adapters.get(name, engine.model)
-    labels = bundle.manifest.serving.get("labels")
-    return {
-        "id": name,
-        "object": "model",
-        "created": created,
-        "owned_by": "tuner",
-        "fingerprint": bundle.manifest.fingerprint,
-        **({"labels": labels} if labels else {}),
-    }
-
-
-# Loaded here rather than in the child, where nothing may be allocated between fork and exec.
-_libc = ctypes.CDLL(None)
-PR_SET_PDEATHSIG = 1
-
-
-def _end_with_parent() -> None:
-    """Linux: an engine whose endpoint is killed outright is asked to stop, instead of holding its memory for ever."""
-    if hasattr(_libc, "prctl"):
-        _libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-def _guard(group: int) -> subprocess.Popen[bytes]:
-    """A shell that ends the process group once our end of its pipe is closed, which the kernel does when we are killed outright.
-
-    vLLM's processes are not all our children, and some do not heed a polite signal while they start.
-    """
-    script = f"read line; kill -TERM -{group}; sleep {GUARD_GRACE_S}; kill -KILL -{group}"  # dash knows no `kill --`
-    return subprocess.Popen(
-        ["sh", "-c", script], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
-
-
-def _group_exists(group: int) -> bool:
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    return True

@@ -130,6 +130,18 @@ async def _vectors(client: httpx.AsyncClient, model: str, bundle: Bundle, dtype:
 PROOFS = {"causal": _words, "sequence": _labels, "token": _tags, "embedding": _vectors}
 
 
+async def say_something(client: httpx.AsyncClient, model: str, bundle: Bundle) -> None:
+    """Ask the shortest of questions, whatever the answer. Raises EngineError where there is none."""
+    ids = bundle.manifest.probe[0]["ids"][:8]
+    path, body = {
+        "causal": ("/v1/completions", {"prompt": ids, "max_tokens": 1, "temperature": 0}),
+        "sequence": ("/classify", {"input": [ids]}),
+        "token": ("/pooling", {"input": [ids]}),
+        "embedding": ("/v1/embeddings", {"input": [ids]}),
+    }[str(bundle.manifest.head)]
+    await _post(client, path, {"model": model, **body})
+
+
 def _proof(bundle: Bundle, differences: list[float], same: list[bool], allowed: float, what: str) -> Proof:
     questions = len(bundle.manifest.probe)
     return Proof(questions, len(same), sum(same) / len(same), sum(differences) / len(differences), allowed, what)

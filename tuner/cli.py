@@ -1,5 +1,6 @@
 """The commands. Everything heavy is imported where it is used, so that `tuner --help` answers at once."""
 
+import json
 import os
 import signal
 import sys
@@ -43,6 +44,8 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", help="Change a key: stages.0.tune.steps=50. Can be repeated; paths are relative to where you are."),
 ]
+State = Annotated[Path | None, typer.Option(help="The folder of the endpoint's state; $TUNER_STATE or runs/serve by default.")]
+Url = Annotated[str | None, typer.Option(help="An endpoint elsewhere, with its admin key in TUNER_ADMIN_KEY.")]
 Out = Annotated[Path | None, typer.Option("--out", help="Where results go; runs/RECIPE by default.")]
 
 
@@ -120,8 +123,9 @@ def prove(recipe: RecipePath, overrides: Overrides = None, out: Out = None) -> N
     bundles = run_plan(plan, out_dir)
 
     from serve.endpoint import Settings, serving
+    from serve.engine import Care
 
-    settings = Settings(port=0, max_tokens=plan.served_tokens())
+    settings = Settings(port=0, care=Care(max_tokens=plan.served_tokens()))
     try:
         with ExitStack() as endpoint:
             with timed("starting the endpoint"):
@@ -227,8 +231,10 @@ def schema() -> None:
 
 @app.command()
 def serve(
-    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Bundles: models, and adapters beside their bases.")],
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port on loopback; 0 takes a free one.")] = 8000,
+    targets: Annotated[list[Path], typer.Argument(metavar="DEPLOY.yaml|DIR...", help="A deployment, or bundles by themselves.")],
+    port: Annotated[int | None, typer.Option(min=0, max=65535, help="8000 by default; 0 takes a free one.")] = None,
+    host: Annotated[str | None, typer.Option(help="The address to listen on, 127.0.0.1 by default; any other wants a key.")] = None,
+    state: State = None,
     max_tokens: Annotated[
         int | None, typer.Option(min=2, help="Longest prompt and answer together; the recipe's by default.")
     ] = None,
@@ -237,9 +243,108 @@ def serve(
 ) -> None:
     """Serve bundles as an OpenAI-compatible endpoint, once they answer their probes as they were trained to."""
     from serve.cli import serve as serve_bundles
-    from serve.endpoint import Settings
 
-    serve_bundles(folders, Settings(port=port, max_tokens=max_tokens, name=name, engine=engine))
+    serve_bundles(targets, name=name, state=state, max_tokens=max_tokens, port=port, host=host, engine=engine)
+
+
+@app.command()
+def deploy(
+    name: Annotated[str, typer.Argument(help="What clients put into `model`.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The bundle that is to answer for it.")],
+    weight: Annotated[int, typer.Option(min=0, max=100, help="Percent of the requests; below 100 it is tried out.")] = 100,
+    shadow: Annotated[bool, typer.Option(help="Ask it, too, compare, and never return what it says.")] = False,
+    state: State = None,
+    url: Url = None,
+) -> None:
+    """Bring a bundle up in a running endpoint, prove it, and lead a name to it; nothing stops meanwhile."""
+    from serve.cli import order
+
+    path = str(folder if url else folder.resolve())
+    done = order("/admin/deployments", state, url, name=name, bundle=path, weight=weight, shadow=shadow)
+    print(f"{name}: {done['version']} {'is tried out' if shadow or weight < 100 else 'answers'}")
+
+
+@app.command()
+def promote(
+    name: Annotated[str, typer.Argument()],
+    weight: Annotated[int, typer.Option(min=0, max=100, help="Percent of the requests; 100 gives it the name.")] = 100,
+    state: State = None,
+    url: Url = None,
+) -> None:
+    """Give the version that is tried out more of the requests, or the name."""
+    from serve.cli import order
+
+    done = order("/admin/promote", state, url, name=name, weight=weight)
+    print(f"{name}: {done['version']} answers {weight}% of the requests")
+
+
+@app.command()
+def rollback(name: Annotated[str, typer.Argument()], state: State = None, url: Url = None) -> None:
+    """End what is tried out, or lead a name to what it led to before."""
+    from serve.cli import order
+
+    print(f"{name}: {order('/admin/rollback', state, url, name=name)['version']} answers")
+
+
+@app.command()
+def remove(name: Annotated[str, typer.Argument()], state: State = None, url: Url = None) -> None:
+    """End a name of a running endpoint."""
+    from serve.cli import order
+
+    order("/admin/remove", state, url, name=name)
+    print(f"{name}: ended")
+
+
+@app.command()
+def deployments(
+    state: State = None, url: Url = None, as_json: Annotated[bool, typer.Option("--json", help="All that is known.")] = False
+) -> None:
+    """Show what a running endpoint serves, and how deployments went."""
+    from serve.cli import order, show_deployments
+
+    told = order("/admin/deployments", state, url)
+    print(json.dumps(told, indent=1)) if as_json else show_deployments(told)
+
+
+keys = typer.Typer(no_args_is_help=True, help="Who may ask an endpoint what.")
+app.add_typer(keys, name="keys")
+
+
+@keys.command("create")
+def create_key(
+    models: Annotated[str, typer.Option(help="The names it may ask, such as support,intent; '*' for all.")] = "",
+    label: Annotated[str, typer.Option(help="Whose it is.")] = "",
+    rpm: Annotated[int | None, typer.Option(min=1, help="Requests a minute.")] = None,
+    tpm: Annotated[int | None, typer.Option(min=1, help="Tokens a minute, read and written.")] = None,
+    expires: Annotated[str | None, typer.Option(help="A time from now, such as 30d or 12h.")] = None,
+    admin: Annotated[bool, typer.Option(help="It may deploy, promote and roll back.")] = False,
+    metrics: Annotated[bool, typer.Option(help="It may read /metrics.")] = False,
+    state: State = None,
+) -> None:
+    """Make a key and show it, once. As soon as there is one, nobody without one is answered."""
+    from serve.cli import create_key as create
+
+    names = [each.strip() for each in models.split(",") if each.strip()] + ["/metrics"] * metrics
+    print(create(state, models=names, label=label, rpm=rpm, tpm=tpm, expires=expires, admin=admin))
+
+
+@keys.command("list")
+def list_keys(state: State = None) -> None:
+    """Show every key but for its secret."""
+    from serve.cli import list_keys as show_keys
+
+    show_keys(state)
+
+
+@keys.command("revoke")
+def revoke_key(
+    key_id: Annotated[str, typer.Argument(metavar="ID", help="As `tuner keys list` shows it.")], state: State = None
+) -> None:
+    """End a key."""
+    from serve.cli import revoke_key as revoke
+
+    revoke(state, key_id)
+    print(f"{key_id}: revoked")
 
 
 @app.command()

@@ -59,7 +59,7 @@ def load(name: str, bundle: Bundle, adapters: dict[str, str], max_tokens: int, d
     labels = [str(each) for each in manifest.serving.get("labels") or []]
     if manifest.head != "causal":
         reader = Reader(model, str(manifest.head), str(manifest.serving.get("pooling", "mean")))
-        return Served((name,), tokenizer, max_tokens, frozenset(), reader, labels, vocabulary)
+        return Served([name], tokenizer, max_tokens, frozenset(), reader, labels, vocabulary)
     named = model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])} - {None}
     if adapters:
@@ -78,7 +78,7 @@ def load(name: str, bundle: Bundle, adapters: dict[str, str], max_tokens: int, d
         guide: Any = from_tokenizer(tokenizer, n_vocab=vocabulary, eos_token=sorted(ends))
     except ValueError as error:
         guide = error
-    return Served((name, *adapters), tokenizer, max_tokens, frozenset(ends), generator, labels, vocabulary, guide)
+    return Served([name, *adapters], tokenizer, max_tokens, frozenset(ends), generator, labels, vocabulary, guide)
 
 
 if __name__ == "__main__":

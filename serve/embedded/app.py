@@ -20,7 +20,7 @@ from starlette.routing import Route
 from serve.embedded.answers import Calls, Text
 from serve.embedded.generation import Generator, Job, Token
 from serve.embedded.reading import Reader
-from serve.embedded.requests import Chat, Complete, Generate, Read, Tokenize
+from serve.embedded.requests import Adapter, Chat, Complete, Generate, Read, Tokenize
 from serve.embedded.sampling import Chooser
 
 # How often it is looked whether a client that waits for a whole answer is still there.
@@ -40,7 +40,7 @@ class Refused(Exception):
 class Served:
     """What the engine serves."""
 
-    names: tuple[str, ...]
+    names: list[str]
     """The base's name, then those of its adapters."""
     tokenizer: Any
     longest: int
@@ -60,6 +60,8 @@ def application(served: Served) -> Starlette:
         routes += [
             Route("/v1/completions", _route(served, Complete, _complete), methods=["POST"]),
             Route("/v1/chat/completions", _route(served, Chat, _chat), methods=["POST"]),
+            Route("/v1/load_lora_adapter", _route(served, Adapter, _load), methods=["POST"]),
+            Route("/v1/unload_lora_adapter", _route(served, Adapter, _unload), methods=["POST"]),
         ]
     else:
         for path, form in (("/v1/embeddings", _embedding), ("/classify", _classes), ("/pooling", _scores)):
@@ -79,8 +81,9 @@ def _route(served: Served, form: type[Body], answer: Callable[[Served, Any, Http
     async def handle(request: HttpRequest) -> Response:
         try:
             body = form.model_validate_json(await request.body())
-            if body.model not in served.names:  # type: ignore[attr-defined]
-                raise Refused(f"there is no model {body.model!r} here", 404)  # type: ignore[attr-defined]
+            name = getattr(body, "model", served.names[0])
+            if name not in served.names:
+                raise Refused(f"there is no model {name!r} here", 404)
             response: Response = await answer(served, body, request)
         except ValidationError as error:
             first = error.errors()[0]
@@ -96,6 +99,30 @@ def _route(served: Served, form: type[Body], answer: Callable[[Served, Any, Http
 def _error(status: int, message: str) -> JSONResponse:
     kind = "invalid_request_error" if status < 500 else "server_error"
     return JSONResponse({"error": {"message": message, "type": kind, "param": None, "code": status}}, status)
+
+
+def _generator(served: Served) -> Generator:
+    assert isinstance(served.worker, Generator)  # or the route would not be there
+    return served.worker
+
+
+async def _load(served: Served, body: Adapter, request: HttpRequest) -> Response:  # noqa: ARG001 - common signature
+    if body.lora_name in served.names or not body.lora_path or len(served.names) == 1:
+        raise Refused(f"{body.lora_name} is there already, or has no path, or this engine was started without adapters")
+    try:
+        await asyncio.wrap_future(_generator(served).load(body.lora_name, body.lora_path))
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise Refused(f"{body.lora_path}: cannot be loaded ({error})") from None
+    served.names.append(body.lora_name)
+    return JSONResponse({})
+
+
+async def _unload(served: Served, body: Adapter, request: HttpRequest) -> Response:  # noqa: ARG001 - common signature
+    if body.lora_name not in served.names[1:]:
+        raise Refused(f"there is no adapter {body.lora_name!r} here", 404)
+    served.names.remove(body.lora_name)
+    await asyncio.wrap_future(_generator(served).unload(body.lora_name))
+    return JSONResponse({})
 
 
 async def _tokenize(served: Served, body: Tokenize, request: HttpRequest) -> Response:  # noqa: ARG001 - common signature

@@ -10,6 +10,7 @@ import inspect
 import queue
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,6 +70,23 @@ class Job:
     """Set by whoever no longer listens."""
 
 
+class _Change:
+    """Something to do to the model between two steps."""
+
+    def __init__(self, work: Callable[[], Any]) -> None:
+        self._work = work
+        self.done: Future[None] = Future()
+
+    def apply(self) -> None:
+        """Do it."""
+        try:
+            self._work()
+        except Exception as error:
+            self.done.set_exception(error)
+        else:
+            self.done.set_result(None)
+
+
 class Generator:
     """A thread that owns the model. Jobs are handed over by `submit`; nothing else may touch the model meanwhile."""
 
@@ -77,7 +95,7 @@ class Generator:
         inner = model.get_base_model() if adapters else model
         self._config = inner.config
         self._takes = set(inspect.signature(inner.forward).parameters)
-        self._waiting: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._waiting: queue.SimpleQueue[Job | _Change | None] = queue.SimpleQueue()
         kinds = {type(layer) for layer in self._new_cache().layers}
         if odd := kinds - set(MERGED):
             raise EngineError(f"the state of {self._config.model_type} is a {odd.pop().__name__}, which cannot be batched here")
@@ -94,14 +112,27 @@ class Generator:
         """The thread still works."""
         return self._thread.is_alive()
 
-    @property
-    def load(self) -> int:
-        """Jobs that run or wait."""
-        return len(self._jobs) + self._waiting.qsize()
-
     def submit(self, job: Job) -> None:
         """Let it be answered; what comes is told to `job.heard`."""
         self._waiting.put(job)
+
+    def load(self, name: str, path: str) -> "Future[None]":
+        """Let an adapter join; only a generator that was made with adapters can."""
+        return self._change(lambda: self._model.load_adapter(path, adapter_name=name))
+
+    def unload(self, name: str) -> "Future[None]":
+        """Let an adapter go. Rows that use it are ended."""
+
+        def work() -> None:
+            self._keep([job.adapter != name for job in self._jobs])
+            self._model.delete_adapter(name)
+
+        return self._change(work)
+
+    def _change(self, work: Callable[[], Any]) -> "Future[None]":
+        change = _Change(work)
+        self._waiting.put(change)
+        return change.done
 
     def close(self) -> None:
         """Let the thread end once all is answered."""
@@ -116,10 +147,13 @@ class Generator:
                 # rows that run are never held up by more than one.
                 if len(self._jobs) < MAX_ROWS and (not self._jobs or not self._waiting.empty()):
                     job = self._waiting.get() if open_ else None
-                    if job is None:
+                    if isinstance(job, Job):
+                        self._begin(job)
+                    elif job is not None:
+                        job.apply()
+                    else:
                         open_ = False
                         continue
-                    self._begin(job)
                 if self._jobs:
                     self._step()
 

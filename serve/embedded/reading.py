@@ -34,11 +34,6 @@ class Reader:
         """The thread still works."""
         return self._thread.is_alive()
 
-    @property
-    def load(self) -> int:
-        """Texts that wait."""
-        return self._waiting.qsize()
-
     def submit(self, ids: list[int]) -> "Future[Answer]":
         """What the head says of these tokens.
 

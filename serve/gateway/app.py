@@ -1,59 +1,46 @@
-"""The one address that clients speak to: a few routes, forwarded to the engine that serves the model they name.
+"""The one address that clients speak to: a few routes, forwarded to the engine of the version that the named model leads to.
 
 Everything else is 404: the engine behind has routes that no client should reach.
 """
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import suppress
-from typing import Any, Protocol
+import time
+from dataclasses import dataclass
+from typing import Any
+from uuid import uuid4
 
-import httpx
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
-# A request waits this long for the engine's next byte; a long answer without streaming sends none until it is whole.
-READ_TIMEOUT_S = 600.0
-MAX_BODY_BYTES = 16_000_000
-# How often it is looked whether a client that waits for a whole answer is still there.
-CLIENT_LOOK_S = 0.5
+from serve.fleet import Fleet, Version
+from serve.gateway.admin import admin_routes
+from serve.gateway.passing import Asked, Outcome, pass_on
+from serve.gateway.shadow import Shadows
+from serve.gateway.surface import SURFACE, paths_of, unknown_key
+from serve.gateway.telemetry import Telemetry
+from serve.keys import Keyring
+from serve.state import Key
 
-
-# What a client may ask of a model with each head, and where the engine answers it.
-PATHS = {
-    "causal": {"/v1/chat/completions": "/v1/chat/completions", "/v1/completions": "/v1/completions"},
-    "embedding": {"/v1/embeddings": "/v1/embeddings"},
-    "sequence": {"/v1/classify": "/classify"},
-    "token": {"/v1/tokens/classify": "/pooling"},
-}
-POSTED = [path for paths in PATHS.values() for path in paths]
+# In a key's scope, where no model can have this name.
+METRICS = "/metrics"
 
 
-class Backend(Protocol):
-    """An engine as the gateway sees it."""
+@dataclass(frozen=True)
+class Limits:
+    """What a single request may take."""
 
-    @property
-    def head(self) -> str:
-        """What its models answer with: a key of PATHS."""
-        ...
-
-    client: httpx.AsyncClient
-
-    failure: str | None
-    """Why it stays down, once it does."""
-
-    @property
-    def ready(self) -> bool:
-        """It runs, and has answered its probe."""
-        ...
-
-    def suspect(self) -> None:
-        """A request to it failed: look at it now rather than at the next turn."""
-        ...
+    body_bytes: int = 16_000_000
+    body_timeout_s: float = 30.0
+    """A body that is not whole by then is given up."""
+    request_timeout_s: float = 600.0
+    """An answer that is not whole by then is cut off."""
+    active: int = 1024
+    """Requests under way; more are answered 503 at once."""
 
 
 class Traffic:
@@ -64,117 +51,215 @@ class Traffic:
         self.draining = False
 
 
-def gateway(models: dict[str, Backend], describe: Callable[[], list[dict[str, Any]]], traffic: Traffic) -> Starlette:
-    """The application. `models` maps a served name to its engine, `describe` gives the entries of /v1/models."""
+@dataclass
+class Gateway:
+    """What the routes share."""
 
-    async def list_models(request: Request) -> Response:  # noqa: ARG001 - the signature is Starlette's
-        return JSONResponse({"object": "list", "data": describe()})
+    fleet: Fleet
+    keyring: Keyring
+    traffic: Traffic
+    limits: Limits
+    telemetry: Telemetry
+    created: int = 0
+    operator: str | None = None
+    """The secret that the endpoint's own commands order with; it is in a file that only the user can read."""
 
-    async def forward(request: Request) -> Response:
-        if traffic.draining:
-            return failure(503, "the endpoint is shutting down", "service_unavailable", retry=True)
-        body = bytearray()
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > MAX_BODY_BYTES:
-                return failure(413, f"the request has more than the {MAX_BODY_BYTES} bytes allowed", "invalid_request_error")
+    def __post_init__(self) -> None:
+        self.shadows = Shadows(self._compared)
+
+    def app(self) -> Starlette:
+        """The application."""
+        routes = [
+            Route("/health", self.health),
+            Route("/metrics", self.metrics),
+            Route("/ready", self.is_ready),
+            Route("/v1/models", self.list_models, methods=["GET"]),
+            Route("/v1/models/{name}", self.show_model, methods=["GET"]),
+            *(Route(path, _Forward(self, path), methods=["POST"]) for path in SURFACE),
+            *admin_routes(self),
+        ]
+        return Starlette(routes=routes, exception_handlers={HTTPException: unknown})
+
+    async def health(self, request: Request) -> Response:  # noqa: ARG002 - Starlette's signature
+        """The process is there."""
+        return JSONResponse({"status": "ok"})
+
+    async def is_ready(self, request: Request) -> Response:  # noqa: ARG002 - Starlette's signature
+        """Each name leads to a version that was proven and that has lately been heard of."""
+        names = {name: self.fleet.versions.get(pointer.current or "") for name, pointer in self.fleet.names.items()}
+        waiting = sorted(name for name, version in names.items() if version is None or not version.ready)
+        fine = not waiting and bool(names) and not self.traffic.draining
+        return JSONResponse({"ready": fine, "waiting": waiting}, 200 if fine else 503)
+
+    async def metrics(self, request: Request) -> Response:
+        """What Prometheus reads; once there are keys, with one that was made for it."""
+        key = self.who(request.headers)
+        if isinstance(key, Response):
+            return key
+        if key is not None and not (key.admin or METRICS in key.models):
+            return failure(
+                403, "this key may not read metrics; `tuner keys create --metrics` makes one that may", "permission_error"
+            )
+        return Response(await self.telemetry.metrics.text(), media_type="text/plain; version=0.0.4")
+
+    async def list_models(self, request: Request) -> Response:
+        """The names that the key may ask."""
+        key = self.who(request.headers)
+        if isinstance(key, Response):
+            return key
+        entries = [self._entry(name) for name in self.fleet.names if key is None or key.may_ask(name)]
+        return JSONResponse({"object": "list", "data": entries})
+
+    async def show_model(self, request: Request) -> Response:
+        """One of them."""
+        key, name = self.who(request.headers), request.path_params["name"]
+        if isinstance(key, Response):
+            return key
+        if name not in self.fleet.names or not (key is None or key.may_ask(name)):
+            return self.no_model(name, key)
+        return JSONResponse(self._entry(name))
+
+    def who(self, headers: Any) -> Key | Response | None:
+        """The key that a request carries; None where none has ever been made; the refusal where it carries no valid one."""
+        if not self.keyring.some:
+            return None
+        kind, _, written = headers.get("authorization", "").partition(" ")
+        key = self.keyring.find(written.strip() if kind.lower() == "bearer" else headers.get("x-api-key"))
+        if key is None:
+            return failure(
+                401, "a valid key is missing: Authorization: Bearer tnr-...", "authentication_error", code="invalid_api_key"
+            )
+        return key
+
+    def no_model(self, name: Any, key: Key | None) -> Response:
+        """There is none of this name, or not for this key, which is told alike."""
+        there = [each for each in self.fleet.names if key is None or key.may_ask(each)]
+        text = f"there is no model {name!r:.100} here; there is: {', '.join(there) or 'none'}"
+        return failure(404, text, "invalid_request_error", param="model", code="model_not_found")
+
+    def _compared(self, asked: Asked, version: Version, result: str) -> None:
+        self.telemetry.metrics.compare(version.name, version.id, result)
+        self.telemetry.log.add("shadow", request_id=asked.request_id, version=version.id, result=result)
+
+    def _entry(self, name: str) -> dict[str, Any]:
+        version = self.fleet.versions.get(self.fleet.names[name].current or "")
+        labels = version.bundle.manifest.serving.get("labels") if version else None
+        return {
+            "id": name,
+            "object": "model",
+            "created": self.created,
+            "owned_by": "tuner",
+            **({"version": version.id, "fingerprint": version.bundle.manifest.fingerprint} if version else {}),
+            **({"labels": labels} if labels else {}),
+        }
+
+
+class _Forward:
+    """A route that engines answer: everything that can be refused is refused before one is asked."""
+
+    def __init__(self, gateway: Gateway, path: str) -> None:
+        self._gateway, self._path = gateway, path
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request = Request(scope, receive)
+        asked = Asked(self._path, f"req-{uuid4().hex}", time.monotonic())
+        gateway = self._gateway
+        gateway.traffic.active += 1
         try:
-            asked = json.loads(body)
-            name, stream = asked["model"], bool(asked.get("stream"))
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            found = await self._checked(request, asked)
+            if isinstance(found, Response):
+                found.headers["x-request-id"] = asked.request_id
+                await found(scope, receive, send)
+                outcome = Outcome(found.status_code)
+            else:
+                outcome = await self._passed_on(asked, found, receive, send)
+        finally:
+            gateway.traffic.active -= 1
+        gateway.telemetry(asked, outcome)
+        if asked.key:
+            gateway.keyring.spend(asked.key, outcome.prompt_tokens + outcome.completion_tokens)
+
+    async def _passed_on(self, asked: Asked, version: Version, receive: Receive, send: Send) -> Outcome:
+        shadow = self._gateway.fleet.shadow(version)
+        asked.heard = bytearray() if shadow else None
+        version.active += 1
+        try:
+            outcome = await pass_on(asked, version, receive, send, timeout_s=self._gateway.limits.request_timeout_s)
+        finally:
+            version.active -= 1
+        if shadow and asked.heard and outcome.status == 200:
+            self._gateway.shadows.follow(asked, shadow, bytes(asked.heard))
+        return outcome
+
+    async def _checked(self, request: Request, asked: Asked) -> Version | Response:
+        """The version to ask, or the refusal."""
+        gateway = self._gateway
+        key = gateway.who(request.headers)
+        if isinstance(key, Response):
+            return key
+        asked.key, asked.traceparent = key, request.headers.get("traceparent")
+        if gateway.traffic.draining:
+            return failure(503, "the endpoint is shutting down", "service_unavailable", retry_s=5)
+        if gateway.traffic.active > gateway.limits.active:
+            return failure(503, f"{gateway.limits.active} requests are under way already", "service_unavailable", retry_s=1)
+        body = await self._body(request)
+        if isinstance(body, Response):
+            return body
+        try:
+            asked.body = json.loads(body)
+            name = asked.body["model"]
+        except (ValueError, KeyError, TypeError, RecursionError):
             return failure(400, 'the body must be a JSON object with the key "model"', "invalid_request_error")
-        if not isinstance(name, str) or name not in models:
-            return failure(404, f"there is no model {name!r} here; there is: {', '.join(models)}", "model_not_found")
-        backend = models[name]
-        paths = PATHS[backend.head]
-        if request.url.path not in paths:
-            text = f"{name} answers POST {', '.join(paths)}; it has a {backend.head} head"
-            return failure(400, text, "invalid_request_error")
-        if backend.failure:
-            return failure(503, f"the engine of {name} does not stay up and was given up", "service_unavailable")
-        if not backend.ready:
-            return failure(503, f"the engine of {name} is starting or being restarted", "service_unavailable", retry=True)
-        return await _pass_on(request, paths[request.url.path], bytes(body), backend, traffic, stream=stream)
+        version = gateway.fleet.find(name) if isinstance(name, str) else None
+        if version is None or not (key is None or key.may_ask(version.name)):
+            return gateway.no_model(name, key)
+        asked.version = version.id
+        if version.head not in SURFACE[self._path].heads:
+            text = f"{name} answers POST {', '.join(paths_of(version.head))}; it has a {version.head} head"
+            return failure(400, text, "invalid_request_error", param="model")
+        if why := unknown_key(self._path, asked.body):
+            return failure(400, why, "invalid_request_error")
+        if key and (wait_s := gateway.keyring.take(key)):
+            may = [f"{count} {what}" for count, what in ((key.rpm, "requests"), (key.tpm, "tokens")) if count is not None]
+            text = f"this key has used what it may in a minute: {', '.join(may)}"
+            return failure(429, text, "rate_limit_error", retry_s=wait_s, code="rate_limit_exceeded")
+        if why := version.why_not:
+            given_up = version.status == "failed"
+            text = f"{name} cannot be asked now: " + ("it was given up" if given_up else why)
+            return failure(503, text, "service_unavailable", retry_s=None if given_up else 5)
+        return version
 
-    async def unknown(request: Request, error: Exception) -> Response:
-        status = error.status_code if isinstance(error, HTTPException) else 404
-        text = "there is no such path" if status == 404 else "this path takes no such method"
-        return failure(
-            status, f"{request.method} {request.url.path}: {text}; there is {', '.join(ROUTES)}", "invalid_request_error"
-        )
+    async def _body(self, request: Request) -> bytes | Response:
+        limits = self._gateway.limits
+        said = request.headers.get("content-length", "")
+        if said.isdecimal() and int(said) > limits.body_bytes:
+            return failure(413, f"the request has more than the {limits.body_bytes} bytes allowed", "invalid_request_error")
+        body = bytearray()
+        try:
+            async with asyncio.timeout(limits.body_timeout_s):
+                async for chunk in request.stream():
+                    body += chunk
+                    if len(body) > limits.body_bytes:
+                        text = f"the request has more than the {limits.body_bytes} bytes allowed"
+                        return failure(413, text, "invalid_request_error")
+        except TimeoutError:
+            return failure(408, f"the body was not whole after {limits.body_timeout_s:.0f} s", "invalid_request_error")
+        return bytes(body)
 
-    routes = [Route("/v1/models", list_models, methods=["GET"]), *(Route(path, forward, methods=["POST"]) for path in POSTED)]
-    return Starlette(routes=routes, exception_handlers={HTTPException: unknown})
+
+async def unknown(request: Request, error: Exception) -> Response:
+    """A path or method that is not there."""
+    status = error.status_code if isinstance(error, HTTPException) else 404
+    text = "there is no such path" if status == 404 else "this path takes no such method"
+    return failure(status, f"{request.method} {request.url.path}: {text}; there is {', '.join(ROUTES)}", "invalid_request_error")
 
 
-ROUTES = ("GET /v1/models", *(f"POST {path}" for path in POSTED))
+ROUTES = ("GET /v1/models", *(f"POST {path}" for path in SURFACE))
 
 
-def failure(status: int, message: str, kind: str, *, retry: bool = False) -> JSONResponse:
+def failure(
+    status: int, message: str, kind: str, *, retry_s: float | None = None, param: str | None = None, code: str | int | None = None
+) -> JSONResponse:
     """An error in OpenAI's form, which its clients turn into their own exceptions."""
-    headers = {"retry-after": "5"} if retry else None
-    return JSONResponse(failure_body(status, message, kind), status, headers)
-
-
-def failure_body(status: int, message: str, kind: str) -> dict[str, Any]:
-    """The JSON of an error."""
-    return {"error": {"message": message, "type": kind, "param": None, "code": status}}
-
-
-async def _pass_on(asked: Request, path: str, body: bytes, backend: Backend, traffic: Traffic, *, stream: bool) -> Response:
-    traffic.active += 1
-    reply: httpx.Response | None = None
-    try:
-        timeout = httpx.Timeout(READ_TIMEOUT_S, connect=2.0)
-        request = backend.client.build_request(
-            "POST", path, content=body, timeout=timeout, headers={"content-type": "application/json"}
-        )
-        reply = await _unless_gone(asked, backend.client.send(request, stream=True))
-        if reply is None:
-            traffic.active -= 1
-            return failure(499, "the client went away", "invalid_request_error")
-        if stream and reply.status_code == 200:
-            return StreamingResponse(_chunks(reply, backend, traffic), media_type="text/event-stream")
-        content = await reply.aread()
-    except httpx.HTTPError as error:
-        backend.suspect()
-        traffic.active -= 1
-        return failure(503, f"the engine did not answer ({type(error).__name__})", "service_unavailable", retry=True)
-    except BaseException:
-        traffic.active -= 1
-        raise
-    traffic.active -= 1
-    await reply.aclose()
-    if reply.status_code >= 500:
-        # The engine's own words for "my core died" are a 500; whether it is so is for the supervisor to see.
-        backend.suspect()
-        return failure(503, "the engine failed on this request", "service_unavailable", retry=True)
-    return Response(content, reply.status_code, media_type=reply.headers.get("content-type", "application/json"))
-
-
-async def _unless_gone(asked: Request, work: Coroutine[Any, Any, httpx.Response]) -> httpx.Response | None:
-    """The engine's reply, or None where the client leaves first: the engine then stops working for nobody."""
-    task = asyncio.ensure_future(work)
-    try:
-        while not task.done():
-            await asyncio.wait([task], timeout=CLIENT_LOOK_S)
-            if not task.done() and await asked.is_disconnected():
-                return None
-        return task.result()
-    finally:
-        task.cancel()
-
-
-async def _chunks(reply: httpx.Response, backend: Backend, traffic: Traffic) -> AsyncIterator[bytes]:
-    """The engine's events as they come; an engine that dies in the middle is told to the client as an error event."""
-    try:
-        async for chunk in reply.aiter_raw():
-            yield chunk
-    except httpx.HTTPError:
-        backend.suspect()
-        error = failure_body(503, "the engine died while it was answering", "service_unavailable")
-        yield f"data: {json.dumps(error)}\n\n".encode()
-    finally:
-        traffic.active -= 1
-        with suppress(httpx.HTTPError):
-            await reply.aclose()
+    headers = {"retry-after": str(max(1, round(retry_s)))} if retry_s else None
+    return JSONResponse({"error": {"message": message, "type": kind, "param": param, "code": code or status}}, status, headers)

@@ -4,8 +4,10 @@ import contextlib
 import hashlib
 import json
 import re
+import shutil
 import signal
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -42,8 +44,10 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Server:
     """`tuner serve` as a process, and what it says."""
 
-    def __init__(self, *arguments: Any) -> None:
-        self.process = subprocess.Popen(command("serve", *arguments), stderr=subprocess.PIPE, text=True, start_new_session=True)
+    def __init__(self, *arguments: Any, state: Path | None = None) -> None:
+        self.state = state or Path(tempfile.mkdtemp(prefix="tuner-state-"))
+        line = command("serve", *arguments, "--state", self.state)
+        self.process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True, start_new_session=True)
         self.said = ""
         self._reader = threading.Thread(target=self._read)
         self._reader.start()
@@ -143,7 +147,7 @@ def test_unknown_models_and_paths_are_404_and_the_engine_is_not_reachable_from_o
     with pytest.raises(NotFoundError, match="there is no model 'gpt-4' here; there is: quick-quantize"):
         client.chat.completions.create(model="gpt-4", messages=[QUESTION])
     root = str(client.base_url).removesuffix("/v1/")
-    for path in ("/tokenize", "/metrics", "/invocations"):
+    for path in ("/pooling", "/v1/load_lora_adapter", "/invocations"):
         assert httpx.post(root + path, json={}).status_code == 404
     listening = {
         connection.laddr.ip
@@ -158,7 +162,11 @@ def test_an_engine_killed_while_serving_is_503_at_once_and_comes_back_proven(cli
     from openai import APIStatusError
 
     proven = len(re.findall("proven on", server.said))
-    engine = next(child for child in psutil.Process(server.process.pid).children() if "quick-quantize" in child.cmdline())
+    engine = next(
+        child
+        for child in psutil.Process(server.process.pid).children()
+        if any(part.startswith("quick-quantize@") for part in child.cmdline())
+    )
     core = next(
         child
         for child in engine.children(recursive=True)
@@ -178,7 +186,7 @@ def test_an_engine_killed_while_serving_is_503_at_once_and_comes_back_proven(cli
     # The other engine goes on serving.
     assert client.completions.create(model="quick-tune", prompt="az", max_tokens=1).choices
     server.wait_for("proven on", count=proven + 1)
-    server.wait_for("quick-quantize: ready", count=2)
+    server.wait_for(r"quick-quantize@\w+: ready", count=2)
     assert client.chat.completions.create(model="quick-quantize", messages=[QUESTION], max_tokens=1).choices
 
 
@@ -205,14 +213,12 @@ def test_ctrl_c_lets_requests_finish_and_leaves_no_process_behind(client: Any, s
 
 def test_an_engine_that_answers_as_another_model_never_gets_ready(out: Path, tmp_path: Path) -> None:
     """What a server with the wrong weights looks like: healthy, and another model's probe does not fit it."""
-    import shutil
-
     wrong = tmp_path / "wrong"
     shutil.copytree(out / "merge", wrong)
     values = manifest(out, "merge")
     values["probe"] = manifest(out, "base")["probe"]
     (wrong / "bundle.json").write_text(json.dumps(values))
-    done = tuner("serve", wrong, "--port", "0", timeout=300)
+    done = tuner("serve", wrong, "--port", "0", "--state", tmp_path / "state", timeout=300)
     assert done.returncode == 2, done.stderr
     assert "does not answer as" in done.stderr
     assert "serving" not in done.stderr
@@ -220,12 +226,12 @@ def test_an_engine_that_answers_as_another_model_never_gets_ready(out: Path, tmp
 
 @pytest.mark.slow
 def test_while_an_engine_starts_its_model_is_503_at_once(out: Path) -> None:
-    from serve.endpoint import free_port
+    from serve.engine import free_port
 
     port = str(free_port())
     server = Server(out / "merge", "--port", port)
     try:
-        server.wait_for("the engine starts")
+        server.wait_for(r"the engine \(vllm\) starts")
         asked = {"model": "quick-merge", "prompt": "az vm", "max_tokens": 2}
         reply = httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=asked, timeout=5)
         assert (reply.status_code, reply.headers["retry-after"]) == (503, "5")
@@ -238,8 +244,6 @@ def test_while_an_engine_starts_its_model_is_503_at_once(out: Path) -> None:
 @pytest.mark.slow
 def test_an_engine_that_renders_a_conversation_otherwise_never_gets_ready(out: Path, tmp_path: Path) -> None:
     """The real engine, whose chat template is another one than that of training: the weights are right, and the answers are not."""
-    import shutil
-
     wrong = tmp_path / "wrong"
     shutil.copytree(out / "merge", wrong)
     template = wrong / "chat_template.jinja"
@@ -250,41 +254,39 @@ def test_an_engine_that_renders_a_conversation_otherwise_never_gets_ready(out: P
         "sha256": hashlib.sha256(template.read_bytes()).hexdigest(),
     }
     (wrong / "bundle.json").write_text(json.dumps(values))
-    done = tuner("serve", wrong, "--port", "0", timeout=300)
+    done = tuner("serve", wrong, "--port", "0", "--state", tmp_path / "state", timeout=300)
     assert done.returncode == 2, done.stderr
     assert "the engine renders a conversation to other tokens than training did: from token" in done.stderr
     assert "serving" not in done.stderr
 
 
 def test_an_engine_that_dies_at_start_is_one_sentence_with_its_own_words(out: Path, tmp_path: Path) -> None:
-    import shutil
-
     broken = tmp_path / "broken"
     shutil.copytree(out / "merge", broken)
     config = (broken / "config.json").read_text()
     (broken / "config.json").write_text(config.replace('"intermediate_size": 1536', '"intermediate_size": 1537'))
-    done = tuner("serve", broken, "--port", "0", "--name", "broken", timeout=300)
+    done = tuner("serve", broken, "--port", "0", "--name", "broken", "--state", tmp_path / "state", timeout=300)
     assert done.returncode == 2
     assert "config.json: its sha256 is not the one in bundle.json; the file was changed after it was made" in done.stderr
     sealed = json.loads((broken / "bundle.json").read_text())
     sealed["files"]["config.json"]["sha256"] = hashlib.sha256((broken / "config.json").read_bytes()).hexdigest()
     (broken / "bundle.json").write_text(json.dumps(sealed))
-    done = tuner("serve", broken, "--port", "0", "--name", "broken", timeout=300)
+    done = tuner("serve", broken, "--port", "0", "--name", "broken", "--state", tmp_path / "state", timeout=300)
     assert done.returncode == 2
     last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("tuner: broken: the engine ended while it was starting: ")
+    assert re.match(r"tuner: \S+-broken@\w{8}: the engine ended while it was starting: ", last)
     assert "Error: " in last
     assert len(done.stderr) < 3000
 
 
-def test_a_taken_port_is_said_before_an_engine_starts(out: Path) -> None:
+def test_a_taken_port_is_said_before_an_engine_starts(out: Path, tmp_path: Path) -> None:
     import socket
 
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = str(other.getsockname()[1])
-        done = tuner("serve", out / "merge", "--port", port)
+        done = tuner("serve", out / "merge", "--port", port, "--state", tmp_path)
     assert done.returncode == 2
     assert f"port {port} on 127.0.0.1 is taken" in done.stderr
     assert "engine starts" not in done.stderr
@@ -293,7 +295,7 @@ def test_a_taken_port_is_said_before_an_engine_starts(out: Path) -> None:
 @pytest.mark.parametrize("seconds", [pytest.param(0, marks=pytest.mark.slow), 12], ids=["at once", "while its own processes start"])
 def test_an_engine_does_not_outlive_an_endpoint_that_is_killed(out: Path, seconds: int) -> None:
     server = Server(out / "merge", "--port", "0")
-    server.wait_for("the engine starts")
+    server.wait_for(r"the engine \(vllm\) starts")
     time.sleep(seconds)
     engines = server.children()
     assert engines
@@ -306,14 +308,15 @@ def test_an_engine_that_does_not_stay_up_is_given_up_and_said(out: Path, tmp_pat
     """The real supervisor; the engine is a command that dies at once, where a real one would take 3 x 20 s to do so."""
     import asyncio
 
-    from serve import endpoint
-    from serve.engines.vllm import Launch
+    from serve.engine import Care, Engine
+    from serve.engines import Launch, vllm
+    from tuner.bundle import open_bundle
 
     said: list[str] = []
-    engine = endpoint.arrange([out / "merge"], endpoint.Settings(max_failed_starts=2), said.append)[0]
+    engine = Engine("vllm", "m", open_bundle(out / "merge"), {}, Care(max_failed_starts=2), said.append)
     dying = Launch(["sh", "-c", "echo 'ValueError: no such luck' >&2; exit 3"], {}, "float32")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(endpoint.vllm, "launch", lambda *arguments, **options: dying)
+        patch.setattr(vllm, "launch", lambda *arguments, **options: dying)
         asyncio.run(engine.watch())
     assert engine.failure == said[-1]
     assert "gave up after 2 starts" in said[-1]

@@ -1,135 +1,375 @@
-"""The gateway in front of a stand-in engine; tests/e2e/test_serving.py shows the same in front of vLLM."""
+"""The gateway in front of a stand-in engine, both over real sockets; tests/e2e/test_serving.py shows the same in front of vLLM."""
 
 import asyncio
 import json
 import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import httpx
 import pytest
+import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
-from starlette.testclient import TestClient
 
-from serve.endpoint import Settings, _bind, arrange, free_port, serve_until
+from serve import endpoint
+from serve.endpoint import Patient, Settings, _bind, _require_safety, named
+from serve.engine import Care, free_port
 from serve.errors import ServeError
-from serve.gateway.app import Traffic, gateway
+from serve.fleet import Fleet, Version
+from serve.gateway.app import Gateway, Limits, Traffic
+from serve.gateway.passing import Asked, Outcome
+from serve.gateway.surface import SURFACE
+from serve.gateway.telemetry import Telemetry
+from serve.keys import Keyring, create
+from serve.state import Pointer, State
 from tuner.bundle import Bundle, Manifest
 
 
+@contextmanager
+def listening(app: Any, **options: Any) -> Iterator[str]:
+    """The address of an application that a thread serves."""
+    port = free_port()
+    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error", lifespan="off", **options))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield f"http://127.0.0.1:{port}"
+    server.should_exit = True
+    thread.join()
+
+
 class StandIn:
-    """An engine whose answers are chosen by the request."""
+    """An engine whose answers are chosen by the request, and that remembers who left."""
 
     def __init__(self) -> None:
-        self.ready = True
-        self.head = "causal"
-        self.failure: str | None = None
-        self.suspected = 0
-        app = Starlette(routes=[Route("/v1/chat/completions", self.answer, methods=["POST"])])
-        self.client = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://engine")
-
-    def suspect(self) -> None:
-        self.suspected += 1
+        self.got: list[dict[str, Any]] = []
+        self.left = threading.Event()
+        self.app = Starlette(routes=[Route(question.to, self.answer, methods=["POST"]) for question in SURFACE.values()])
 
     async def answer(self, request: Request) -> Response:
         asked = await request.json()
-        match asked.get("do"):
-            case "break":
-                raise httpx.RemoteProtocolError("gone")
+        self.got.append(asked)
+        match asked.get("user_key") or asked.get("stop"):
             case "fail":
                 return JSONResponse({"error": "EngineDeadError"}, 500)
             case "refuse":
                 return JSONResponse({"error": {"message": "too long"}}, 400)
+            case "wait":
+                while not await request.is_disconnected():
+                    await asyncio.sleep(0.01)
+                self.left.set()
+                return JSONResponse({})
         if asked.get("stream"):
-            return StreamingResponse(iter([b"data: 1\n\n", b"data: [DONE]\n\n"]), media_type="text/event-stream")
-        return JSONResponse({"echo": asked})
+            return StreamingResponse(self.events(asked), media_type="text/event-stream")
+        usage = {"prompt_tokens": 3, "total_tokens": 5, "completion_tokens": 2}
+        return JSONResponse({"model": asked["model"], "echo": asked, "usage": usage})
+
+    async def events(self, asked: dict[str, Any]) -> Any:
+        try:
+            for piece in ("a", '"usage":{"prompt_tokens":900}', "b"):
+                yield f"data: {json.dumps({'model': asked['model'], 'text': piece, 'usage': None}, separators=(',', ':'))}\n\n"
+                await asyncio.sleep(0.01)
+            if asked["stop"] == "break":
+                raise RuntimeError("the engine dies")
+            while asked["stop"] == "on":
+                yield b'data: {"text":"on"}\n\n'
+                await asyncio.sleep(0.01)
+            usage = {"prompt_tokens": 3, "total_tokens": 9, "completion_tokens": 6}
+            if asked["stream_options"]["include_usage"]:
+                yield f"data: {json.dumps({'choices': [], 'usage': usage}, separators=(',', ':'))}\n\n"
+            yield b"data: [DONE]\n\n"
+        except (asyncio.CancelledError, GeneratorExit):
+            self.left.set()
+            raise
+
+
+class Behind:
+    """What the gateway sees of an engine."""
+
+    def __init__(self, address: str) -> None:
+        self.address, self.ready, self.failure, self.refused, self.restarts = address, True, None, {}, 0
+        self.suspected, self.heard = 0, 0.0
+        self.served: dict[str, Any] = {"inner": None}
+        self._session: aiohttp.ClientSession | None = None
+
+    @property
+    def session(self) -> aiohttp.ClientSession:
+        self._session = self._session or aiohttp.ClientSession(self.address)
+        return self._session
+
+    def suspect(self) -> None:
+        self.suspected += 1
+
+
+class World:
+    """A gateway and what stands behind it."""
+
+    def __init__(self, address: str, url: str, gateway: Gateway, stand_in: StandIn, behind: Behind, log: Path) -> None:
+        self.client = httpx.Client(base_url=url, timeout=10)
+        self.url, self.gateway, self.stand_in, self.behind, self.address = url, gateway, stand_in, behind, address
+        self.told: list[tuple[Asked, Outcome]] = []
+        self.log = log
+
+    def ask(self, path: str = "/v1/completions", headers: dict[str, str] | None = None, **body: Any) -> httpx.Response:
+        return self.client.post(path, json={"model": "m", "prompt": "p", **body}, headers=headers)
+
+
+def version(behind: Any, name: str = "m", digest: str = "0" * 64, head: str = "causal") -> Version:
+    bundle = Bundle(Path("/b"), Manifest(kind="model", stage="tune", fingerprint="f", head=head))
+    return Version(f"{name}@{digest[:8]}", name, bundle, digest, "ab" * 32, "stand-in", served="inner", engine=behind)
 
 
 @pytest.fixture
-def engine() -> StandIn:
-    return StandIn()
+def world(tmp_path: Path) -> Iterator[World]:
+    stand_in, state = StandIn(), State(tmp_path / "state.sqlite")
+    with listening(stand_in.app) as address:
+        behind = Behind(address)
+        fleet = Fleet(state, Care(), lambda text: None)
+        one = version(behind)
+        fleet.names, fleet.versions = {"m": Pointer(one.id)}, {one.id: one}
+        telemetry = Telemetry(fleet, tmp_path / "requests.jsonl")
+        limits = Limits(body_bytes=100_000, body_timeout_s=1.0, request_timeout_s=3.0, active=50)
+        gateway = Gateway(fleet, Keyring(state), Traffic(), limits, telemetry)
+        with listening(gateway.app(), http=Patient) as url:
+            found = World(address, url, gateway, stand_in, behind, tmp_path / "requests.jsonl")
+            count = telemetry.metrics.count
+            telemetry.metrics.count = lambda *both: (found.told.append(both), count(*both))  # type: ignore[method-assign,func-returns-value]
+            yield found
+        telemetry.close()
 
 
-@pytest.fixture
-def traffic() -> Traffic:
-    return Traffic()
+def test_a_request_is_passed_on_and_the_answer_has_the_clients_name_for_the_model(world: World) -> None:
+    reply = world.ask(temperature=0, user="u-1")
+    assert world.stand_in.got == [{"model": "inner", "prompt": "p", "temperature": 0}]
+    assert reply.json()["model"] == "m@00000000"
+    assert (reply.headers["x-tuner-version"], reply.headers["x-tuner-manifest"]) == ("m@00000000", "ab" * 32)
+    assert reply.headers["x-request-id"].startswith("req-")
+    asked, outcome = world.told[0]
+    assert (asked.version, outcome.status, outcome.prompt_tokens, outcome.completion_tokens) == ("m@00000000", 200, 3, 2)
 
 
-@pytest.fixture
-def client(engine: StandIn, traffic: Traffic) -> TestClient:
-    return TestClient(gateway({"m": engine}, lambda: [{"id": "m"}], traffic))
-
-
-def ask(client: TestClient, **body: Any) -> Any:
-    return client.post("/v1/chat/completions", json={"model": "m", **body})
-
-
-def test_a_request_is_passed_on_whole(client: TestClient) -> None:
-    assert ask(client, temperature=0, odd="kept").json()["echo"] == {"model": "m", "temperature": 0, "odd": "kept"}
-
-
-def test_events_are_passed_on_as_they_come(client: TestClient, traffic: Traffic) -> None:
-    reply = ask(client, stream=True)
+@pytest.mark.parametrize("wanted", [False, True])
+def test_events_are_passed_on_and_counted_and_who_has_not_asked_is_not_told(world: World, wanted: bool) -> None:
+    options = {"stream_options": {"include_usage": True}} if wanted else {}
+    reply = world.ask(stream=True, stop="", **options)
     assert reply.headers["content-type"].startswith("text/event-stream")
-    assert reply.text == "data: 1\n\ndata: [DONE]\n\n"
-    assert traffic.active == 0
+    events = [json.loads(line[6:]) for line in reply.text.split("\n\n") if line.startswith("data: {")]
+    assert [event["text"] for event in events if "text" in event] == ["a", '"usage":{"prompt_tokens":900}', "b"]
+    assert {event["model"] for event in events if "model" in event} == {"m@00000000"}
+    assert any(event.get("usage") for event in events) == wanted
+    assert reply.text.endswith("data: [DONE]\n\n")
+    outcome = world.told[0][1]
+    assert (outcome.prompt_tokens, outcome.completion_tokens) == (3, 6)
+    assert world.gateway.traffic.active == 0
 
 
-def test_the_engines_own_refusal_reaches_the_client(client: TestClient) -> None:
-    reply = ask(client, do="refuse")
+def test_the_engines_own_refusal_reaches_the_client(world: World) -> None:
+    reply = world.ask(stop="refuse")
     assert (reply.status_code, reply.json()["error"]["message"]) == (400, "too long")
 
 
-@pytest.mark.parametrize("do", ["break", "fail"])
-def test_an_engine_that_fails_is_503_in_openais_form_and_suspected(
-    client: TestClient, engine: StandIn, traffic: Traffic, do: str
-) -> None:
-    reply = ask(client, do=do)
+def test_an_engine_that_fails_is_503_in_openais_form_and_suspected(world: World) -> None:
+    reply = world.ask(stop="fail")
     assert reply.status_code == 503
     assert set(reply.json()["error"]) == {"message", "type", "param", "code"}
-    assert (engine.suspected, traffic.active) == (1, 0)
+    world.behind.address = f"http://127.0.0.1:{free_port()}"
+    world.behind._session = None
+    assert "did not answer" in world.ask().json()["error"]["message"]
+    assert (world.behind.suspected, world.gateway.traffic.active) == (2, 0)
 
 
-def test_an_engine_that_is_not_ready_and_an_endpoint_that_drains_are_503(
-    client: TestClient, engine: StandIn, traffic: Traffic
-) -> None:
-    engine.ready = False
-    assert ask(client).status_code == 503
-    engine.ready, traffic.draining = True, True
-    reply = ask(client)
+def test_an_engine_that_dies_in_a_stream_is_an_error_event(world: World) -> None:
+    reply = world.ask(stream=True, stop="break")
+    last = reply.text.strip().split("\n\n")[-1]
+    assert json.loads(last.removeprefix("data: "))["error"]["code"] == 503
+    assert world.behind.suspected == 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_ends_the_engines_work(world: World, stream: bool) -> None:
+    body = {"model": "m", "prompt": "p", "stop": "on" if stream else "wait", "stream": stream}
+    if stream:
+        with world.client.stream("POST", "/v1/completions", json=body) as reply:
+            for _ in zip(range(5), reply.iter_raw(), strict=False):
+                pass
+    else:
+        with pytest.raises(httpx.ReadTimeout):
+            world.client.post("/v1/completions", json=body, timeout=0.5)
+    assert world.stand_in.left.wait(2)
+    while world.gateway.traffic.active:
+        time.sleep(0.01)
+    assert world.told[-1][1].status == 499
+
+
+def test_an_answer_that_takes_too_long_is_cut_off(world: World) -> None:
+    reply = world.ask(stop="wait")
+    assert reply.status_code == 504
+    assert world.stand_in.left.wait(2)
+
+
+def test_what_is_not_ready_and_what_drains_is_503(world: World) -> None:
+    world.behind.ready = False
+    reply = world.ask()
     assert (reply.status_code, reply.headers["retry-after"]) == (503, "5")
+    assert world.client.get("/ready").status_code == 503
+    assert world.client.get("/health").status_code == 200
+    world.behind.ready = True
+    assert world.client.get("/ready").json() == {"ready": True, "waiting": []}
+    world.gateway.traffic.draining = True
+    assert world.ask().status_code == 503
+    assert world.client.get("/ready").status_code == 503
 
 
 @pytest.mark.parametrize(
-    "path", ["/", "/v1", "/health", "/metrics", "/invocations", "/tokenize", "/v1/load_lora_adapter", "/v1/../tokenize"]
+    "path", ["/", "/v1", "/invocations", "/v1/load_lora_adapter", "/v1/../invocations", "/pooling", "/classify", "/v1/models/m/x"]
 )
-def test_everything_else_is_404(client: TestClient, path: str) -> None:
+def test_everything_else_is_404(world: World, path: str) -> None:
     for method in ("GET", "POST"):
-        reply = client.request(method, path)
+        reply = world.client.request(method, path)
         assert (reply.status_code, reply.json()["error"]["code"]) == (404, 404)
+    assert world.stand_in.got == []
 
 
-def test_a_wrong_method_is_405(client: TestClient) -> None:
-    assert client.get("/v1/chat/completions").status_code == 405
+def test_a_wrong_method_is_405(world: World) -> None:
+    assert world.client.get("/v1/chat/completions").status_code == 405
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"null", b'{"a": 1}', b'"m"', b"\xff"])
-def test_a_body_that_is_no_request_is_400(client: TestClient, body: bytes) -> None:
-    assert client.post("/v1/chat/completions", content=body).status_code == 400
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"null", b'{"a": 1}', b'"m"', b"\xff", b"[" * 50_000])
+def test_a_body_that_is_no_request_is_400(world: World, body: bytes) -> None:
+    assert world.client.post("/v1/chat/completions", content=body).status_code == 400
 
 
-@pytest.mark.parametrize("name", ["other", "", 5, None, ["m"]])
-def test_an_unknown_model_is_404_and_names_those_there_are(client: TestClient, name: Any) -> None:
-    reply = client.post("/v1/chat/completions", content=json.dumps({"model": name}))
+@pytest.mark.parametrize("name", ["other", "", 5, None, ["m"], "../m", "m@ffffffff", "inner", "m\r\nx: y"])
+def test_an_unknown_model_is_404_and_names_those_there_are(world: World, name: Any) -> None:
+    reply = world.client.post("/v1/chat/completions", content=json.dumps({"model": name}))
     assert reply.status_code == 404
     assert "there is: m" in reply.json()["error"]["message"]
+    assert reply.json()["error"]["code"] == "model_not_found"
+    assert "x" not in reply.headers
 
 
-def test_a_body_that_is_too_large_is_413(client: TestClient) -> None:
-    assert client.post("/v1/completions", content=b"x" * 17_000_000).status_code == 413
+def test_one_version_can_be_asked_by_its_id(world: World) -> None:
+    assert world.ask(model="m@00000000").status_code == 200
+
+
+@pytest.mark.parametrize("declared", [True, False])
+def test_a_body_that_is_too_large_is_413(world: World, declared: bool) -> None:
+    content: Any = b"x" * 100_001 if declared else iter([b"x" * 50_000] * 3)
+    assert world.client.post("/v1/completions", content=content).status_code == 413
+
+
+def test_a_body_that_does_not_come_is_408_and_headers_that_do_not_come_end_the_connection(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(endpoint, "HEADERS_TIMEOUT_S", 0.3)
+    address = (world.url.removeprefix("http://").split(":")[0], int(world.url.rsplit(":", 1)[1]))
+    with socket.create_connection(address, timeout=5) as slow:
+        slow.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 10\r\n\r\n{")
+        assert b"408" in slow.recv(1000)
+    with socket.create_connection(address, timeout=5) as slow:
+        slow.sendall(b"POST /v1/completions HTTP/1.1\r\nhost:")
+        assert slow.recv(1000) == b""
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ({"chat_template": "{{ 1 }}"}, "the template is the one that the model was trained with"),
+        ({"logit_bais": {}}, "'logit_bais' is not taken from clients"),
+        ({"prompt_logprobs": 1}, "not taken from clients"),
+    ],
+)
+def test_a_key_that_no_client_may_send_is_refused_by_name(world: World, body: dict[str, Any], said: str) -> None:
+    reply = world.ask(**body)
+    assert reply.status_code == 400
+    assert said in reply.json()["error"]["message"]
+    assert world.stand_in.got == []
+
+
+@pytest.mark.parametrize(
+    ("head", "path", "said"),
+    [
+        ("sequence", "/v1/chat/completions", "m answers POST /v1/classify, /tokenize; it has a sequence head"),
+        ("causal", "/v1/embeddings", "it has a causal head"),
+    ],
+)
+def test_a_question_that_the_models_head_cannot_answer_is_400(world: World, head: str, path: str, said: str) -> None:
+    one = version(world.behind, head=head)
+    world.gateway.fleet.versions[one.id] = one
+    reply = world.client.post(path, json={"model": "m", "input": "x"})
+    assert reply.status_code == 400
+    assert said in reply.json()["error"]["message"]
+
+
+# Keys.
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {key}"}
+
+
+def test_once_there_is_a_key_nobody_without_one_is_answered(world: World) -> None:
+    assert world.ask().status_code == 200
+    key = create(world.gateway.fleet.state, models=["m"])
+    world.gateway.keyring._seen = -1  # made on the same connection, which sees no change of another's
+    key_id = key.split("-")[1]
+    for wrong in ({}, bearer("x"), bearer("tnr-"), bearer(key[:-1]), bearer(key + "a"), bearer(f"tnr-{key_id}-"), {"authorization": key},
+                  bearer("tnr-00000000-x")):  # fmt: skip
+        reply = world.ask(headers=wrong)
+        assert (reply.status_code, reply.json()["error"]["code"]) == (401, "invalid_api_key")
+    assert world.client.get("/v1/models").status_code == 401
+    assert world.ask(headers=bearer(key)).status_code == 200
+    assert world.ask(headers={"x-api-key": key}).status_code == 200
+    assert [each["id"] for each in world.client.get("/v1/models", headers=bearer(key)).json()["data"]] == ["m"]
+    assert key not in (world.gateway.fleet.state.path or Path()).read_bytes().decode("latin-1"), "only its hash is kept"
+    assert key.split("-", 2)[2] not in str(world.gateway.fleet.state.keys())
+
+
+def test_a_key_reaches_only_its_models_and_ends_when_it_is_revoked_by_another_process(world: World) -> None:
+    fleet = world.gateway.fleet
+    other = version(world.behind, "other")
+    fleet.names["other"], fleet.versions[other.id] = Pointer(other.id), other
+    state = State(fleet.state.path)  # as `tuner keys` opens it
+    mine, ended, every = (create(state, models=["m"]), create(state, models=["m"], expires="1s"), create(state, models=["*"]))
+    assert world.ask(headers=bearer(mine)).status_code == 200
+    for asked in ("other", "other@00000000"):
+        reply = world.ask(headers=bearer(mine), model=asked)
+        assert (reply.status_code, reply.json()["error"]["message"]) == (404, f"there is no model {asked!r} here; there is: m")
+    assert world.client.get("/v1/models/other", headers=bearer(mine)).status_code == 404
+    assert world.ask(headers=bearer(every), model="other").status_code == 200
+    time.sleep(1.05)
+    assert world.ask(headers=bearer(ended)).status_code == 401
+    state.revoke_key(mine.split("-")[1], time.time())
+    assert world.ask(headers=bearer(mine)).status_code == 401
+
+
+def test_a_key_has_so_many_requests_and_tokens_a_minute(world: World) -> None:
+    state = State(world.gateway.fleet.state.path)
+    few, short = create(state, models=["m"], rpm=2), create(state, models=["m"], tpm=6)
+    assert [world.ask(headers=bearer(few)).status_code for _ in range(3)] == [200, 200, 429]
+    reply = world.ask(headers=bearer(few))
+    assert 50 <= int(reply.headers["retry-after"]) <= 60
+    assert reply.json()["error"]["message"] == "this key has used what it may in a minute: 2 requests"
+    # Five tokens each: the second answer goes over, and no third one begins.
+    assert [world.ask(headers=bearer(short)).status_code for _ in range(3)] == [200, 200, 429]
+
+
+@pytest.mark.parametrize("text", ["", "5", "-1d", "0d", "3w", "1.5h", "d"])
+def test_a_time_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(ServeError, match="expected a time such as 30d"):
+        create(State(None), models=["m"], expires=text or "x")
+
+
+# Where it listens, and what it is started with.
 
 
 def test_a_taken_port_is_said_in_one_sentence() -> None:
@@ -138,78 +378,47 @@ def test_a_taken_port_is_said_in_one_sentence() -> None:
         other.listen()
         port = other.getsockname()[1]
         with pytest.raises(ServeError, match=f"port {port} on 127.0.0.1 is taken"):
-            _bind(port)
+            _bind("127.0.0.1", port)
 
 
 def test_a_second_endpoint_cannot_take_the_port_of_one_that_is_still_starting() -> None:
-    first = _bind(0)
+    first = _bind("127.0.0.1", 0)
     with first, pytest.raises(ServeError, match="is taken"):
-        _bind(first.getsockname()[1])
+        _bind("127.0.0.1", first.getsockname()[1])
+    with pytest.raises(ServeError, match=r"host 203\.0\.113\.9: is no address of this machine"):
+        _bind("203.0.113.9", 0)
 
 
-def test_what_is_no_bundle_is_refused_before_anything_starts(tmp_path) -> None:
+def test_other_machines_are_let_in_only_with_a_key() -> None:
+    state = State(None)
+    with pytest.raises(ServeError, match="make a key first"):
+        _require_safety(Settings(host="0.0.0.0"), Keyring(state))
+    create(state, models=["*"])
+    _require_safety(Settings(host="0.0.0.0"), Keyring(state))
+
+
+def test_what_is_no_bundle_is_refused_before_anything_starts(tmp_path: Path) -> None:
     from tuner.errors import BundleError
 
     with pytest.raises(BundleError, match=r"has no bundle\.json"):
-        arrange([tmp_path], Settings(), print)
+        named([tmp_path])
 
 
 @pytest.mark.parametrize(
-    ("head", "path", "said"),
+    ("text", "said"),
     [
-        ("sequence", "/v1/chat/completions", "m answers POST /v1/classify; it has a sequence head"),
-        ("causal", "/v1/embeddings", "m answers POST /v1/chat/completions, /v1/completions; it has a causal head"),
+        ("models: {m: x}\nprot: 1\n", r"d\.yaml:2: there is no key prot; did you mean \"port\""),
+        ("models:\n  m: x\nport: many\n", r"d\.yaml:3: port: input should be a valid integer"),
+        ("models:\n  m: x\n  m: y\n", r"d\.yaml:3: m stands there twice"),
+        ("models: {m: x}\nlimits:\n  body: 3\n", r"d\.yaml:3: there is no key limits\.body"),
+        ("port: 1\n", r"d\.yaml:1: models: field required"),
+        ("- a\n", r"d\.yaml:1: expected keys such as"),
+        ("a: [\n", r"d\.yaml:2: not YAML"),
     ],
 )
-def test_a_question_that_the_models_head_cannot_answer_is_400(
-    client: TestClient, engine: StandIn, head: str, path: str, said: str
-) -> None:
-    engine.head = head
-    reply = client.post(path, json={"model": "m", "input": "x"})
-    assert reply.status_code == 400
-    assert reply.json()["error"]["message"] == said
+def test_a_mistake_in_a_deployment_is_said_with_its_line(tmp_path: Path, text: str, said: str) -> None:
+    from serve.deployment import read_deployment
 
-
-class Starting(StandIn):
-    """A stand-in that is proven only once it is told to be."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.ready, self.name, self.adapters = False, "m", dict[str, Any]()
-        self.model = Bundle(Path("/b"), Manifest(kind="model", stage="tune", fingerprint="f", head="causal"))
-        self.proven = asyncio.Event()
-
-    async def start(self) -> None:
-        await self.proven.wait()
-        self.ready = True
-
-    async def watch(self) -> None:
-        await asyncio.Event().wait()
-
-    async def stop(self) -> None:
-        self.ready = False
-
-
-def test_until_an_engine_is_proven_its_model_is_503_and_no_request_waits() -> None:
-    async def scenario() -> None:
-        engine, stop, address = Starting(), asyncio.Event(), list[str]()
-        settings = Settings(port=free_port())
-        running = asyncio.create_task(serve_until([engine], settings, stop, address.append))  # type: ignore[list-item]
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{settings.port}/v1", timeout=5) as client:
-            before = await client.post("/chat/completions", json={"model": "m"})
-            assert (before.status_code, before.headers["retry-after"], address) == (503, "5", [])
-            assert "the engine of m is starting" in before.json()["error"]["message"]
-            engine.proven.set()
-            while not address:
-                await asyncio.sleep(0.01)
-            assert (await client.post("/chat/completions", json={"model": "m"})).status_code == 200
-            stop.set()
-            await running
-        # While it starts it can be stopped, too.
-        stop.clear()
-        running = asyncio.create_task(serve_until([Starting()], settings, stop, address.append))  # type: ignore[list-item]
-        await asyncio.sleep(0.1)
-        stop.set()
-        await asyncio.wait_for(running, 10)
-
-    asyncio.run(scenario())
+    (tmp_path / "d.yaml").write_text(text)
+    with pytest.raises(ServeError, match=said):
+        read_deployment(tmp_path / "d.yaml")

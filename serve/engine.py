@@ -1,0 +1,326 @@
+"""One engine: a process group that is started, proven, watched, restarted when it dies or hangs, and ended without a trace."""
+
+import asyncio
+import ctypes
+import os
+import re
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import aiohttp
+import httpx
+import psutil
+
+from serve import engines
+from serve.errors import EngineError
+from serve.replay import replay, say_something
+from tuner.bundle import Bundle, verify
+
+# An engine whose endpoint was killed may end by itself in this time.
+GUARD_GRACE_S = 10
+# Among an engine's own metrics.
+QUEUE = re.compile(r"^(?:vllm:)?num_requests_(running|waiting)(?:\{[^}]*\})? ([\d.e+]+)$", re.MULTILINE)
+# How often a child is looked at. A client must see 503 within 2 s of its death.
+WATCH_INTERVAL_S = 0.25
+
+
+@dataclass(frozen=True)
+class Care:
+    """How engines are started and watched."""
+
+    max_tokens: int | None = None
+    """Longest prompt and answer together; what the bundle's recipe says by default."""
+    start_timeout_s: float = 600.0
+    """An engine that is not healthy by then is given up."""
+    pulse_s: float = 10.0
+    """An engine of which nothing was heard for so long is asked for one token."""
+    hung_after_s: float = 60.0
+    """One that has said nothing for so long after that is ended and started again."""
+    # After this many failed starts in a row an engine stays down; the endpoint ends when none is left.
+    max_failed_starts: int = 3
+
+
+class Engine:
+    """A model and the adapters that it is served with, by the names that the engine knows them by."""
+
+    def __init__(
+        self, kind: str, name: str, model: Bundle, adapters: dict[str, Bundle], care: Care, say: Callable[[str], None]
+    ) -> None:
+        self.kind, self.name, self.model, self.adapters, self.care, self.say = kind, name, model, adapters, care, say
+        self.client = httpx.AsyncClient()
+        self.session: aiohttp.ClientSession | None = None
+        """What requests are passed on with; `client` is for our own questions."""
+        self.failure: str | None = None
+        """Why it stays down, once it does."""
+        self.refused: dict[str, str] = {}
+        """Of what it does not serve as it was trained, why."""
+        self.restarts = 0
+        self.heard = 0.0
+        """When the engine last said anything (monotonic seconds)."""
+        self.started = False
+        self._ready = False
+        self._changing = asyncio.Lock()
+        self._dtype = ""
+        self._process: subprocess.Popen[bytes] | None = None
+        self._children: list[psutil.Process] = []
+        self._guard: subprocess.Popen[bytes] | None = None
+        self._log: Path | None = None
+
+    @property
+    def ready(self) -> bool:
+        """It runs, and has answered its probes."""
+        return self._ready and self._alive()
+
+    @property
+    def served(self) -> dict[str, Bundle]:
+        """What it answers for: the adapters, and the model where there is something to prove it by."""
+        return {**({self.name: self.model} if self.model.manifest.probe or not self.adapters else {}), **self.adapters}
+
+    def suspect(self) -> None:
+        """A request failed: stop sending more if a process is gone."""
+        self._ready = self.ready
+
+    async def start(self) -> None:
+        """Start, wait until healthy, replay every probe.
+
+        Raises EngineError with the engine's last error lines where it does not come up, or serves nothing as it was trained;
+        what it serves wrongly beside others is left in `refused`.
+        """
+        self.started = True
+        for bundle in (self.model, *self.adapters.values()):
+            verify(bundle)  # again at each start: what lies there may have been exchanged since
+        port = free_port()
+        engine = engines.load(self.kind)
+        plan = engine.launch(self.name, self.model, self.adapters, port=port, max_tokens=self.care.max_tokens)
+        await self._close_clients()
+        address = f"http://127.0.0.1:{port}"
+        self.client = httpx.AsyncClient(base_url=address, limits=httpx.Limits(max_connections=None))
+        self.session = aiohttp.ClientSession(
+            address, connector=aiohttp.TCPConnector(limit=0), auto_decompress=False, cookie_jar=aiohttp.DummyCookieJar()
+        )
+        descriptor, log = tempfile.mkstemp(prefix="tuner-engine-", suffix=".log")
+        self._log, self._dtype = Path(log), plan.dtype
+        # A session of its own, so that the whole group can be ended and a Ctrl-C in the terminal reaches only us.
+        self._process = subprocess.Popen(
+            plan.command,
+            env=plan.environment,
+            stdout=descriptor,
+            stderr=descriptor,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            preexec_fn=_end_with_parent,
+        )
+        os.close(descriptor)
+        self._guard = _guard(self._process.pid)
+        started = time.monotonic()
+        self.say(f"{self.name}: the engine ({self.kind}) starts (log: {log})")
+        await self._wait_until_healthy(started)
+        with suppress(psutil.NoSuchProcess):  # died just now, which the probe will find
+            self._children = psutil.Process(self._process.pid).children(recursive=True)
+        self.refused = {}
+        for name, bundle in self.served.items():
+            await self._prove(name, bundle)
+        if len(self.refused) == len(self.served):
+            raise EngineError("; ".join(self.refused.values()))
+        self.heard = time.monotonic()
+        self._ready = True
+        self.say(f"{self.name}: ready after {time.monotonic() - started:.0f} s")
+
+    def takes(self, bundle: Bundle) -> bool:
+        """The adapter can join while it runs."""
+        return self.ready and bool(engines.load(self.kind).takes(list(self.adapters.values()), bundle))
+
+    async def load(self, name: str, bundle: Bundle) -> None:
+        """Let an adapter join while it runs. Raises EngineError where the engine refuses it or does not serve it as trained."""
+        async with self._changing:
+            await self._tell("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(bundle.path.resolve())})
+            self.adapters[name] = bundle
+            await self._prove(name, bundle)
+            if why := self.refused.pop(name, None):
+                del self.adapters[name]
+                with suppress(EngineError):
+                    await self._tell("/v1/unload_lora_adapter", {"lora_name": name})
+                raise EngineError(why)
+
+    async def unload(self, name: str) -> None:
+        """Let an adapter go."""
+        async with self._changing:
+            if self.adapters.pop(name, None) is not None and self.ready:
+                with suppress(EngineError):  # what is left in it is asked by nobody
+                    await self._tell("/v1/unload_lora_adapter", {"lora_name": name})
+
+    async def queue(self) -> dict[str, float]:
+        """Requests that run and that wait in it; nothing where it does not say."""
+        if not self.ready:
+            return {}
+        try:
+            text = (await self.client.get("/metrics", timeout=2)).text
+        except httpx.HTTPError:
+            return {}
+        return {state: float(count) for state, count in QUEUE.findall(text)}
+
+    async def watch(self) -> None:
+        """Restart the engine whenever one of its processes is gone, or it says nothing any more.
+
+        Returns, with `failure` set, when it will not stay up.
+        """
+        failures = 0
+        while True:
+            await asyncio.sleep(WATCH_INTERVAL_S)
+            if self._alive() and not await self._hangs():
+                continue
+            what = "says nothing any more" if self._alive() else "died"
+            self._ready = False
+            self.restarts += 1
+            self.say(f"{self.name}: the engine {what}{self._last_words()}; starting it again")
+            await self.stop(politely=not self._alive())
+            try:
+                await self.start()
+                failures = 0
+            except EngineError as error:
+                failures += 1
+                await self.stop()
+                if failures >= self.care.max_failed_starts:
+                    self.failure = f"{self.name}: gave up after {failures} starts: {error}"
+                    self.say(self.failure)
+                    return
+                self.say(str(error))
+
+    async def stop(self, *, politely: bool = True) -> None:
+        """End the whole process group: politely, then after 15 s by force. The log of an engine that was well goes, too."""
+        well, self._ready = self.ready, False
+        process = self._process
+        if process is not None:
+            with suppress(psutil.NoSuchProcess):
+                self._children = list({*self._children, *psutil.Process(process.pid).children(recursive=True)})
+            for number, seconds in [*([(signal.SIGTERM, 15.0)] if politely else []), (signal.SIGKILL, 10.0)]:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, number)
+                end = time.monotonic() + seconds
+                while time.monotonic() < end and (process.poll() is None or _group_exists(process.pid)):
+                    await asyncio.sleep(0.1)
+            for child in self._children:
+                with suppress(psutil.NoSuchProcess):
+                    child.kill()
+            if self._guard is not None:
+                self._guard.kill()
+                self._guard.communicate()
+                self._guard = None
+            self._children, self._process = [], None
+            if well and self._log:
+                self._log.unlink(missing_ok=True)
+        await self._close_clients()
+
+    async def _prove(self, name: str, bundle: Bundle) -> None:
+        """Ask the bundle's probe; what is not right is left in `refused`. Raises EngineError where the engine dies over it."""
+        try:
+            proof = await replay(self.client, name, bundle, self._dtype)
+        except EngineError as error:
+            await asyncio.sleep(0.0 if self._alive() else 1.0)  # a core that died takes its front end along, and its log says why
+            if not self._alive():
+                raise EngineError(f"{error}{self._last_words()}") from None
+            self.refused[name] = str(error)
+            self.say(str(error))
+            return
+        self.say(
+            f"{name}: proven on {proof.questions} questions: {proof.agreement:.1%} of {proof.answers} answers the same, "
+            f"{proof.what} {proof.mean_difference:.5f} apart, {proof.tolerance:.3f} allowed"
+        )
+
+    async def _hangs(self) -> bool:
+        """Nothing was heard for a while, and it does not answer the shortest of questions either."""
+        if not self._ready or time.monotonic() - self.heard < self.care.pulse_s:
+            return False
+        name, bundle = next((name, each) for name, each in self.served.items() if name not in self.refused)
+        asked = time.monotonic()
+        try:
+            await asyncio.wait_for(say_something(self.client, name, bundle), self.care.hung_after_s)
+        except (EngineError, TimeoutError):
+            # While it was asked, clients may have heard of it.
+            return self.heard < asked and self._alive()
+        self.heard = time.monotonic()
+        return False
+
+    async def _tell(self, path: str, body: dict[str, str]) -> None:
+        try:
+            reply = await self.client.post(path, json=body, timeout=self.care.start_timeout_s)
+        except httpx.HTTPError as error:
+            raise EngineError(f"{self.name}: the engine did not answer ({type(error).__name__}){self._last_words()}") from None
+        if reply.status_code != 200:
+            raise EngineError(f"{self.name}: the engine refused {body['lora_name']}: {reply.text[:300]}")
+
+    async def _wait_until_healthy(self, started: float) -> None:
+        while True:
+            if not self._alive():
+                raise EngineError(f"{self.name}: the engine ended while it was starting{self._last_words()}")
+            if time.monotonic() - started > self.care.start_timeout_s:
+                raise EngineError(
+                    f"{self.name}: the engine was not healthy after {self.care.start_timeout_s:.0f} s{self._last_words()}"
+                )
+            with suppress(httpx.HTTPError):
+                if (await self.client.get("/health", timeout=5)).status_code == 200:
+                    return
+            await asyncio.sleep(0.5)
+
+    async def _close_clients(self) -> None:
+        await self.client.aclose()
+        if self.session is not None:
+            await self.session.close()
+            self.session = None
+
+    def _alive(self) -> bool:
+        if self._process is None or self._process.poll() is not None:
+            return False
+        try:
+            return all(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in self._children)
+        except psutil.NoSuchProcess:
+            return False
+
+    def _last_words(self) -> str:
+        code = self._process.poll() if self._process else None
+        signalled = f" (ended by signal {-code})" if code is not None and code < 0 else ""
+        return f"{signalled}: {engines.load(self.kind).error_lines(self._log)} (log: {self._log})" if self._log else signalled
+
+
+def free_port() -> int:
+    """A port on loopback that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+# Loaded here rather than in the child, where nothing may be allocated between fork and exec.
+_libc = ctypes.CDLL(None)
+PR_SET_PDEATHSIG = 1
+
+
+def _end_with_parent() -> None:
+    """Linux: an engine whose endpoint is killed outright is asked to stop, instead of holding its memory for ever."""
+    if hasattr(_libc, "prctl"):
+        _libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _guard(group: int) -> subprocess.Popen[bytes]:
+    """A shell that ends the process group once our end of its pipe is closed, which the kernel does when we are killed outright.
+
+    vLLM's processes are not all our children, and some do not heed a polite signal while they start.
+    """
+    script = f"read line; kill -TERM -{group}; sleep {GUARD_GRACE_S}; kill -KILL -{group}"  # dash knows no `kill --`
+    return subprocess.Popen(
+        ["sh", "-c", script], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+
+
+def _group_exists(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True

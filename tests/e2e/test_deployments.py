@@ -1,0 +1,244 @@
+"""Names that move while they are asked: the real endpoint, real engines (of transformers, since they start in seconds), small models."""
+
+import json
+import re
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+
+from tests.conftest import chat_rows, tuner, write_rows
+from tests.e2e.test_serving import Server
+
+QUESTION = {"messages": [{"role": "user", "content": "list the virtual 3"}], "max_tokens": 6, "temperature": 0}
+
+
+@pytest.fixture(scope="module")
+def bundles(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two adapters of one small model that answer differently, and what each is merged into."""
+    folder = tmp_path_factory.mktemp("bundles")
+    write_rows(folder / "train.jsonl", chat_rows(48))
+    write_rows(folder / "heldout.jsonl", chat_rows(8, start=100))
+    found = {}
+    for name, seed in (("a", 1), ("b", 2)):
+        recipe = {
+            "model": str(tiny_model),
+            "seed": seed,
+            "data": {"train": "train.jsonl", "heldout": "heldout.jsonl"},
+            "stages": [
+                {
+                    "tune": {
+                        "task": {"kind": "sft", "max_tokens": 128}, "method": {"kind": "lora", "rank": 4},
+                        "steps": 12 * seed, "learning_rate": 0.02,
+                    }
+                },
+                {"merge": {}},
+            ],
+            "probe": {"rows": 3, "answer_tokens": 6},
+            "serve": {"max_tokens": 200},
+        }  # fmt: skip
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
+        done = tuner("run", folder / f"{name}.yaml", "--out", folder / name)
+        assert done.returncode == 0, done.stderr
+        found |= {f"{name}-{stage}": folder / name / stage for stage in ("tune", "merge")}
+    return found
+
+
+class Endpoint(Server):
+    """`tuner serve` with its state in a folder that outlives it."""
+
+    def __init__(self, state: Path, *arguments: Any) -> None:
+        super().__init__(*arguments, "--port", "0", state=state)
+        self.url = self.wait_for(r"serving .* at (http://\S+)").removesuffix("/v1")
+
+    def tuner(self, *arguments: Any) -> Any:
+        return tuner(*arguments, "--state", self.state, timeout=120)
+
+    def order(self, path: str, **body: Any) -> Any:
+        """What `tuner deploy` and the like send, without the second that a command takes to start."""
+        secret = json.loads((self.state / "operator.json").read_text())["secret"]
+        headers = {"authorization": f"Bearer {secret}"}
+        reply = (
+            httpx.post(self.url + path, json=body, headers=headers, timeout=60)
+            if body
+            else httpx.get(self.url + path, headers=headers)
+        )
+        return reply.raise_for_status().json()
+
+    def ask(self, name: str, client: httpx.Client | None = None, **more: Any) -> httpx.Response:
+        return (client or httpx).post(f"{self.url}/v1/chat/completions", json={"model": name, **QUESTION, **more}, timeout=30)
+
+
+@pytest.fixture(scope="module")
+def running(bundles: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
+    folder = tmp_path_factory.mktemp("deployment")
+    (folder / "deploy.yaml").write_text(
+        yaml.safe_dump({"models": {"live": str(bundles["a-tune"]), "whole": str(bundles["a-merge"])}})
+    )
+    endpoint = Endpoint(folder / "state", folder / "deploy.yaml")
+    yield endpoint
+    if endpoint.process.poll() is None:
+        endpoint.end()
+
+
+class Load:
+    """Threads that ask all the time; each answer is kept with the version that gave it."""
+
+    def __init__(self, endpoint: Endpoint, name: str, threads: int = 4) -> None:
+        self.answers: list[tuple[str, str]] = []
+        self.failures: list[str] = []
+        self._stop = threading.Event()
+        self._threads = [threading.Thread(target=self._ask, args=(endpoint, name)) for _ in range(threads)]
+
+    def __enter__(self) -> "Load":
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _ask(self, endpoint: Endpoint, name: str) -> None:
+        with httpx.Client() as client:
+            while not self._stop.is_set():
+                try:
+                    reply = endpoint.ask(name, client)
+                    reply.raise_for_status()
+                    told = reply.json()
+                    assert told["model"] == reply.headers["x-tuner-version"]
+                    self.answers.append((told["model"], told["choices"][0]["message"]["content"]))
+                except (httpx.HTTPError, AssertionError) as error:
+                    self.failures.append(f"{type(error).__name__}: {error}")
+
+
+def versions(endpoint: Endpoint, name: str) -> dict[str, Any]:
+    return next(each for each in endpoint.order("/admin/deployments")["names"] if each["name"] == name)
+
+
+def test_what_the_preferred_engine_cannot_serve_is_served_by_the_other_and_said(running: Endpoint) -> None:
+    assert "served by transformers; vllm: vLLM's attention on a CPU knows no heads of size 16" in running.said
+    assert len(re.findall("proven on 3 questions", running.said)) == 3  # the merged one, the adapter, and its base
+    assert {each["id"] for each in httpx.get(f"{running.url}/v1/models").json()["data"]} == {"live", "whole"}
+
+
+@pytest.mark.parametrize(("name", "kind"), [("live", "tune"), pytest.param("whole", "merge", marks=pytest.mark.slow)])
+def test_a_name_moves_under_load_and_no_request_fails_or_is_answered_by_the_wrong_version(
+    running: Endpoint, bundles: dict[str, Path], name: str, kind: str
+) -> None:
+    first = versions(running, name)["current"]
+    with Load(running, name) as load:
+        time.sleep(0.5)
+        done = running.tuner("deploy", name, bundles[f"b-{kind}"])
+        assert done.returncode == 0, done.stderr
+        second = versions(running, name)["current"]
+        for _ in range(4):
+            time.sleep(1.0)
+            assert running.order("/admin/rollback", name=name)["version"] == first
+            time.sleep(1.0)
+            assert running.order("/admin/deployments", name=name, bundle=str(bundles[f"b-{kind}"]))["version"] == second
+        time.sleep(0.5)
+    assert load.failures == []
+    told = {version: {text for by, text in load.answers if by == version} for version in (first, second)}
+    assert {by for by, _ in load.answers} == {first, second}
+    assert len(told[first]) == len(told[second]) == 1
+    assert told[first] != told[second]
+    assert load.answers[-1][0] == second
+    running.order("/admin/rollback", name=name)
+
+
+def test_a_version_is_tried_out_by_a_share_of_the_requests_and_in_the_shadow(running: Endpoint, bundles: dict[str, Path]) -> None:
+    done = running.tuner("deploy", "live", bundles["b-tune"], "--weight", "40")
+    assert "is tried out" in done.stdout, done.stderr
+    by = [running.ask("live").headers["x-tuner-version"] for _ in range(60)]
+    pointer = versions(running, "live")
+    assert 8 <= by.count(pointer["canary"]) <= 40
+    assert by.count(pointer["current"]) == 60 - by.count(pointer["canary"])
+    running.order("/admin/promote", name="live", weight=0)
+    assert {running.ask("live").headers["x-tuner-version"] for _ in range(5)} == {pointer["current"]}
+    running.order("/admin/rollback", name="live")
+    assert versions(running, "live")["canary"] is None
+    # In the shadow it is asked and compared, and nobody hears of it.
+    running.order("/admin/deployments", name="live", bundle=str(bundles["b-tune"]), shadow=True)
+    assert {running.ask("live").headers["x-tuner-version"] for _ in range(5)} == {pointer["current"]}
+    end = time.monotonic() + 10
+    while time.monotonic() < end:
+        metrics = httpx.get(f"{running.url}/metrics").text
+        if found := re.search(r'tuner_shadow_answers_total\{name="live",result="different",version="live@\w+"\} (\d)', metrics):
+            break
+        time.sleep(0.1)
+    assert found
+    assert int(found[1]) >= 1
+    assert "answers 100% of the requests" in running.tuner("promote", "live").stdout
+    assert versions(running, "live")["current"] == pointer["canary"]
+    assert f"live: {pointer['current']} answers" in running.tuner("rollback", "live").stdout
+
+
+def test_what_is_not_right_is_never_asked_and_the_reason_is_told(
+    running: Endpoint, bundles: dict[str, Path], tmp_path: Path
+) -> None:
+    before = versions(running, "whole")
+    wrong = tmp_path / "wrong"
+    shutil.copytree(bundles["b-merge"], wrong)
+    weights = wrong / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-100] ^= 1
+    weights.write_bytes(data)
+    done = running.tuner("deploy", "whole", wrong)
+    assert (done.returncode, "its sha256 is not the one in bundle.json" in done.stderr) == (2, True), done.stderr
+    # Right hashes, and another model's probe: it comes up, is asked, and does not answer as it was trained to.
+    shutil.rmtree(wrong)
+    shutil.copytree(bundles["b-merge"], wrong)
+    told = json.loads((wrong / "bundle.json").read_text())
+    told["probe"] = json.loads((bundles["a-merge"] / "bundle.json").read_text())["probe"]
+    (wrong / "bundle.json").write_text(json.dumps(told))
+    with Load(running, "whole") as load:
+        done = running.tuner("deploy", "whole", wrong)
+    assert (done.returncode, "does not answer as" in done.stderr) == (2, True)
+    assert load.failures == []
+    assert {by for by, _ in load.answers} == {before["current"]}
+    assert versions(running, "whole")["current"] == before["current"]
+    shown = running.tuner("deployments")
+    assert "does not answer as" in shown.stderr
+    for arguments, said in (
+        (("deploy", "../x", bundles["b-tune"]), "cannot be a name"),
+        (("rollback", "nobody"), "there is no name 'nobody' here"),
+        (("deploy", "live", tmp_path / "none"), "is not there"),
+    ):
+        done = running.tuner(*arguments)
+        assert (done.returncode, said in done.stderr, "Traceback" in done.stderr) == (2, True, False), done.stderr
+
+
+def test_the_operators_routes_want_the_operators_key(running: Endpoint) -> None:
+    for headers in ({}, {"authorization": "Bearer x"}):
+        for method, path in (("GET", "/admin/deployments"), ("POST", "/admin/rollback")):
+            assert httpx.request(method, running.url + path, headers=headers).status_code == 401
+    assert (running.state / "operator.json").stat().st_mode & 0o777 == 0o600
+
+
+def test_where_names_lead_survives_a_crash(bundles: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "deploy.yaml").write_text(yaml.safe_dump({"models": {"live": str(bundles["a-tune"])}}))
+    first = Endpoint(tmp_path / "state", tmp_path / "deploy.yaml")
+    old = versions(first, "live")["current"]
+    first.order("/admin/deployments", name="live", bundle=str(bundles["b-tune"]))
+    new = versions(first, "live")["current"]
+    first.end(signal.SIGKILL)
+    second = Endpoint(tmp_path / "state", tmp_path / "deploy.yaml")
+    try:
+        assert second.ask("live").headers["x-tuner-version"] == new != old
+        assert f"leads to {new} since it was moved; it was started with {old}" in second.said
+        other = tuner("serve", tmp_path / "deploy.yaml", "--state", tmp_path / "state", "--port", "0")
+        assert (other.returncode, "another endpoint keeps its state there" in other.stderr) == (2, True)
+        second.order("/admin/rollback", name="live")
+        assert second.ask("live").headers["x-tuner-version"] == old
+    finally:
+        assert second.end() == 0
+    assert "Traceback" not in second.said

@@ -306,6 +306,23 @@ def deployments(
     print(json.dumps(told, indent=1)) if as_json else show_deployments(told)
 
 
+@app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The bundle that should be served.")],
+    url: Annotated[str, typer.Argument(metavar="URL", help="Any server that speaks OpenAI's API.")],
+    model: Annotated[str | None, typer.Option(help="Its name for the model; where it has one only, that.")] = None,
+    dtype: Annotated[str, typer.Option(help="What it computes in: float32, float16 or bfloat16.")] = "bfloat16",
+) -> None:
+    """Ask a server the bundle's probe: exit code 1 where it serves something else. The key is taken from OPENAI_API_KEY."""
+    from serve.verify import verify_served
+
+    name, proof, lacking = verify_served(folder, url, model=model, key=os.environ.get("OPENAI_API_KEY"), dtype=dtype)
+    print(
+        f"{name} at {url} serves {folder}: {proof.agreement:.1%} of {proof.answers} answers the same, {proof.what} "
+        f"{proof.mean_difference:.5f} apart, {proof.tolerance:.3f} allowed{f'; {lacking}' if lacking else ''}"
+    )
+
+
 keys = typer.Typer(no_args_is_help=True, help="Who may ask an endpoint what.")
 app.add_typer(keys, name="keys")
 

@@ -121,8 +121,6 @@ class Plan:
         if self.result == "tokenizer":
             return "a tokenizer is not served"
         head = kinds.load("tasks", task_of(self.recipe).kind).HEAD
-        if head != "causal" and head not in self.architecture.served:
-            return f"vLLM was not seen to serve a {head} head of {self.facts.model_type}; transformers opens the result as it is"
         if head != "causal" and self.result == "adapter":
             return 'only an adapter that answers with words is served beside its base: put "- merge: {}" last to serve it'
         last = [step for step in self.steps if step.trains][-1:]
@@ -146,7 +144,9 @@ class Plan:
         """One line on how the result can be served."""
         what = {"adapter": "the adapter is served live on its base", "quantized": "the quantized model is served by itself"}
         served = what.get(self.result, f"the {self.result} is served by itself")
-        return self.not_served() or served
+        head = kinds.load("tasks", task_of(self.recipe).kind).HEAD
+        own = "" if head == "causal" or head in self.architecture.served else f", by transformers: vLLM has no {head} head for it"
+        return self.not_served() or served + own
 
     def served_tokens(self) -> int:
         """Longest prompt and answer together: the recipe's, or enough for its rows and to chat, as far as the model reads."""

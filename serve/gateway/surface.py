@@ -16,7 +16,7 @@ TOLD = frozenset({"user", "metadata", "store", "service_tier", "safety_identifie
 CHAT = SAMPLING | TOLD | {
     "messages", "max_completion_tokens", "logprobs", "top_logprobs", "tools", "tool_choice", "parallel_tool_calls",
 }  # fmt: skip
-COMPLETE = SAMPLING | TOLD | {"prompt", "logprobs"}
+COMPLETE = SAMPLING | TOLD | {"prompt", "logprobs", "prompt_logprobs", "return_tokens_as_token_ids"}
 READ = frozenset({"model", "input", "user"})
 # Said where one of these is sent, since the reason is not that it is unknown.
 REASONS = {

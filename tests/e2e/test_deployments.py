@@ -217,6 +217,38 @@ def test_what_is_not_right_is_never_asked_and_the_reason_is_told(
         assert (done.returncode, said in done.stderr, "Traceback" in done.stderr) == (2, True, False), done.stderr
 
 
+def test_a_server_can_be_verified_from_outside(running: Endpoint, bundles: dict[str, Path]) -> None:
+    import asyncio
+
+    from serve.errors import EngineError
+    from serve.verify import _generated
+    from tuner.bundle import open_bundle
+
+    def verified(folder: Path, *arguments: str) -> Any:
+        return tuner("verify", folder, f"{running.url}/v1", "--dtype", "float32", *arguments)
+
+    right = verified(bundles["a-merge"], "--model", "whole")
+    assert right.returncode == 0, right.stderr
+    assert re.search(r"whole at http\S+ serves \S+: 100\.0% of 18 answers the same", right.stdout)
+    wrong = verified(bundles["b-merge"], "--model", "whole")
+    assert (wrong.returncode, "does not answer as" in wrong.stderr, wrong.stdout) == (1, True, "")
+    unnamed = verified(bundles["a-merge"])
+    assert (unnamed.returncode, "serves live, whole; name the one to ask with --model" in unnamed.stderr) == (2, True)
+    nobody = tuner("verify", bundles["a-merge"], "http://127.0.0.1:9/v1")
+    assert (nobody.returncode, "no such server answers there" in nobody.stderr) == (2, True)
+
+    # A server that only generates is compared by what it generates.
+    async def generated(name: str) -> Any:
+        async with httpx.AsyncClient(base_url=running.url) as client:
+            return await _generated(client, "whole", open_bundle(bundles[name]), "float32")
+
+    proof = asyncio.run(generated("a-merge"))
+    assert proof.answers > 3
+    assert proof.mean_difference < 1e-3
+    with pytest.raises(EngineError, match="does not answer as"):
+        asyncio.run(generated("b-merge"))
+
+
 def test_the_operators_routes_want_the_operators_key(running: Endpoint) -> None:
     for headers in ({}, {"authorization": "Bearer x"}):
         for method, path in (("GET", "/admin/deployments"), ("POST", "/admin/rollback")):

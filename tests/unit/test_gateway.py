@@ -285,7 +285,7 @@ def test_a_body_that_does_not_come_is_408_and_headers_that_do_not_come_end_the_c
     [
         ({"chat_template": "{{ 1 }}"}, "the template is the one that the model was trained with"),
         ({"logit_bais": {}}, "'logit_bais' is not taken from clients"),
-        ({"prompt_logprobs": 1}, "not taken from clients"),
+        ({"best_of": 1}, "not taken from clients"),
     ],
 )
 def test_a_key_that_no_client_may_send_is_refused_by_name(world: World, body: dict[str, Any], said: str) -> None:

@@ -118,6 +118,7 @@ async def _run(
             log_level="warning",
             access_log=False,
             server_header=False,
+            proxy_headers=False,
             lifespan="off",
             timeout_graceful_shutdown=5,
             ssl_certfile=settings.certificate,

@@ -13,6 +13,8 @@ from serve.state import Key, State
 
 PREFIX = "tnr"
 WINDOW_S = 60.0
+# How often it is looked whether another process has changed them.
+LOOK_S = 0.1
 # Compared with where an id is unknown, so that the answer takes as long as for a wrong secret.
 NOBODY = Key("", hashlib.sha256(secrets.token_bytes(32)).hexdigest())
 
@@ -56,6 +58,7 @@ class _Used:
 
     requests: deque[float] = field(default_factory=deque)
     tokens: deque[tuple[float, int]] = field(default_factory=deque)
+    sum_tokens: int = 0
 
 
 class Keyring:
@@ -63,7 +66,7 @@ class Keyring:
 
     def __init__(self, state: State) -> None:
         self._state = state
-        self._seen = -1
+        self._seen, self._looked = -1, 0.0
         self._keys: dict[str, Key] = {}
         self._used: dict[str, _Used] = {}
 
@@ -91,10 +94,10 @@ class Keyring:
         while used.requests and used.requests[0] <= now - WINDOW_S:
             used.requests.popleft()
         while used.tokens and used.tokens[0][0] <= now - WINDOW_S:
-            used.tokens.popleft()
+            used.sum_tokens -= used.tokens.popleft()[1]
         if key.rpm is not None and len(used.requests) >= key.rpm:
             return used.requests[0] + WINDOW_S - now if used.requests else WINDOW_S
-        if key.tpm is not None and sum(count for _, count in used.tokens) >= key.tpm:
+        if key.tpm is not None and used.sum_tokens >= key.tpm:
             return used.tokens[0][0] + WINDOW_S - now if used.tokens else WINDOW_S
         if key.rpm is not None:
             used.requests.append(now)
@@ -103,8 +106,14 @@ class Keyring:
     def spend(self, key: Key, tokens: int) -> None:
         """Count the tokens of an answer."""
         if key.tpm is not None and tokens:
-            self._used.setdefault(key.id, _Used()).tokens.append((time.monotonic(), tokens))
+            used = self._used.setdefault(key.id, _Used())
+            used.tokens.append((time.monotonic(), tokens))
+            used.sum_tokens += tokens
 
     def _refresh(self) -> None:
+        now = time.monotonic()
+        if now - self._looked < LOOK_S:
+            return
+        self._looked = now
         if (changes := self._state.changes()) != self._seen:
             self._seen, self._keys = changes, self._state.keys()

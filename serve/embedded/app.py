@@ -449,7 +449,8 @@ def _grammar(served: Served, wanted: dict[str, Any] | None) -> Any:
         raise Refused(f"response_format: cannot be kept to with this tokenizer ({served.guide})")
     from llguidance import LLMatcher
 
-    grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema))
+    # A model that may write white space may write nothing else until its answer is cut off.
+    grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), {"whitespace_flexible": False})
     matcher = LLMatcher(served.guide, grammar)
     if matcher.is_error():
         raise Refused(f"response_format.json_schema: {matcher.get_error().splitlines()[0]}")

@@ -40,6 +40,8 @@ WORDS = [
     # A checkpoint's own sampling defaults would change answers behind the client's back.
     "--generation-config", "vllm",
     "--max-logprobs", "5",
+    # A model that may write white space may write nothing else until its answer is cut off.
+    "--structured-outputs-config", '{"backend": "guidance", "disable_any_whitespace": true}',
 ]  # fmt: skip
 
 

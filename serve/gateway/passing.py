@@ -7,7 +7,7 @@ import asyncio
 import json
 import re
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,6 +37,8 @@ class Asked:
     version: str | None = None
     traceparent: str | None = None
     """W3C's header, by which a client's trace goes on here."""
+    telling: Any = None
+    """What tells the engine's answer in the words of the path that was asked, where these are others."""
     heard: bytearray | None = None
     """The answer as the client gets it, where it is to be compared."""
 
@@ -66,8 +68,8 @@ async def pass_on(asked: Asked, version: Version, receive: Receive, send: Send, 
     body["model"] = version.served
     # Tokens are counted in streams, too; who has not asked for the count does not get it.
     options = body.get("stream_options") or {}
-    hide_usage = stream and isinstance(options, dict) and not options.get("include_usage")
-    if hide_usage:
+    hide_usage = stream and isinstance(options, dict) and not options.get("include_usage") and not asked.telling
+    if hide_usage or (stream and asked.telling):
         body["stream_options"] = {**options, "include_usage": True}
     named = (f'"model":"{version.served}"'.encode(), f'"model":"{version.id}"'.encode())
     reply: aiohttp.ClientResponse | None = None
@@ -89,6 +91,8 @@ async def pass_on(asked: Asked, version: Version, receive: Receive, send: Send, 
             if stream and reply.status == 200:
                 begun = True
                 await _begin(send, 200, b"text/event-stream", asked, version)
+                for event in asked.telling.begin() if asked.telling else []:
+                    await send({"type": "http.response.body", "body": event, "more_body": True})
                 async for events in _whole_events(reply):
                     engine.heard = time.monotonic()
                     outcome.pieces += 1
@@ -98,7 +102,11 @@ async def pass_on(asked: Asked, version: Version, receive: Receive, send: Send, 
                             events = _without_counts(events)
                     if asked.heard is not None:
                         asked.heard += events
+                    if asked.telling:
+                        events = b"".join(event for told in _told(events) for event in asked.telling.go_on(told))
                     await send({"type": "http.response.body", "body": events.replace(*named), "more_body": True})
+                for event in asked.telling.end() if asked.telling else []:
+                    await send({"type": "http.response.body", "body": event, "more_body": True})
                 leaving.matters = False
                 await send({"type": "http.response.body", "body": b""})
                 return outcome
@@ -114,6 +122,8 @@ async def pass_on(asked: Asked, version: Version, receive: Receive, send: Send, 
         content = content.replace(*named)
         if asked.heard is not None:
             asked.heard += content
+        if asked.telling and reply.status == 200:
+            content = json.dumps(asked.telling.whole(json.loads(content)), ensure_ascii=False).encode()
         kind = reply.headers.get("content-type", "application/json").encode()
         await _begin(send, reply.status, kind, asked, version, length=len(content))
         await send({"type": "http.response.body", "body": content})
@@ -177,6 +187,13 @@ async def _whole_events(reply: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
         yield held
 
 
+def _told(events: bytes) -> Iterator[dict[str, Any]]:
+    """The JSON in events."""
+    for event in events.split(END):
+        if event.startswith(b"data: {"):
+            yield json.loads(event[6:])
+
+
 def _without_counts(events: bytes) -> bytes:
     """The events but for the one that only counts tokens."""
     kept = [event for event in events.split(END) if not (b'"choices":[]' in event and b'"usage":{' in event)]
@@ -206,7 +223,8 @@ async def _fail(send: Send, asked: Asked, version: Version, outcome: Outcome, me
     error = {"error": {"message": message, "type": "service_unavailable", "param": None, "code": outcome.status}}
     content = json.dumps(error).encode()
     if begun:
-        await send({"type": "http.response.body", "body": b"data: " + content + END})
+        last = b"".join(asked.telling.end(message)) if asked.telling else b"data: " + content + END
+        await send({"type": "http.response.body", "body": last})
         return
     await _begin(send, outcome.status, b"application/json", asked, version, length=len(content))
     await send({"type": "http.response.body", "body": content})

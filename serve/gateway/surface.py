@@ -4,6 +4,9 @@ A key that is not here is refused by name: an engine would ignore it, or do with
 """
 
 from dataclasses import dataclass, field
+from types import ModuleType
+
+from serve.gateway import labels, rerank, responses, score, tags
 
 SAMPLING = frozenset(
     {
@@ -38,19 +41,23 @@ class Question:
     heads: frozenset[str]
     keys: frozenset[str]
     streams: bool = False
-    translate: str | None = None
-    """The file in serve/gateway that turns its bodies and answers into another path's, where the engine does not know it."""
+    translate: ModuleType | None = None
+    """Turns bodies into those of `to` (`asks`) and answers back (`Telling`), where engines have no such path or say less."""
     needed: tuple[str, ...] = field(default=())
 
 
+CAUSAL, EMBEDDING = frozenset({"causal"}), frozenset({"embedding"})
 SURFACE = {
-    "/v1/chat/completions": Question("/v1/chat/completions", frozenset({"causal"}), CHAT, streams=True, needed=("messages",)),
-    "/v1/completions": Question("/v1/completions", frozenset({"causal"}), COMPLETE, streams=True, needed=("prompt",)),
-    "/v1/embeddings": Question(
-        "/v1/embeddings", frozenset({"embedding"}), READ | {"encoding_format", "dimensions"}, needed=("input",)
+    "/v1/chat/completions": Question("/v1/chat/completions", CAUSAL, CHAT, streams=True, needed=("messages",)),
+    "/v1/completions": Question("/v1/completions", CAUSAL, COMPLETE, streams=True, needed=("prompt",)),
+    "/v1/responses": Question(
+        "/v1/chat/completions", CAUSAL, responses.KEYS | TOLD, streams=True, translate=responses, needed=("input",)
     ),
-    "/v1/classify": Question("/classify", frozenset({"sequence"}), READ, needed=("input",)),
-    "/v1/tokens/classify": Question("/pooling", frozenset({"token"}), READ, needed=("input",)),
+    "/v1/embeddings": Question("/v1/embeddings", EMBEDDING, READ | {"encoding_format"}, needed=("input",)),
+    "/v1/score": Question("/v1/embeddings", EMBEDDING, score.KEYS | TOLD, translate=score),
+    "/v1/rerank": Question("/v1/embeddings", EMBEDDING, rerank.KEYS | TOLD, translate=rerank, needed=("query", "documents")),
+    "/v1/classify": Question("/classify", frozenset({"sequence"}), READ, translate=labels, needed=("input",)),
+    "/v1/tokens/classify": Question("/pooling", frozenset({"token"}), READ, translate=tags, needed=("input",)),
     "/tokenize": Question(
         "/tokenize",
         frozenset({"causal", "embedding", "sequence", "token"}),

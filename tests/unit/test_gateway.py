@@ -320,7 +320,8 @@ def bearer(key: str) -> dict[str, str]:
 def test_once_there_is_a_key_nobody_without_one_is_answered(world: World) -> None:
     assert world.ask().status_code == 200
     key = create(world.gateway.fleet.state, models=["m"])
-    world.gateway.keyring._seen = -1  # made on the same connection, which sees no change of another's
+    # Made on the same connection, which sees no change of another's.
+    world.gateway.keyring._seen, world.gateway.keyring._looked = -1, 0.0
     key_id = key.split("-")[1]
     for wrong in ({}, bearer("x"), bearer("tnr-"), bearer(key[:-1]), bearer(key + "a"), bearer(f"tnr-{key_id}-"), {"authorization": key},
                   bearer("tnr-00000000-x")):  # fmt: skip
@@ -339,7 +340,9 @@ def test_a_key_reaches_only_its_models_and_ends_when_it_is_revoked_by_another_pr
     other = version(world.behind, "other")
     fleet.names["other"], fleet.versions[other.id] = Pointer(other.id), other
     state = State(fleet.state.path)  # as `tuner keys` opens it
+    assert world.ask().status_code == 200
     mine, ended, every = (create(state, models=["m"]), create(state, models=["m"], expires="1s"), create(state, models=["*"]))
+    time.sleep(0.15)
     assert world.ask(headers=bearer(mine)).status_code == 200
     for asked in ("other", "other@00000000"):
         reply = world.ask(headers=bearer(mine), model=asked)
@@ -349,6 +352,7 @@ def test_a_key_reaches_only_its_models_and_ends_when_it_is_revoked_by_another_pr
     time.sleep(1.05)
     assert world.ask(headers=bearer(ended)).status_code == 401
     state.revoke_key(mine.split("-")[1], time.time())
+    time.sleep(0.15)
     assert world.ask(headers=bearer(mine)).status_code == 401
 
 

@@ -53,7 +53,10 @@ def test_a_head_is_served_as_it_was_trained(
         assert answer[values]
         refused = httpx.post(f"{url}/chat/completions", json={"model": "out-tune", "messages": []}, timeout=60)
         assert refused.status_code == 400
-        assert refused.json()["error"]["message"] == f"out-tune answers POST /v1/{PATHS[head]}; it has a {head} head"
+        said = refused.json()["error"]["message"]
+        assert said.startswith("out-tune answers POST /v1/")
+        assert f"/v1/{PATHS[head]}" in said
+        assert said.endswith(f"it has a {head} head")
     finally:
         server.end()
 

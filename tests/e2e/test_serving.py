@@ -211,6 +211,7 @@ def test_ctrl_c_lets_requests_finish_and_leaves_no_process_behind(client: Any, s
     assert [child for child in alive if child.status() != psutil.STATUS_ZOMBIE] == []
 
 
+@pytest.mark.slow
 def test_an_engine_that_answers_as_another_model_never_gets_ready(out: Path, tmp_path: Path) -> None:
     """What a server with the wrong weights looks like: healthy, and another model's probe does not fit it."""
     wrong = tmp_path / "wrong"
@@ -265,13 +266,13 @@ def test_an_engine_that_dies_at_start_is_one_sentence_with_its_own_words(out: Pa
     shutil.copytree(out / "merge", broken)
     config = (broken / "config.json").read_text()
     (broken / "config.json").write_text(config.replace('"intermediate_size": 1536', '"intermediate_size": 1537'))
-    done = tuner("serve", broken, "--port", "0", "--name", "broken", "--state", tmp_path / "state", timeout=300)
+    done = tuner("serve", broken, "--port", "0", "--name", "broken", "--engine", "transformers", "--state", tmp_path / "state")
     assert done.returncode == 2
     assert "config.json: its sha256 is not the one in bundle.json; the file was changed after it was made" in done.stderr
     sealed = json.loads((broken / "bundle.json").read_text())
     sealed["files"]["config.json"]["sha256"] = hashlib.sha256((broken / "config.json").read_bytes()).hexdigest()
     (broken / "bundle.json").write_text(json.dumps(sealed))
-    done = tuner("serve", broken, "--port", "0", "--name", "broken", "--state", tmp_path / "state", timeout=300)
+    done = tuner("serve", broken, "--port", "0", "--name", "broken", "--engine", "transformers", "--state", tmp_path / "state")
     assert done.returncode == 2
     last = done.stderr.strip().splitlines()[-1]
     assert re.match(r"tuner: \S+-broken@\w{8}: the engine ended while it was starting: ", last)

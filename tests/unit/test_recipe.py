@@ -169,9 +169,28 @@ def test_the_word_after_kind_is_the_name_of_the_file(folder: str) -> None:
         assert kinds.load(folder, name).Options.model_fields["kind"].default == name
 
 
-@pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml")), ids=lambda path: path.name)
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+@pytest.mark.parametrize("path", sorted(set(RECIPES.glob("*.yaml")) - {RECIPES / "deploy.yaml"}), ids=lambda path: path.name)
 def test_every_recipe_that_is_shipped_can_be_read(path: Path) -> None:
     assert read_recipe(path).stages
+
+
+def test_the_deployment_that_is_shipped_names_what_recipes_make() -> None:
+    from serve.deployment import Deployment, read_deployment
+
+    models, settings = read_deployment(RECIPES / "deploy.yaml")
+    for path in models.values():
+        run, stage = path.resolve().relative_to(RECIPES.parent / "runs").parts
+        assert stage == "base" or stage in {name for name, _ in read_recipe(RECIPES / f"{run}.yaml").stages}
+    said = {
+        line.split("#")[1].split(":")[0].strip()
+        for line in (RECIPES / "deploy.yaml").read_text().splitlines()
+        if line.startswith("# ")
+    }
+    assert set(Deployment.model_fields) - {"models", "start_timeout_s"} <= said
+    assert settings.port == 8000
 
 
 @pytest.mark.parametrize("value", [".inf", ".nan", "-.inf"])

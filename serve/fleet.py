@@ -187,6 +187,8 @@ class Fleet:
         """Let go of what no name leads to any more; returns once every engine is given up."""
         while any(not engine.failure for engine in self.engines):
             await asyncio.sleep(SWEEP_S)
+            for task in [each for each in self._watching.values() if each.done()]:
+                task.result()  # a bug in there must not leave an engine unwatched
             await self._sweep()
         raise EngineError("; ".join(str(engine.failure) for engine in self.engines))
 

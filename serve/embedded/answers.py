@@ -49,10 +49,13 @@ class Calls:
 
     found: list[dict[str, Any]] = field(default_factory=list)
     _held: str = ""
+    _behind: bool = False
+    """A call has ended, and nothing but white space has come since: the line breaks between two calls are no words to the user."""
 
     def add(self, piece: str) -> tuple[str, list[dict[str, Any]]]:
         """(what is no part of a call, calls that have just become whole). What is no JSON stays in the text as it is."""
         self._held += piece
+        self._pass_space()
         told = ""
         calls: list[dict[str, Any]] = []
         while (begin := self._held.find(CALL)) >= 0:
@@ -68,15 +71,21 @@ class Calls:
             else:
                 calls.append(call)
                 self.found.append(call)
+                self._behind = True
+                self._pass_space()
         keep = _overlap(self._held, CALL)
         told, self._held = told + self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
-        # The line breaks between two calls are no words to the user.
-        return ("" if self.found and not told.strip() else told), calls
+        return told, calls
 
     def rest(self) -> str:
         """What was held back, once nothing follows: the beginning of a call that has no end."""
         told, self._held = self._held, ""
-        return told if told.strip() or not self.found else ""
+        return told
+
+    def _pass_space(self) -> None:
+        if self._behind:
+            self._held = self._held.lstrip()
+            self._behind = not self._held
 
     def _read(self, written: str) -> dict[str, Any] | None:
         try:

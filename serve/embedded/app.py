@@ -20,8 +20,8 @@ from starlette.routing import Route
 from serve.embedded.answers import Calls, Text
 from serve.embedded.generation import Generator, Job, Token
 from serve.embedded.reading import Reader
-from serve.embedded.requests import Adapter, Chat, Complete, Generate, Read, Tokenize
 from serve.embedded.sampling import Chooser
+from serve.requests import Adapter, Chat, Complete, Embed, Generate, Read, Tokenize, mistake
 
 # How often it is looked whether a client that waits for a whole answer is still there.
 CLIENT_LOOK_S = 0.25
@@ -55,7 +55,12 @@ class Served:
 
 def application(served: Served) -> Starlette:
     """The engine's HTTP side."""
-    routes = [Route("/health", _Health(served).answer), Route("/tokenize", _route(served, Tokenize, _tokenize), methods=["POST"])]
+    looks = _Looks(served)
+    routes = [
+        Route("/health", looks.health),
+        Route("/metrics", looks.metrics),
+        Route("/tokenize", _route(served, Tokenize, _tokenize), methods=["POST"]),
+    ]
     if isinstance(served.worker, Generator):
         routes += [
             Route("/v1/completions", _route(served, Complete, _complete), methods=["POST"]),
@@ -64,17 +69,23 @@ def application(served: Served) -> Starlette:
             Route("/v1/unload_lora_adapter", _route(served, Adapter, _unload), methods=["POST"]),
         ]
     else:
-        for path, form in (("/v1/embeddings", _embedding), ("/classify", _classes), ("/pooling", _scores)):
-            routes.append(Route(path, _route(served, Read, _reading(form)), methods=["POST"]))
+        for path, body, form in (("/v1/embeddings", Embed, _embedding), ("/classify", Read, _classes), ("/pooling", Read, _scores)):
+            routes.append(Route(path, _route(served, body, _reading(form)), methods=["POST"]))
     return Starlette(routes=routes)
 
 
-class _Health:
+class _Looks:
+    """What is looked at from outside, in the form of the other engine."""
+
     def __init__(self, served: Served) -> None:
         self._served = served
 
-    async def answer(self, request: HttpRequest) -> Response:  # noqa: ARG002 - Starlette's signature
+    async def health(self, request: HttpRequest) -> Response:  # noqa: ARG002 - Starlette's signature
         return Response(status_code=200 if self._served.worker.alive else 503)
+
+    async def metrics(self, request: HttpRequest) -> Response:  # noqa: ARG002 - Starlette's signature
+        running, waiting = self._served.worker.load
+        return Response(f"num_requests_running {running}\nnum_requests_waiting {waiting}\n", media_type="text/plain")
 
 
 def _route(served: Served, form: type[Body], answer: Callable[[Served, Any, HttpRequest], Any]) -> Any:
@@ -86,9 +97,7 @@ def _route(served: Served, form: type[Body], answer: Callable[[Served, Any, Http
                 raise Refused(f"there is no model {name!r} here", 404)
             response: Response = await answer(served, body, request)
         except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(str(part) for part in first["loc"])
-            return _error(400, f"{place}: {first['msg']}" if place else first["msg"])
+            return _error(400, mistake(form, error))
         except Refused as error:
             return _error(error.status, str(error))
         return response
@@ -110,7 +119,7 @@ async def _load(served: Served, body: Adapter, request: HttpRequest) -> Response
     if body.lora_name in served.names or not body.lora_path or len(served.names) == 1:
         raise Refused(f"{body.lora_name} is there already, or has no path, or this engine was started without adapters")
     try:
-        await asyncio.wrap_future(_generator(served).load(body.lora_name, body.lora_path))
+        await asyncio.wrap_future(_generator(served).load_adapter(body.lora_name, body.lora_path))
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise Refused(f"{body.lora_path}: cannot be loaded ({error})") from None
     served.names.append(body.lora_name)
@@ -121,7 +130,7 @@ async def _unload(served: Served, body: Adapter, request: HttpRequest) -> Respon
     if body.lora_name not in served.names[1:]:
         raise Refused(f"there is no adapter {body.lora_name!r} here", 404)
     served.names.remove(body.lora_name)
-    await asyncio.wrap_future(_generator(served).unload(body.lora_name))
+    await asyncio.wrap_future(_generator(served).unload_adapter(body.lora_name))
     return JSONResponse({})
 
 
@@ -464,7 +473,7 @@ def _tokens(served: Served, given: Any) -> list[list[int]]:
     return [served.tokenizer(each)["input_ids"] if isinstance(each, str) else each for each in given]
 
 
-def _reading(form: Callable[[Served, Read, int, Any], dict[str, Any]]) -> Any:
+def _reading(form: Callable[[Served, Any, int, Any], dict[str, Any]]) -> Any:
     async def answer(served: Served, body: Read, request: HttpRequest) -> Response:
         texts = _tokens(served, body.input)
         for number, ids in enumerate(texts):
@@ -497,7 +506,7 @@ def _reading(form: Callable[[Served, Read, int, Any], dict[str, Any]]) -> Any:
     return answer
 
 
-def _embedding(served: Served, body: Read, index: int, value: list[float]) -> dict[str, Any]:  # noqa: ARG001 - common signature
+def _embedding(served: Served, body: Embed, index: int, value: list[float]) -> dict[str, Any]:  # noqa: ARG001 - common signature
     packed = base64.b64encode(struct.pack(f"<{len(value)}f", *value)).decode() if body.encoding_format == "base64" else value
     return {"object": "embedding", "index": index, "embedding": packed}
 

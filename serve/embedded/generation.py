@@ -112,15 +112,20 @@ class Generator:
         """The thread still works."""
         return self._thread.is_alive()
 
+    @property
+    def load(self) -> tuple[int, int]:
+        """Answers that are generated, and those that wait."""
+        return len(self._jobs), self._waiting.qsize()
+
     def submit(self, job: Job) -> None:
         """Let it be answered; what comes is told to `job.heard`."""
         self._waiting.put(job)
 
-    def load(self, name: str, path: str) -> "Future[None]":
+    def load_adapter(self, name: str, path: str) -> "Future[None]":
         """Let an adapter join; only a generator that was made with adapters can."""
         return self._change(lambda: self._model.load_adapter(path, adapter_name=name))
 
-    def unload(self, name: str) -> "Future[None]":
+    def unload_adapter(self, name: str) -> "Future[None]":
         """Let an adapter go. Rows that use it are ended."""
 
         def work() -> None:

@@ -25,6 +25,7 @@ class Reader:
     def __init__(self, model: Any, head: str, pooling: str = "mean") -> None:
         self._model, self._answer = model, ANSWERS[head]
         self._pooling = pooling
+        self._reading = 0
         self._waiting: queue.SimpleQueue[tuple[list[int], Future[Answer]] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="reader", daemon=True)
         self._thread.start()
@@ -33,6 +34,11 @@ class Reader:
     def alive(self) -> bool:
         """The thread still works."""
         return self._thread.is_alive()
+
+    @property
+    def load(self) -> tuple[int, int]:
+        """Texts that are read, and those that wait."""
+        return self._reading, self._waiting.qsize()
 
     def submit(self, ids: list[int]) -> "Future[Answer]":
         """What the head says of these tokens.
@@ -66,6 +72,7 @@ class Reader:
     def _read(self, chosen: list[tuple[list[int], "Future[Answer]"]]) -> None:
         if not chosen:
             return
+        self._reading = len(chosen)
         try:
             longest = max(len(ids) for ids, _ in chosen)
             pad = self._model.config.get_text_config().pad_token_id or 0
@@ -79,6 +86,8 @@ class Reader:
             for _, future in chosen:
                 future.set_exception(error)
             return
+        finally:
+            self._reading = 0
         for (ids, future), answer in zip(chosen, answers, strict=True):
             future.set_result(answer.tolist() if answer.dim() == 1 else answer[: len(ids)].tolist())
 

@@ -1,4 +1,4 @@
-"""Which token comes next: what a request may say about it, and the choice itself.
+"""Which token comes next.
 
 Shapes: V vocabulary.
 """
@@ -7,36 +7,9 @@ from typing import Any
 
 import numpy
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-# As many alternatives as the other engine gives.
-MAX_LOGPROBS = 5
-
-
-class Sampling(BaseModel):
-    """The keys that completions and chats share. A key that nobody would read is refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    temperature: float = Field(1.0, ge=0.0, le=2.0)
-    """0 takes the likeliest token."""
-    top_p: float = Field(1.0, gt=0.0, le=1.0)
-    top_k: int = Field(0, ge=-1)
-    """0 and -1 leave all tokens."""
-    min_p: float = Field(0.0, ge=0.0, le=1.0)
-    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
-    presence_penalty: float = Field(0.0, ge=-2.0, le=2.0)
-    frequency_penalty: float = Field(0.0, ge=-2.0, le=2.0)
-    logit_bias: dict[int, float] | None = Field(None, max_length=1024)
-    stop: str | list[str] | None = None
-    ignore_eos: bool = False
-
-    @property
-    def stops(self) -> list[str]:
-        """The texts at which an answer ends."""
-        listed = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        return [each for each in listed if each]
+from serve.requests import Sampling
 
 
 class Chooser:

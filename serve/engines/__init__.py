@@ -95,6 +95,8 @@ def longest(model: Bundle, adapters: dict[str, Bundle], max_tokens: int | None) 
 def errors_in(lines: list[str], count: int = 3) -> str:
     """The lines of a log that name an error, the root cause first, else its very last ones."""
     named = []
+    if not lines:
+        return "it wrote nothing"
     for line, following in zip(lines, [*lines[1:], ""], strict=True):
         if re.match(r"[\w.]*(Error|Exception|Interrupt)\b.*: ", line):
             # pydantic's errors say what is wrong in the line below, indented.

@@ -21,7 +21,7 @@ from serve.fleet import Fleet, Version
 from serve.gateway.admin import admin_routes
 from serve.gateway.passing import Asked, Outcome, pass_on
 from serve.gateway.shadow import Shadows
-from serve.gateway.surface import SURFACE, paths_of, unknown_key
+from serve.gateway.surface import SURFACE, document, paths_of, wrong
 from serve.gateway.telemetry import Telemetry
 from serve.keys import Keyring
 from serve.state import Key
@@ -82,6 +82,7 @@ class Gateway:
         routes = [
             Route("/health", self.health),
             Route("/metrics", self.metrics),
+            Route("/openapi.json", self.openapi),
             Route("/ready", self.is_ready),
             Route("/v1/models", self.list_models, methods=["GET"]),
             Route("/v1/models/{name}", self.show_model, methods=["GET"]),
@@ -100,6 +101,10 @@ class Gateway:
         waiting = sorted(name for name, version in names.items() if version is None or not version.ready)
         fine = not waiting and bool(names) and not self.traffic.draining
         return JSONResponse({"ready": fine, "waiting": waiting}, 200 if fine else 503)
+
+    async def openapi(self, request: Request) -> Response:  # noqa: ARG002 - Starlette's signature
+        """What can be asked, for machines."""
+        return JSONResponse(document())
 
     async def metrics(self, request: Request) -> Response:
         """What Prometheus reads; once there are keys, with one that was made for it."""
@@ -227,7 +232,7 @@ class _Forward:
         if version.head not in SURFACE[self._path].heads:
             text = f"{name} answers POST {', '.join(paths_of(version.head))}; it has a {version.head} head"
             return failure(400, text, "invalid_request_error", param="model")
-        if why := unknown_key(self._path, asked.body):
+        if why := wrong(self._path, body):
             return failure(400, why, "invalid_request_error")
         if translate := SURFACE[self._path].translate:
             try:

@@ -4,7 +4,6 @@ from typing import Any
 
 from serve.fleet import Version
 
-KEYS = frozenset({"model", "input"})
 MULTI = "multi_label_classification"
 
 

@@ -123,7 +123,12 @@ async def pass_on(asked: Asked, version: Version, receive: Receive, send: Send, 
         if asked.heard is not None:
             asked.heard += content
         if asked.telling and reply.status == 200:
-            content = json.dumps(asked.telling.whole(json.loads(content)), ensure_ascii=False).encode()
+            try:
+                content = json.dumps(asked.telling.whole(json.loads(content)), ensure_ascii=False).encode()
+            except (ValueError, KeyError, TypeError, IndexError) as error:
+                outcome.status, outcome.reason = 503, f"the engine's answer cannot be read ({type(error).__name__}: {error})"
+                await _fail(send, asked, version, outcome, outcome.reason)
+                return outcome
         kind = reply.headers.get("content-type", "application/json").encode()
         await _begin(send, reply.status, kind, asked, version, length=len(content))
         await send({"type": "http.response.body", "body": content})

@@ -10,27 +10,12 @@ from uuid import uuid4
 
 from serve.fleet import Version
 
-# Keys that are taken, beside those of `TOLD`; all else is refused by name.
-KEYS = frozenset(
-    {
-        "model", "input", "instructions", "max_output_tokens", "temperature", "top_p", "stream", "tools", "tool_choice", "text",
-        "parallel_tool_calls", "top_logprobs", "truncation", "include", "background", "previous_response_id", "reasoning",
-    }
-)  # fmt: skip
 # These are called otherwise in a chat, or the same.
 SAME = {"max_output_tokens": "max_tokens", "temperature": "temperature", "top_p": "top_p", "stream": "stream"}
-# What some clients send with the value that means nothing.
-NOTHING: dict[str, tuple[Any, ...]] = {
-    "truncation": (None, "disabled"), "include": (None, []), "background": (None, False), "previous_response_id": (None,),
-    "reasoning": (None, {}), "top_logprobs": (None, 0),
-}  # fmt: skip
 
 
 def asks(asked: dict[str, Any], version: Version) -> dict[str, Any]:  # noqa: ARG001 - a translation's common signature
     """The body of a chat that asks the same. Raises ValueError with what is wrong."""
-    for key, values in NOTHING.items():
-        if key in asked and asked[key] not in values:
-            raise ValueError(f"{key!r} is not taken from clients: nothing is kept between requests, and no model reasons apart")
     body: dict[str, Any] = {"model": asked["model"], "messages": _messages(asked)}
     body |= {SAME[key]: asked[key] for key in SAME if asked.get(key) is not None}
     if asked.get("tools"):

@@ -6,7 +6,6 @@ from uuid import uuid4
 
 from serve.fleet import Version
 
-KEYS = frozenset({"model", "text_1", "text_2", "queries", "documents"})
 MOST_TEXTS = 1024
 
 

@@ -10,8 +10,6 @@ from typing import Any
 from serve.fleet import Version
 from serve.gateway.score import texts
 
-KEYS = frozenset({"model", "input"})
-
 
 def asks(asked: dict[str, Any], version: Version) -> dict[str, Any]:
     """The body for the engine: the tokens of the texts. Raises ValueError with what is wrong."""

@@ -20,7 +20,7 @@ from tests.e2e.test_serving import Server
 QUESTION = {"messages": [{"role": "user", "content": "list the virtual 3"}], "max_tokens": 6, "temperature": 0}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def bundles(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Two adapters of one small model that answer differently, and what each is merged into."""
     folder = tmp_path_factory.mktemp("bundles")

@@ -19,9 +19,7 @@ from tuner.run import run
 TASKS = {"sequence": "classify", "token": "tokens", "embedding": "embed"}
 PATHS = {"sequence": "classify", "token": "tokens/classify", "embedding": "embeddings"}
 CLAIMS = [
-    pytest.param(
-        name, head, TASKS[head], marks=[] if (name, head) == ("bert", "sequence") else [pytest.mark.slow], id=f"{name}-{head}"
-    )
+    pytest.param(name, head, TASKS[head], marks=pytest.mark.slow, id=f"{name}-{head}")
     for family in kinds.names("families")
     for name, architecture in kinds.load("families", family).FAMILY.architectures.items()
     for head in sorted(architecture.served)

@@ -8,7 +8,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from serve.embedded.generation import Generator, Job, Token
-from serve.embedded.sampling import Chooser, Sampling
+from serve.embedded.sampling import Chooser
+from serve.requests import Sampling
 from tests.grid.architectures import SMALL, TOKENS
 from tuner import kinds
 
@@ -69,3 +70,31 @@ def test_rows_that_join_and_leave_change_nothing(name: str, more: dict[str, Any]
         assert [token.id for token in tokens] == ids
         torch.testing.assert_close(torch.tensor([token.logprob for token in tokens]), logprobs, atol=1e-4, rtol=0)
     assert len({tuple(ids[:4]) for ids, _ in expected}) > 1  # not the same answer whatever is asked
+
+
+def test_nothing_more_is_generated_for_a_job_that_nobody_listens_to() -> None:
+    generator = Generator(small("llama"))
+    heard: queue.Queue[Any] = queue.Queue()
+    job = Job([5, 6, 7], Chooser(Sampling(temperature=0)), 1_000_000, frozenset(), heard.put)
+    generator.submit(job)
+    for _ in range(5):
+        assert isinstance(heard.get(timeout=60), Token)
+    job.stopped.set()
+    # Another one is answered, and stands alone by then.
+    other: queue.Queue[Any] = queue.Queue()
+    generator.submit(Job([5, 6], Chooser(Sampling(temperature=0)), 3, frozenset(), other.put))
+    assert len(answered(other)[0]) == 3
+    assert generator.load == (0, 0)
+    before = heard.qsize()
+    generator.close()
+    assert heard.qsize() == before
+
+
+def test_an_error_in_one_prompt_reaches_that_job_alone() -> None:
+    generator = Generator(small("llama"))
+    wrong, right = queue.Queue[Any](), queue.Queue[Any]()
+    generator.submit(Job([10**6], Chooser(Sampling(temperature=0)), 3, frozenset(), wrong.put))
+    generator.submit(Job([5, 6], Chooser(Sampling(temperature=0)), 3, frozenset(), right.put))
+    assert isinstance(wrong.get(timeout=60), Exception)
+    assert len(answered(right)[0]) == 3
+    generator.close()

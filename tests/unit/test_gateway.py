@@ -12,6 +12,7 @@ from typing import Any
 
 import aiohttp
 import httpx
+import hypothesis
 import pytest
 import uvicorn
 from starlette.applications import Starlette
@@ -71,7 +72,12 @@ class StandIn:
         if asked.get("stream"):
             return StreamingResponse(self.events(asked), media_type="text/event-stream")
         usage = {"prompt_tokens": 3, "total_tokens": 5, "completion_tokens": 2}
-        return JSONResponse({"model": asked["model"], "echo": asked, "usage": usage})
+        message = {"role": "assistant", "content": "hi"}
+        choice = {"index": 0, "message": message, "text": "hi", "finish_reason": "stop"}
+        count = len(asked["input"]) if isinstance(asked.get("input"), list) else 1
+        entry = {"embedding": [1.0], "probs": [0.25, 0.75], "data": [[0.5, 0.5]]}
+        told = {"choices": [choice], "data": [entry] * count, "usage": usage}
+        return JSONResponse({"model": asked["model"], "echo": asked, **told})
 
     async def events(self, asked: dict[str, Any]) -> Any:
         try:
@@ -124,7 +130,7 @@ class World:
 
 
 def version(behind: Any, name: str = "m", digest: str = "0" * 64, head: str = "causal") -> Version:
-    bundle = Bundle(Path("/b"), Manifest(kind="model", stage="tune", fingerprint="f", head=head))
+    bundle = Bundle(Path("/b"), Manifest(kind="model", stage="tune", fingerprint="f", head=head, probe=[{"ids": [1]}]))
     return Version(f"{name}@{digest[:8]}", name, bundle, digest, "ab" * 32, "stand-in", served="inner", engine=behind)
 
 
@@ -284,7 +290,10 @@ def test_a_body_that_does_not_come_is_408_and_headers_that_do_not_come_end_the_c
     ("body", "said"),
     [
         ({"chat_template": "{{ 1 }}"}, "the template is the one that the model was trained with"),
-        ({"logit_bais": {}}, "'logit_bais' is not taken from clients"),
+        ({"logit_bais": {}}, "'logit_bais' is not taken from clients; did you mean \"logit_bias\"?"),
+        ({"temperature": "1"}, "temperature: Input should be a valid number"),
+        ({"max_tokens": 0}, "max_tokens: Input should be greater than or equal to 1"),
+        ({"stream_options": {}}, "stream_options are for streams"),
         ({"best_of": 1}, "not taken from clients"),
     ],
 )
@@ -426,3 +435,90 @@ def test_a_mistake_in_a_deployment_is_said_with_its_line(tmp_path: Path, text: s
     (tmp_path / "d.yaml").write_text(text)
     with pytest.raises(ServeError, match=said):
         read_deployment(tmp_path / "d.yaml")
+
+
+# What it says of itself.
+
+
+def test_the_published_document_holds_whatever_is_sent(world: World) -> None:
+    """schemathesis makes bodies from the document, right and wrong ones: none is a 500, each answer is one that is described."""
+    schemathesis = pytest.importorskip("schemathesis")
+    from schemathesis.checks import not_a_server_error
+    from schemathesis.specs.openapi.checks import (
+        content_type_conformance,
+        negative_data_rejection,
+        response_schema_conformance,
+        status_code_conformance,
+    )
+
+    checks = [
+        not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance, negative_data_rejection,
+    ]  # fmt: skip
+    for path in ("/v1/embeddings", "/v1/classify"):
+        head = next(iter(SURFACE[path].heads))
+        one = version(world.behind, head, head=head)
+        world.gateway.fleet.names[head], world.gateway.fleet.versions[one.id] = Pointer(one.id), one
+    schema = schemathesis.openapi.from_url(f"{world.url}/openapi.json")
+    asked = set()
+    for operation in schema.get_all_operations():
+        api = operation.ok()
+
+        @hypothesis.settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(hypothesis.HealthCheck))
+        @hypothesis.given(
+            case=api.as_strategy(generation_mode=schemathesis.GenerationMode.POSITIVE)
+            | api.as_strategy(generation_mode=schemathesis.GenerationMode.NEGATIVE)
+            if api.body
+            else api.as_strategy()
+        )
+        def holds(case: Any) -> None:
+            if isinstance(case.body, dict) and isinstance(case.body.get("model"), str):
+                case.body["model"] = "m"
+            case.call_and_validate(checks=checks)
+            asked.add((case.method, case.path))
+
+        holds()
+    assert {path for _, path in asked} >= set(SURFACE)
+
+
+def test_a_full_disk_under_the_log_stops_nothing(small_disk: Path) -> None:
+    from serve.gateway.telemetry import Log
+
+    (small_disk / "filler").write_bytes(b"x" * 900_000)
+    log = Log(small_disk / "requests.jsonl")
+    began = time.monotonic()
+    for number in range(2_000):
+        log.add("request", number=number, padding="x" * 200)
+    assert time.monotonic() - began < 1
+    log.close()
+    assert log.lost > 0
+    written = [json.loads(line)["number"] for line in (small_disk / "requests.jsonl").read_text().splitlines()[:-1]]
+    assert written == list(range(len(written)))
+    assert written
+
+
+def test_the_log_has_a_line_for_each_request_and_no_word_of_it(world: World) -> None:
+    world.ask(temperature=0, prompt="a secret question")
+    world.client.post("/v1/completions", content=b"{")
+    world.gateway.telemetry.close()
+    lines = [json.loads(line) for line in world.log.read_text().splitlines()]
+    assert [(line["kind"], line["status"], line["version"]) for line in lines] == [
+        ("request", 200, "m@00000000"), ("request", 400, None),
+    ]  # fmt: skip
+    assert lines[0]["request_id"].startswith("req-")
+    assert (lines[0]["prompt_tokens"], lines[0]["completion_tokens"]) == (3, 2)
+    assert "secret" not in world.log.read_text()
+
+
+def test_metrics_are_told_by_name_version_and_key(world: World) -> None:
+    world.ask()
+    text = world.client.get("/metrics").text
+    assert 'tuner_requests_total{key="",name="m",path="/v1/completions",status="200",version="m@00000000"} 1.0' in text
+    assert 'tuner_tokens_total{direction="written",key="",name="m",version="m@00000000"} 2.0' in text
+    assert 'tuner_first_token_seconds_count{name="m",version="m@00000000"} 1.0' in text
+    state = State(world.gateway.fleet.state.path)
+    mine, seer = create(state, models=["m"]), create(state, models=["/metrics"])
+    time.sleep(0.15)
+    assert world.client.get("/metrics").status_code == 401
+    assert world.client.get("/metrics", headers=bearer(mine)).status_code == 403
+    assert "tuner_requests_total" in world.client.get("/metrics", headers=bearer(seer)).text
+    assert world.ask(headers=bearer(seer)).status_code == 404

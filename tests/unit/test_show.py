@@ -73,6 +73,7 @@ def test_a_recipe_with_its_own_tokenizer_is_shown_in_its_tokens_once_that_is_the
     assert "has yet to train" in tuner("data", recipe_file(change), "--out", out).stdout, "that one is of other options"
 
 
+@pytest.mark.slow
 def test_a_recipe_that_extends_a_tokenizer_says_whose_tokens_it_shows(
     recipe_file: Callable[..., Path], tmp_path: Path, tokenizer: Any
 ) -> None:

@@ -25,6 +25,12 @@ def _has_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm, "python", lambda: "python")
 
 
+@pytest.mark.parametrize("name", ["vllm", "transformers"])
+def test_an_engine_that_dies_without_a_word_is_said_too(tmp_path: Path, name: str) -> None:
+    (tmp_path / "log").write_text("")
+    assert engines.load(name).error_lines(tmp_path / "log") == "it wrote nothing"
+
+
 @pytest.mark.parametrize(
     ("scheme", "gpu", "dtype"),
     [(None, False, "float32"), ("w8a8-int8", False, "float32"), ("w4a16", False, "bfloat16"), (None, True, "bfloat16")],

@@ -96,7 +96,7 @@ async def serve_until(
         _require_safety(settings, keyring)
         fleet = Fleet(state, settings.care, say, engine=settings.engine)
         fleet.declare(bundles)
-        if not keyring.some:
+        if settings.state and not keyring.some:
             say(f"no key has been made: whoever reaches {settings.host} may ask; `tuner keys create --models NAME` ends that")
         scheme = "https" if settings.certificate else "http"
         url = f"{scheme}://{_shown(settings.host)}:{listener.getsockname()[1]}/v1"

@@ -61,6 +61,8 @@ class Engine:
         """Why it stays down, once it does."""
         self.refused: dict[str, str] = {}
         """Of what it does not serve as it was trained, why."""
+        self.threads: int | None = None
+        """On a CPU; as many as it likes by default."""
         self.restarts = 0
         self.heard = 0.0
         """When the engine last said anything (monotonic seconds)."""
@@ -99,6 +101,8 @@ class Engine:
         port = free_port()
         engine = engines.load(self.kind)
         plan = engine.launch(self.name, self.model, self.adapters, port=port, max_tokens=self.care.max_tokens)
+        if self.threads:
+            plan.environment.update(engine.with_threads(self.threads))
         await self._close_clients()
         address = f"http://127.0.0.1:{port}"
         self.client = httpx.AsyncClient(base_url=address, limits=httpx.Limits(max_connections=None))
@@ -142,12 +146,15 @@ class Engine:
         async with self._changing:
             await self._tell("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(bundle.path.resolve())})
             self.adapters[name] = bundle
-            await self._prove(name, bundle)
-            if why := self.refused.pop(name, None):
-                del self.adapters[name]
-                with suppress(EngineError):
-                    await self._tell("/v1/unload_lora_adapter", {"lora_name": name})
-                raise EngineError(why)
+            try:
+                await self._prove(name, bundle)
+                if why := self.refused.pop(name, None):
+                    with suppress(EngineError):
+                        await self._tell("/v1/unload_lora_adapter", {"lora_name": name})
+                    raise EngineError(why)
+            except BaseException:
+                self.adapters.pop(name, None)  # or it would be loaded again at the next start
+                raise
 
     async def unload(self, name: str) -> None:
         """Let an adapter go."""

@@ -125,8 +125,8 @@ class Fleet:
 
     def shadow(self, version: Version) -> Version | None:
         """The version that is asked the same in the shadow of this one."""
-        pointer = self.names[version.name]
-        found = self.versions.get(pointer.shadow or "")
+        pointer = self.names.get(version.name)
+        found = self.versions.get((pointer and pointer.shadow) or "")
         return found if found and found.ready and found is not version else None
 
     # What is served.
@@ -170,6 +170,15 @@ class Fleet:
         for version in self.versions.values():
             self._place(version)
         require_room(self.engines)
+        self._share_cores()
+
+    def _share_cores(self) -> None:
+        """Engines are seldom all busy, so together they may have twice the threads that there are cores."""
+        cores, count = len(os.sched_getaffinity(0)), len(self.engines)
+        for engine in [each for each in self.engines if count > 1 and not each.started]:
+            engine.threads = min(cores, max(1, 2 * cores // count))
+        if count > 2:
+            self.say(f"{count} engines on {cores} cores: {self.engines[-1].threads} threads for each")
 
     async def start(self) -> None:
         """Start every engine. Raises EngineError where none of the names can be answered."""
@@ -404,6 +413,7 @@ class Fleet:
                 await engine.load(version.served, self._kept(version))
             elif not engine.started:
                 require_room([engine])
+                self._share_cores()
                 await self._start(engine)
             if why := version.why_not:
                 raise EngineError(f"{version.id}: {why}")

@@ -4,6 +4,7 @@ PREFERENCE                                          the lowest that can serve a 
 missing()                                           why it cannot be started on this machine, or None
 refusal(bundle)                                     why it cannot serve this bundle, or None
 launch(name, model, adapters, *, port, max_tokens)  how to start it
+with_threads(count)                                 variables by which it computes with so many threads
 takes(adapters, bundle)                             whether an adapter can join these while it runs
 memory_bytes(model, adapters)                       about what it will take
 error_lines(log)                                    what its log says of its end, in one line

@@ -49,6 +49,11 @@ def launch(name: str, model: Bundle, adapters: dict[str, Bundle], *, port: int, 
     return Launch(command, environment, dtype)
 
 
+def with_threads(count: int) -> dict[str, str]:
+    """Variables by which it computes with so many threads."""
+    return {"OMP_NUM_THREADS": str(count)}
+
+
 def takes(adapters: list[Bundle], bundle: Bundle) -> bool:  # noqa: ARG001 - an engine's common signature
     """Whether an adapter can join these while the engine runs: any can, where it was started with one."""
     return bool(adapters)

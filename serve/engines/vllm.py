@@ -92,6 +92,11 @@ def launch(name: str, model: Bundle, adapters: dict[str, Bundle], *, port: int, 
     return Launch(command, environment, dtype(model, gpu=gpu))
 
 
+def with_threads(count: int) -> dict[str, str]:
+    """Variables by which it computes with so many threads, which it does not tie to cores that others compute on, too."""
+    return {"OMP_NUM_THREADS": str(count), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+
+
 def takes(adapters: list[Bundle], bundle: Bundle) -> bool:
     """Whether an adapter can join these while the engine runs: it was started with room for adapters of its rank."""
     return bool(adapters) and int(bundle.manifest.serving["adapter_rank"]) <= _bucket(adapters)

@@ -17,6 +17,7 @@ import yaml
 from tests.conftest import chat_rows, tuner, write_rows
 from tests.e2e.test_serving import Server
 
+RECIPES = Path(__file__).parents[2] / "recipes"
 QUESTION = {"messages": [{"role": "user", "content": "list the virtual 3"}], "max_tokens": 6, "temperature": 0}
 
 
@@ -274,3 +275,78 @@ def test_where_names_lead_survives_a_crash(bundles: dict[str, Path], tmp_path: P
     finally:
         assert second.end() == 0
     assert "Traceback" not in second.said
+
+
+# Each recipe of recipes/deploy.yaml in few steps: what is shown is that all six are served beside each other, not how good they are.
+FEW: dict[str, list[str]] = {
+    "demo": [
+        "stages.0.tune.steps=6", "stages.0.tune.gate.heldout_loss_drop=0.0", "evaluate.rows=4", "data.heldout_rows=8",
+        "data.train_rows=64", "stages.2.quantize.gate.heldout_loss_rise=0.5",
+    ],
+    "smollm2-sources": [
+        "stages.0.tune.steps=4", "stages.0.tune.gate.heldout_loss_drop=-9.0", "evaluate.rows=4",
+        "data.heldout_rows=8", "data.train_rows=200",
+    ],
+    "minilm-classify": [
+        "stages.0.tune.steps=4", "stages.0.tune.epochs=null", "stages.0.tune.gate.heldout_loss_drop=-9.0",
+        "data.train_rows=64", "data.heldout_rows=16",
+    ],
+    "minilm-embed": [
+        "stages.0.tune.steps=4", "stages.0.tune.epochs=null", "stages.0.tune.gate.heldout_loss_drop=-9.0",
+        "data.train_rows=256", "data.heldout_rows=32",
+    ],
+    "mamba2-pretrain": ["stages.2.tune.steps=2", "stages.2.tune.gate.heldout_loss_drop=-9.0", "data.heldout_rows=8"],
+    "mamba2-sft": [
+        "stages.0.tune.steps=4", "stages.0.tune.epochs=null", "stages.0.tune.gate.heldout_loss_drop=-9.0",
+        "data.train_rows=64", "data.heldout_rows=8",
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_deployment_that_is_shipped_serves_a_gpt_two_adapters_labels_vectors_and_a_mamba(tmp_path: Path) -> None:
+    from openai import OpenAI
+
+    for name, changes in FEW.items():
+        more = [f"model={tmp_path}/runs/mamba2-pretrain/tune"] if name == "mamba2-sft" else []
+        sets = [part for change in [*changes, *more] for part in ("--set", change)]
+        done = tuner("run", RECIPES / f"{name}.yaml", "--out", tmp_path / "runs" / name, *sets, timeout=900)
+        assert done.returncode == 0, done.stderr
+    (tmp_path / "recipes").mkdir()
+    shutil.copy(RECIPES / "deploy.yaml", tmp_path / "recipes")
+    running = Endpoint(tmp_path / "state", tmp_path / "recipes" / "deploy.yaml")
+    try:
+        client = OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0)
+        assert (
+            len(
+                [
+                    child
+                    for child in running.children()
+                    if "api_server" in " ".join(child.cmdline()) and child.ppid() == running.process.pid
+                ]
+            )
+            == 4
+        )
+        messages: Any = [{"role": "user", "content": "List all virtual machines."}]
+        said = {
+            name: client.chat.completions.create(model=name, messages=messages, temperature=0, max_tokens=16)
+            .choices[0]
+            .message.content
+            for name in ("smollm", "azure", "dictionary")
+        }
+        assert len(set(said.values())) == 3
+        # Another adapter joins the engine of vLLM while it runs, and is proven there; from then on it answers for the name.
+        before = running.said.count("the engine (vllm) starts")
+        running.order("/admin/deployments", name="azure", bundle=str(tmp_path / "runs" / "smollm2-sources" / "tune"))
+        assert running.said.count("the engine (vllm) starts") == before
+        again = client.chat.completions.create(model="azure", messages=messages, temperature=0, max_tokens=16)
+        assert again.choices[0].message.content == said["dictionary"]
+        running.order("/admin/rollback", name="azure")
+        again = client.chat.completions.create(model="azure", messages=messages, temperature=0, max_tokens=16)
+        assert again.choices[0].message.content == said["azure"]
+        assert client.completions.create(model="mamba", prompt="house", max_tokens=4).choices[0].text
+        assert len(client.embeddings.create(model="definitions", input="a place to live").data[0].embedding) == 384
+        label = httpx.post(f"{running.url}/v1/classify", json={"model": "reviews", "input": "a good film"}, timeout=60).json()
+        assert label["data"][0]["label"] in ("negative", "positive")
+    finally:
+        assert running.end() == 0

@@ -150,10 +150,8 @@ def test_the_live_engine_makes_the_same_tokens_of_every_language(name: str, tmp_
     saved, alone = load_tokenizer(served), Tokenizer.from_file(str(served / "tokenizer.json"))
     server = Server(served, "--port", "0", "--name", "made")
     try:
-        server.wait_for("serving")
-        engine = next(each for each in server.children() if "--port" in each.cmdline() and "made" in each.cmdline())
-        port = engine.cmdline()[engine.cmdline().index("--port") + 1]
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+        address = server.wait_for(r"serving .* at (http://\S+)/v1")
+        with httpx.Client(base_url=address, timeout=60) as client:
             for row in rows:
                 ids = saved(row["text"])["input_ids"]
                 assert alone.encode(row["text"]).ids == ids, row

@@ -23,6 +23,7 @@ from serve.errors import ServeError
 from serve.fleet import Fleet
 from serve.state import State
 from tuner.bundle import open_bundle
+from tuner.errors import nearest
 
 console = Console(stderr=True, highlight=False)
 
@@ -173,12 +174,12 @@ def _day(seconds: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
 
 
-def chat(target: str, system: str | None) -> None:
+def chat(target: str, system: str | None, model: str | None = None) -> None:
     """Read lines, stream answers. An empty line or end of input ends it."""
     from openai import OpenAIError
 
     with _address(target) as url:
-        client, model = _connect(url)
+        client, model = _connect(url, model)
         messages: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
         say(f"talking to {model}; an empty line ends it")
         for line in _lines():
@@ -230,7 +231,7 @@ def _address(target: str) -> Iterator[str]:
             yield url
 
 
-def _connect(url: str) -> tuple[Any, str]:
+def _connect(url: str, model: str | None) -> tuple[Any, str]:
     import os
 
     from openai import OpenAI, OpenAIError
@@ -242,7 +243,11 @@ def _connect(url: str) -> tuple[Any, str]:
         raise ServeError(f"{url}: no endpoint answers there ({error})") from None
     if not models:
         raise ServeError(f"{url}: the endpoint serves no model")
-    return client, models[-1]
+    if model and model not in models:
+        raise ServeError(f"{url}: serves no model {model!r}{nearest(model, models)}")
+    if not model and len(models) > 1:
+        say(f"{', '.join(models[1:])} can be talked to as well: --model names one")
+    return client, model or models[0]
 
 
 def _lines() -> Iterator[str]:

@@ -368,11 +368,12 @@ def revoke_key(
 def chat(
     target: Annotated[str, typer.Argument(metavar="DIR|URL", help="A bundle to serve and talk to, or a running endpoint.")],
     system: Annotated[str | None, typer.Option(help="The system message to begin with.")] = None,
+    model: Annotated[str | None, typer.Option(help="Which of an endpoint's models; its first by default.")] = None,
 ) -> None:
     """Talk to a bundle or an endpoint."""
     from serve.cli import chat as chat_with
 
-    chat_with(target, system)
+    chat_with(target, system, model)
 
 
 def _plan(recipe: Path, overrides: list[str] | None, out: Path | None) -> tuple[Any, Path]:

@@ -36,7 +36,7 @@ def prove(recipe: Recipe, bundles: list[Bundle], url: str, out_dir: Path) -> dic
 
     bundle = bundles[-1]
     client = OpenAI(base_url=url, api_key="none", max_retries=0)
-    model = client.models.list().data[-1].id
+    model = client.models.list().data[0].id  # the one that was named; the base of an adapter comes behind it
     tokenizer = load_tokenizer(bundle.path)
     task = task_of(recipe)
     module = kinds.load("tasks", task.kind)

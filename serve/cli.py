@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import ssl
 import sys
 import time
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from serve import keys as keyring
 from serve.deployment import read_deployment
@@ -87,31 +89,39 @@ def order(path: str, state: Path | None, url: str | None, **body: Any) -> dict[s
     """Tell a running endpoint what to do and wait until it is done. Raises ServeError with what it says against it."""
     import httpx
 
-    address, secret = _operator(state, url)
+    address, secret, certificate = _operator(state, url)
+    # The endpoint's own certificate, which need not be made out to the address that its commands call it by.
+    trusted: Any = True
+    if certificate:
+        trusted = ssl.create_default_context(cafile=certificate)
+        trusted.check_hostname = False
     try:
         # Bringing a model up takes as long as it takes.
-        with httpx.Client(timeout=None, headers={"authorization": f"Bearer {secret}"}) as client:
+        headers = {"authorization": f"Bearer {secret}"}
+        with httpx.Client(timeout=None, headers=headers, verify=trusted, trust_env=bool(url)) as client:
             reply = client.post(address + path, json=body) if body else client.get(address + path)
             told = reply.json()
     except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
         raise ServeError(f"{address}: no endpoint answers there ({type(error).__name__})") from None
+    if not isinstance(told, dict) or not {"name", "names", "error"} & set(told):
+        raise ServeError(f"{address}: what answers there is no endpoint of this kind")
     if reply.status_code != 200:
         raise ServeError(str(told.get("error", {}).get("message", reply.text[:300])))
-    return dict(told)
+    return told
 
 
-def _operator(state: Path | None, url: str | None) -> tuple[str, str]:
-    """(address, secret) of the endpoint to order: one elsewhere, with a key in TUNER_ADMIN_KEY, or the one of a state folder."""
+def _operator(state: Path | None, url: str | None) -> tuple[str, str, str | None]:
+    """(address, secret, its certificate) of the endpoint to order: one elsewhere, or that of a state folder."""
     if url:
         secret = os.environ.get("TUNER_ADMIN_KEY")
         if not secret:
             raise ServeError(f"--url {url}: TUNER_ADMIN_KEY holds no admin key; `tuner keys create --admin` there makes one")
-        return url.rstrip("/").removesuffix("/v1"), secret
+        return url.rstrip("/").removesuffix("/v1"), secret, None
     folder = state or default_state()
     try:
         told = json.loads((folder / OPERATOR).read_text())
-        return str(told["url"]), str(told["secret"])
-    except (OSError, ValueError, KeyError):
+        return str(told["url"]), str(told["secret"]), told.get("certificate")
+    except (OSError, ValueError, KeyError, TypeError):
         raise ServeError(
             f"{folder}: no endpoint runs with its state there; `tuner serve` starts one, --state and --url name another"
         ) from None
@@ -129,7 +139,8 @@ def show_deployments(told: dict[str, Any]) -> None:
                 share = f"{each['weight']}%"
             elif version["id"] == each["shadow"]:
                 share = "shadow"
-            table.add_row(each["name"], version["id"], share, version["status"], version["engine"], version["path"])
+            cells = (each["name"], version["id"], share, version["status"], version["engine"], version["path"])
+            table.add_row(*map(Text, cells))
     Console(width=max(console.width, 140)).print(table)
     for each in told["deployments"]:
         if each["status"] != "done":
@@ -153,10 +164,11 @@ def list_keys(state: Path | None) -> None:
     for key in opened.keys().values():
         limits = [f"{count} {what}" for count, what in ((key.rpm, "requests"), (key.tpm, "tokens")) if count is not None]
         expired = key.expires is not None and key.expires <= time.time()
-        table.add_row(
+        cells = (
             key.id, key.label, ", ".join(key.models) + (" admin" if key.admin else ""), ", ".join(limits), _day(key.created),
             _day(key.expires) if key.expires else "", "revoked" if key.revoked else "expired" if expired else "",
         )  # fmt: skip
+        table.add_row(*map(Text, cells))
     opened.close()
     Console(width=max(console.width, 120)).print(table)
 

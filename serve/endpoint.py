@@ -7,6 +7,7 @@ import json
 import os
 import secrets
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -29,6 +30,7 @@ from tuner.bundle import open_bundle
 
 # A client that has not sent its headers by then is cut off; slow ones would keep every connection busy.
 HEADERS_TIMEOUT_S = 15.0
+MOST_HEADER_BYTES = 65_536
 # In the endpoint's state folder: where it listens, and what its own commands order with.
 OPERATOR = "operator.json"
 
@@ -100,7 +102,7 @@ async def serve_until(
             say(f"no key has been made: whoever reaches {settings.host} may ask; `tuner keys create --models NAME` ends that")
         scheme = "https" if settings.certificate else "http"
         url = f"{scheme}://{_shown(settings.host)}:{listener.getsockname()[1]}/v1"
-        operator = held.enter_context(_operated(settings.state, url)) if settings.state else None
+        operator = held.enter_context(_operated(settings.state, url, settings.certificate)) if settings.state else None
         traffic = Traffic()
         telemetry = Telemetry(fleet, settings.state / "requests.jsonl" if settings.state else None)
         held.callback(telemetry.close)
@@ -192,6 +194,7 @@ class Patient(HttpToolsProtocol):
     """uvicorn's protocol, which waits for a client's headers for some seconds and not for ever."""
 
     _late: asyncio.TimerHandle | None = None
+    _header_bytes = 0
 
     def connection_made(self, transport: Any) -> None:
         """A client has come."""
@@ -201,7 +204,15 @@ class Patient(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         """A request begins."""
         super().on_message_begin()
+        self._header_bytes = 0
         self._wait()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """One of them."""
+        self._header_bytes += len(name) + len(value)
+        if self._header_bytes > MOST_HEADER_BYTES:
+            self.transport.close()
+        super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         """Its headers are there."""
@@ -246,8 +257,18 @@ def _require_safety(settings: Settings, keyring: Keyring) -> None:
     for file in (settings.certificate, settings.certificate_key):
         if file and not file.is_file():
             raise ServeError(f"{file}: there is no such file, which TLS wants")
-    if (settings.certificate is None) != (settings.certificate_key is None):
-        raise ServeError("TLS wants a certificate and its key; one of them is not named")
+    if settings.certificate and settings.certificate_key:
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(
+                settings.certificate, settings.certificate_key, password=_no_word
+            )
+        except (ssl.SSLError, OSError, ValueError) as error:
+            files = f"{settings.certificate} and {settings.certificate_key}"
+            raise ServeError(f"{files}: are no certificate and its key without a passphrase, in PEM ({error})") from None
+
+
+def _no_word() -> str:
+    return ""  # asked for at the terminal it would be by default
 
 
 def _is_loopback(host: str) -> bool:
@@ -280,13 +301,14 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _operated(folder: Path, url: str) -> Iterator[str]:
+def _operated(folder: Path, url: str, certificate: Path | None) -> Iterator[str]:
     """A secret for the endpoint's own commands, in a file that only the user can read and that is gone with the endpoint."""
     secret, file = secrets.token_urlsafe(32), folder / OPERATOR
     file.unlink(missing_ok=True)
     descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "w") as opened:
-        json.dump({"url": url.removesuffix("/v1"), "secret": secret}, opened)
+        told = {"url": url.removesuffix("/v1"), "secret": secret, "certificate": certificate and str(certificate.resolve())}
+        json.dump(told, opened)
     try:
         yield secret
     finally:

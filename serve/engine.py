@@ -22,6 +22,7 @@ from serve import engines
 from serve.errors import EngineError
 from serve.replay import replay, say_something
 from tuner.bundle import Bundle, verify
+from tuner.errors import TunerError
 
 # An engine whose endpoint was killed may end by itself in this time.
 GUARD_GRACE_S = 10
@@ -69,7 +70,7 @@ class Engine:
         self.started = False
         self._ready = False
         self._changing = asyncio.Lock()
-        self._dtype = ""
+        self._dtype, self._longest = "", 0
         self._process: subprocess.Popen[bytes] | None = None
         self._children: list[psutil.Process] = []
         self._guard: subprocess.Popen[bytes] | None = None
@@ -77,8 +78,8 @@ class Engine:
 
     @property
     def ready(self) -> bool:
-        """It runs, and has answered its probes."""
-        return self._ready and self._alive()
+        """It runs, and has answered its probes; looked at four times a second, and whenever a request to it fails."""
+        return self._ready
 
     @property
     def served(self) -> dict[str, Bundle]:
@@ -87,7 +88,7 @@ class Engine:
 
     def suspect(self) -> None:
         """A request failed: stop sending more if a process is gone."""
-        self._ready = self.ready
+        self._ready = self._ready and self._alive()
 
     async def start(self) -> None:
         """Start, wait until healthy, replay every probe.
@@ -97,15 +98,17 @@ class Engine:
         """
         self.started = True
         for bundle in (self.model, *self.adapters.values()):
-            verify(bundle)  # again at each start: what lies there may have been exchanged since
+            await asyncio.to_thread(verify, bundle)  # again at each start: what lies there may have been exchanged since
         port = free_port()
         engine = engines.load(self.kind)
         plan = engine.launch(self.name, self.model, self.adapters, port=port, max_tokens=self.care.max_tokens)
         if self.threads:
             plan.environment.update(engine.with_threads(self.threads))
+        self._longest = engines.longest(self.model, self.adapters, self.care.max_tokens)
         await self._close_clients()
         address = f"http://127.0.0.1:{port}"
-        self.client = httpx.AsyncClient(base_url=address, limits=httpx.Limits(max_connections=None))
+        # A proxy of the environment is not for what runs on this machine.
+        self.client = httpx.AsyncClient(base_url=address, limits=httpx.Limits(max_connections=None), trust_env=False)
         self.session = aiohttp.ClientSession(
             address, connector=aiohttp.TCPConnector(limit=0), auto_decompress=False, cookie_jar=aiohttp.DummyCookieJar()
         )
@@ -138,8 +141,9 @@ class Engine:
         self.say(f"{self.name}: ready after {time.monotonic() - started:.0f} s")
 
     def takes(self, bundle: Bundle) -> bool:
-        """The adapter can join while it runs."""
-        return self.ready and bool(engines.load(self.kind).takes(list(self.adapters.values()), bundle))
+        """The adapter can join while it runs: there is room for one of its kind, and for texts of its length."""
+        long = not self.care.max_tokens and int(bundle.manifest.serving.get("serve_max_tokens") or 0) > self._longest
+        return self.ready and not long and bool(engines.load(self.kind).takes(list(self.adapters.values()), bundle))
 
     async def load(self, name: str, bundle: Bundle) -> None:
         """Let an adapter join while it runs. Raises EngineError where the engine refuses it or does not serve it as trained."""
@@ -191,7 +195,7 @@ class Engine:
             try:
                 await self.start()
                 failures = 0
-            except EngineError as error:
+            except (TunerError, OSError) as error:  # also where its bundle was changed or is gone
                 failures += 1
                 await self.stop()
                 if failures >= self.care.max_failed_starts:
@@ -202,7 +206,7 @@ class Engine:
 
     async def stop(self, *, politely: bool = True) -> None:
         """End the whole process group: politely, then after 15 s by force. The log of an engine that was well goes, too."""
-        well, self._ready = self.ready, False
+        well, self._ready = self._ready and self._alive(), False
         process = self._process
         if process is not None:
             with suppress(psutil.NoSuchProcess):
@@ -225,6 +229,11 @@ class Engine:
                 self._log.unlink(missing_ok=True)
         await self._close_clients()
 
+    async def prove(self, name: str, bundle: Bundle) -> None:
+        """Ask the probe of another bundle with the same weights. Raises EngineError where it is not answered rightly."""
+        proof = await replay(self.client, name, bundle, self._dtype)
+        self.say(f"{bundle.path}: proven on {proof.questions} questions of its own, {proof.mean_difference:.5f} apart")
+
     async def _prove(self, name: str, bundle: Bundle) -> None:
         """Ask the bundle's probe; what is not right is left in `refused`. Raises EngineError where the engine dies over it."""
         try:
@@ -245,8 +254,10 @@ class Engine:
         """Nothing was heard for a while, and it does not answer the shortest of questions either."""
         if not self._ready or time.monotonic() - self.heard < self.care.pulse_s:
             return False
-        name, bundle = next((name, each) for name, each in self.served.items() if name not in self.refused)
-        asked = time.monotonic()
+        right = [(name, each) for name, each in self.served.items() if name not in self.refused]
+        if not right:
+            return False
+        (name, bundle), asked = right[0], time.monotonic()
         try:
             await asyncio.wait_for(say_something(self.client, name, bundle), self.care.hung_after_s)
         except (EngineError, TimeoutError):

@@ -116,7 +116,8 @@ class Fleet:
         pointer = self.names.get(asked)
         if pointer is None:
             version = self.versions.get(asked)
-            return version if version and asked in self.names[version.name].wanted else None
+            owner = self.names.get(version.name) if version else None
+            return version if owner and asked in owner.wanted else None
         if pointer.canary and pointer.weight and self._draw.random() * 100 < pointer.weight:
             canary = self.versions[pointer.canary]
             if canary.ready:  # one that fails costs no request
@@ -126,8 +127,10 @@ class Fleet:
     def shadow(self, version: Version) -> Version | None:
         """The version that is asked the same in the shadow of this one."""
         pointer = self.names.get(version.name)
-        found = self.versions.get((pointer and pointer.shadow) or "")
-        return found if found and found.ready and found is not version else None
+        if pointer is None or version.id != pointer.current:
+            return None
+        found = self.versions.get(pointer.shadow or "")
+        return found if found and found.ready else None
 
     # What is served.
 
@@ -137,18 +140,11 @@ class Fleet:
         Raises ServeError or BundleError for what cannot be served, before anything starts.
         """
         known, declared, placed = self.state.pointers(), self.state.declared(), self.state.versions()
+        declared = declared or dict.fromkeys(bundles, "")
         for name, path in bundles.items():
             version = self._version(name, path)
             if name in known and declared.get(name) == version.digest:
-                pointer = known[name]
-                for version_id in pointer.wanted - {version.id}:
-                    try:
-                        self.versions[version_id] = self._version(name, Path(placed[version_id].path), version_id)
-                    except (BundleError, ServeError, KeyError) as error:
-                        raise ServeError(
-                            f"{name} leads to {version_id}, which cannot be served any more ({error}); "
-                            f"`tuner deploy {name} DIR` with the endpoint's state in {self.state.path} gone begins anew"
-                        ) from None
+                pointer = self._reopened(name, known[name], placed, {version.id: version})
                 if pointer.current != version.id:
                     self.say(f"{name}: leads to {pointer.current} since it was moved; it was started with {version.id}")
             else:
@@ -158,19 +154,45 @@ class Fleet:
             self.names[name] = pointer
             self.state.point(name, pointer, (_placed(version),), declared=version.digest)
         for name, pointer in known.items():
-            if name not in bundles and name not in declared:
-                for version_id in pointer.wanted:
-                    self.versions[version_id] = self._version(name, Path(placed[version_id].path), version_id)
-                self.names[name] = pointer
+            if name in bundles:
+                continue
+            if name in declared or not set(declared) & set(bundles):
+                self.say(f"{name}: is not served now; where it leads is kept in {self.state.path}")
+            else:
+                try:
+                    self.names[name] = self._reopened(name, pointer, placed, {})
+                except ServeError as error:
+                    self.say(f"{error}; it is not served")
+                    continue
                 self.say(f"{name}: served, too, since it was deployed; `tuner remove {name}` ends it")
-            elif name not in bundles:
-                self.state.forget(name)
         if not self.names:
             raise ServeError("nothing is named that could be served")
         for version in self.versions.values():
             self._place(version)
         require_room(self.engines)
         self._share_cores()
+
+    def _reopened(self, name: str, pointer: Pointer, placed: dict[str, Placed], there: dict[str, Version]) -> Pointer:
+        """Where a name led, as far as that can still be served. Raises ServeError where its current version cannot."""
+        gone: set[str] = set()
+        for version_id in pointer.wanted - set(there):
+            try:
+                self.versions[version_id] = self._version(name, Path(placed[version_id].path), version_id)
+            except (TunerError, KeyError) as error:
+                if version_id == pointer.current:
+                    raise ServeError(
+                        f"{name} leads to {version_id}, which cannot be served any more ({error}); put it back, or name another "
+                        f"bundle for {name}"
+                    ) from None
+                gone.add(version_id)
+                self.say(f"{name}: {version_id} cannot be served any more ({error})")
+        return Pointer(
+            pointer.current,
+            [each for each in pointer.previous if each not in gone],
+            None if pointer.canary in gone else pointer.canary,
+            pointer.weight,
+            None if pointer.shadow in gone else pointer.shadow,
+        )
 
     def _share_cores(self) -> None:
         """Engines are seldom all busy, so together they may have twice the threads that there are cores."""
@@ -182,19 +204,20 @@ class Fleet:
 
     async def start(self) -> None:
         """Start every engine. Raises EngineError where none of the names can be answered."""
-        waiting = [asyncio.create_task(self._start(engine)) for engine in self.engines]
-        try:
-            await asyncio.gather(*waiting)
-        finally:
-            for task in waiting:
-                task.cancel()
+        async with self._placing:
+            waiting = [asyncio.create_task(self._start(engine)) for engine in self.engines]
+            try:
+                await asyncio.gather(*waiting)
+            finally:
+                for task in waiting:
+                    task.cancel()
         failures = [version.failure for version in self._current() if version.failure]
         if failures and len(failures) == len(self._current()):
             raise EngineError("; ".join(dict.fromkeys(failures)))
 
     async def watch(self) -> None:
         """Let go of what no name leads to any more; returns once every engine is given up."""
-        while any(not engine.failure for engine in self.engines):
+        while not self.engines or any(not engine.failure for engine in self.engines):
             await asyncio.sleep(SWEEP_S)
             for task in [each for each in self._watching.values() if each.done()]:
                 task.result()  # a bug in there must not leave an engine unwatched
@@ -221,6 +244,9 @@ class Fleet:
             version = await asyncio.to_thread(self._version, name, path)
             attempt.version = version.id
             async with self._placing:
+                self._require_same_head(name, version)
+                if shadow or weight < 100:
+                    self._require_beside(name, version)
                 old = self.versions.get(version.id)
                 if old and old.ready:
                     version = old
@@ -230,9 +256,12 @@ class Fleet:
                     self.try_out(name, version, weight=weight, shadow=shadow)
                 else:
                     self.point(name, version)
-        except TunerError as error:
-            attempt.status, attempt.reason = "failed", str(error)
-            self.say(f"{name}: {path} is not deployed: {error}")
+        except OSError as error:
+            attempt.status, attempt.reason = "failed", f"{error.strerror or error}"
+            raise ServeError(f"{str(path)[:200]}: {attempt.reason}") from None
+        except BaseException as error:
+            attempt.status, attempt.reason = "failed", str(error) or type(error).__name__
+            self.say(f"{name}: {path} is not deployed: {attempt.reason}")
             raise
         attempt.status = "done"
         self.say(f"{name}: {version.id} {'is tried out' if shadow or weight < 100 else 'answers from now on'}")
@@ -250,20 +279,26 @@ class Fleet:
 
     def try_out(self, name: str, version: Version, *, weight: int = 0, shadow: bool = False) -> None:
         """Let a version answer so many percent of the requests, or be asked in the shadow of the current one."""
+        self._require_beside(name, version)
         old = self.pointer(name)
-        if version.id == old.current:
+        if shadow:
+            pointer = Pointer(old.current, old.previous, old.canary, old.weight, version.id)
+        else:
+            pointer = Pointer(old.current, old.previous, version.id, weight, None if old.shadow == version.id else old.shadow)
+        self._point(name, pointer, version)
+
+    def _require_same_head(self, name: str, version: Version) -> None:
+        """Raises ServeError where clients of the name ask what this version does not answer."""
+        current = self.versions.get(self.names[name].current or "") if name in self.names else None
+        if current and current.head != version.head:
+            raise ServeError(
+                f"{name} has a {current.head} head and {version.bundle.path} a {version.head} head, so it would be asked what it "
+                "does not answer; give it a name of its own"
+            )
+
+    def _require_beside(self, name: str, version: Version) -> None:
+        if version.id == self.pointer(name).current:
             raise ServeError(f"{version.id} is what {name} leads to already")
-        self._point(
-            name,
-            Pointer(
-                old.current,
-                old.previous,
-                canary=None if shadow else version.id,
-                weight=0 if shadow else weight,
-                shadow=version.id if shadow else old.shadow if old.shadow != version.id else None,
-            ),
-            version,
-        )
 
     def promote(self, name: str, weight: int) -> Version:
         """Give the version that is tried out so many percent of the requests; with 100 the name leads to it."""
@@ -293,16 +328,17 @@ class Fleet:
             placed = self.state.versions()[pointer.previous[0]]
             version = await asyncio.to_thread(self._version, name, Path(placed.path), placed.id)
             async with self._placing:
+                if self.pointer(name) != pointer:
+                    raise ServeError(f"{name} was moved meanwhile, to {self.pointer(name).current}; it stays there")
                 await self._bring_up(version)
-            pointer = self.pointer(name)
         self._point(name, Pointer(version.id, pointer.previous[1:]), version)
         return version
 
     def remove(self, name: str) -> None:
         """End a name. Requests under way are answered."""
         self.pointer(name)
-        del self.names[name]
         self.state.forget(name)
+        del self.names[name]
 
     def pointer(self, name: str) -> Pointer:
         """Where a name leads; raises ServeError where there is no such name."""
@@ -375,12 +411,14 @@ class Fleet:
         adapter = version.bundle.manifest.kind == "adapter"
         model = version.bundle.base() if adapter else version.bundle
         for engine in self.engines:
-            if engine.kind != version.kind or engine.name != model_id(model) or engine.failure:
+            # The same weights from another run are the same engine.
+            if engine.kind != version.kind or not engine.name.endswith(model_id(model).rpartition("@")[2]) or engine.failure:
                 continue
             if adapter and not engine.started:
                 engine.adapters[version.served] = self._kept(version)
             if not engine.started or not adapter or engine.takes(version.bundle):
                 version.engine = engine
+                version.served = version.served if adapter else engine.name
                 return engine.started
         adapters = {version.served: self._kept(version)} if adapter else {}
         version.engine = Engine(version.kind, model_id(model), model, adapters, self.care, self.say)
@@ -405,12 +443,16 @@ class Fleet:
     async def _bring_up(self, version: Version) -> None:
         """Give a version an engine, and have it proven there. Raises ServeError; nothing of it is left then."""
         before = list(self.engines)
+        if version.bundle.manifest.kind == "adapter":
+            await asyncio.to_thread(self._kept, version)
         runs = self._place(version)
         engine = version.engine
         assert engine is not None
         try:
             if runs and version.served not in engine.served:
                 await engine.load(version.served, self._kept(version))
+            elif runs:
+                await engine.prove(version.served, version.bundle)
             elif not engine.started:
                 require_room([engine])
                 self._share_cores()
@@ -419,7 +461,7 @@ class Fleet:
                 raise EngineError(f"{version.id}: {why}")
         except BaseException:
             version.engine = None
-            if engine not in before:
+            if engine not in before and engine in self.engines:
                 self.engines.remove(engine)
                 await self._end(engine)
             raise
@@ -429,7 +471,7 @@ class Fleet:
         async with self._starting:
             try:
                 await engine.start()
-            except EngineError as error:
+            except (TunerError, OSError) as error:
                 engine.failure = str(error)
                 await engine.stop()
             except BaseException:
@@ -438,6 +480,11 @@ class Fleet:
         for version in self.versions.values():
             if version.engine is engine:
                 version.failure = engine.failure or engine.refused.get(version.served)
+                if not version.failure and version.served == engine.name and version.bundle.manifest != engine.model.manifest:
+                    try:  # the same weights, and a probe of its own
+                        await engine.prove(version.served, version.bundle)
+                    except EngineError as error:
+                        version.failure = str(error)
         if not engine.failure:
             self._watching[engine] = asyncio.create_task(engine.watch())
 
@@ -450,18 +497,19 @@ class Fleet:
 
     async def _sweep(self) -> None:
         """Let versions go that no name leads to, once their last answer is given, and engines without any."""
-        if self._placing.locked():
-            return
-        wanted = {version_id for pointer in self.names.values() for version_id in pointer.wanted}
-        for version in [each for each in self.versions.values() if each.id not in wanted and not each.active]:
-            del self.versions[version.id]
-            if version.engine and version.served in version.engine.adapters:
-                await version.engine.unload(version.served)
-        used = {id(version.engine) for version in self.versions.values()}
-        for engine in [each for each in self.engines if id(each) not in used]:
-            self.engines.remove(engine)
-            self.say(f"{engine.name}: no name leads to it any more; its engine ends")
-            await self._end(engine)
+        async with self._placing:
+            wanted = {version_id for pointer in self.names.values() for version_id in pointer.wanted}
+            gone = [each for each in self.versions.values() if each.id not in wanted and not each.active]
+            for version in gone:
+                del self.versions[version.id]  # before anything is waited for: from here on no name can be led to it
+            for version in gone:
+                if version.engine and version.served in version.engine.adapters:
+                    await version.engine.unload(version.served)
+            used = {id(version.engine) for version in self.versions.values()}
+            for engine in [each for each in self.engines if id(each) not in used]:
+                self.engines.remove(engine)
+                self.say(f"{engine.name}: no name leads to it any more; its engine ends")
+                await self._end(engine)
 
 
 def as_served(bundle: Bundle, say: Callable[[str], None]) -> Bundle:
@@ -486,7 +534,7 @@ def digest_of(bundle: Bundle) -> str:
 
 def model_id(model: Bundle) -> str:
     """What an engine calls a model; clients never see it."""
-    return f"{default_name(model)}@{digest_of(model)[:8]}"
+    return f"{default_name(model)}@{hashlib.sha256(fingerprint(model.manifest.files).encode()).hexdigest()[:8]}"
 
 
 def default_name(bundle: Bundle) -> str:

@@ -10,6 +10,8 @@ from tuner.errors import nearest
 
 # As many alternatives as engines are started to give.
 MAX_LOGPROBS = 5
+# To one request; each of them counts as a row of the engine's.
+MOST_ANSWERS = 128
 Ids = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)]
 Texts = Annotated[list[str], Field(min_length=1, max_length=2048)]
 Input = str | Texts | Ids | Annotated[list[Ids], Field(min_length=1, max_length=2048)]
@@ -34,9 +36,9 @@ class Form(BaseModel):
 class Sampling(Form):
     """The keys by which tokens are chosen, in completions and chats alike."""
 
-    temperature: float = Field(1.0, ge=0.0, le=2.0)
+    temperature: float | None = Field(1.0, ge=0.0, le=2.0)
     """0 takes the likeliest token."""
-    top_p: float = Field(1.0, gt=0.0, le=1.0)
+    top_p: float | None = Field(1.0, gt=0.0, le=1.0)
     top_k: int = Field(0, ge=-1, lt=2**31)
     """0 and -1 leave all tokens."""
     min_p: float = Field(0.0, ge=0.0, le=1.0)
@@ -78,8 +80,8 @@ class Generate(Sampling, Told):
     """What completions and chats share."""
 
     model: str
-    n: int = Field(1, ge=1, le=16)
-    stream: bool = False
+    n: int | None = Field(1, ge=1, le=16)
+    stream: bool | None = False
     stream_options: StreamOptions | None = None
     response_format: dict[str, Any] | None = None
     return_tokens_as_token_ids: bool = False
@@ -99,6 +101,13 @@ class Complete(Generate):
     max_tokens: int | None = Field(16, ge=1, lt=2**31)
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+
+    @model_validator(mode="after")
+    def _few_at_once(self) -> "Complete":
+        several = isinstance(self.prompt, list) and not isinstance(self.prompt[0], int)
+        if (len(self.prompt) if several else 1) * (self.n or 1) > MOST_ANSWERS:
+            raise ValueError(f"prompts times n are more than {MOST_ANSWERS} answers; send several requests")
+        return self
 
 
 class Chat(Generate):

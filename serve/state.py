@@ -88,6 +88,8 @@ class State:
         try:
             if path:
                 path.parent.mkdir(parents=True, exist_ok=True)
+            if path:
+                path.touch(mode=0o600)  # what SQLite makes beside it gets the same
             self._base = sqlite3.connect(path or ":memory:", timeout=BUSY_S, check_same_thread=False, isolation_level=None)
             (version,) = self._base.execute("PRAGMA user_version").fetchone()
             if version not in (0, FORMAT):

@@ -176,9 +176,9 @@ async def _complete(served: Served, body: Complete, request: HttpRequest) -> Res
     prompts = _tokens(served, body.prompt)
     top = body.logprobs
     answers = [
-        _Answer(served, body, index * body.n + copy, copy, ids, body.max_tokens, top, read_back=body.prompt_logprobs)
+        _Answer(served, body, index * (body.n or 1) + copy, copy, ids, body.max_tokens, top, read_back=body.prompt_logprobs)
         for index, ids in enumerate(prompts)
-        for copy in range(body.n)
+        for copy in range(body.n or 1)
     ]
     return await _answered(_Completion(served, body, answers), request)
 
@@ -188,7 +188,7 @@ async def _chat(served: Served, body: Chat, request: HttpRequest) -> Response:
     ids = _render(served, body.messages, tools, begin_answer=True)
     longest = body.max_completion_tokens or body.max_tokens
     top = (body.top_logprobs or 0) if body.logprobs else None
-    answers = [_Answer(served, body, copy, copy, ids, longest, top) for copy in range(body.n)]
+    answers = [_Answer(served, body, copy, copy, ids, longest, top) for copy in range(body.n or 1)]
     return await _answered(_Conversation(served, body, answers, reads_calls=bool(tools)), request)
 
 

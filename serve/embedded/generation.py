@@ -96,6 +96,7 @@ class Generator:
         self._config = inner.config
         self._takes = set(inspect.signature(inner.forward).parameters)
         self._waiting: queue.SimpleQueue[Job | _Change | None] = queue.SimpleQueue()
+        self._changes: queue.SimpleQueue[_Change] = queue.SimpleQueue()
         kinds = {type(layer) for layer in self._new_cache().layers}
         if odd := kinds - set(MERGED):
             raise EngineError(f"the state of {self._config.model_type} is a {odd.pop().__name__}, which cannot be batched here")
@@ -129,14 +130,19 @@ class Generator:
         """Let an adapter go. Rows that use it are ended."""
 
         def work() -> None:
+            for job in self._jobs:
+                if job.adapter == name:
+                    job.heard(EngineError(f"{name} was taken away"))
             self._keep([job.adapter != name for job in self._jobs])
-            self._model.delete_adapter(name)
+            if len(self._model.peft_config) > 1:  # peft asks the last one even for what the base alone is to answer
+                self._model.delete_adapter(name)
 
         return self._change(work)
 
     def _change(self, work: Callable[[], Any]) -> "Future[None]":
         change = _Change(work)
-        self._waiting.put(change)
+        self._changes.put(change)
+        self._waiting.put(change)  # wakes a thread that has nothing to do; by then it may be done already
         return change.done
 
     def close(self) -> None:
@@ -148,15 +154,15 @@ class Generator:
         open_ = True
         with torch.inference_mode():
             while open_ or self._jobs:
+                while not self._changes.empty():
+                    self._changes.get().apply()
                 # With nothing to do it waits; between two steps it takes what has come, one prompt at a time, so that the
                 # rows that run are never held up by more than one.
                 if len(self._jobs) < MAX_ROWS and (not self._jobs or not self._waiting.empty()):
                     job = self._waiting.get() if open_ else None
                     if isinstance(job, Job):
                         self._begin(job)
-                    elif job is not None:
-                        job.apply()
-                    else:
+                    elif job is None:
                         open_ = False
                         continue
                 if self._jobs:
@@ -186,12 +192,18 @@ class Generator:
             self._mask_BT = torch.cat([self._mask_BT, torch.ones(len(self._jobs), 1, dtype=torch.long)], 1)
             adapters = [job.adapter for job in self._jobs]
             logits_BTV = self._forward([[token] for token in self._next], self._mask_BT, self._cache, adapters)
-            tokens = [self._choose(job, logits_TV[-1]) for job, logits_TV in zip(self._jobs, logits_BTV, strict=True)]
         except Exception as error:
             for job in self._jobs:
                 job.heard(error)
             self._forget()
             return
+        tokens = []
+        for job, logits_TV in zip(self._jobs, logits_BTV, strict=True):
+            try:
+                tokens.append(self._choose(job, logits_TV[-1]))
+            except Exception as error:  # what one asks for is not the others' fault
+                job.heard(error)
+                tokens.append(None)
         self._next = [token or 0 for token in tokens]
         self._keep([token is not None for token in tokens])
 

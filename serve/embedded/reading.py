@@ -58,11 +58,14 @@ class Reader:
         with torch.inference_mode():
             while (first := self._waiting.get()) is not None:
                 chosen, ended = [first], False
-                # The next one's length is not known before it is taken, so a batch may be one text over.
-                while len(chosen) < MAX_TEXTS and sum(len(ids) for ids, _ in chosen) < MAX_TOKENS and not self._waiting.empty():
+                while len(chosen) < MAX_TEXTS and not self._waiting.empty():
                     if (more := self._waiting.get()) is None:
                         ended = True
                         break
+                    # All are as long as the longest is: one that is too long for these is read next, by itself.
+                    if max(len(ids) for ids, _ in [*chosen, more]) * (len(chosen) + 1) > MAX_TOKENS:
+                        self._read([each for each in chosen if each[1].set_running_or_notify_cancel()])
+                        chosen = []
                     chosen.append(more)
                 # Whoever went away meanwhile has cancelled.
                 self._read([each for each in chosen if each[1].set_running_or_notify_cancel()])

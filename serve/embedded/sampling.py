@@ -11,12 +11,16 @@ from torch import Tensor
 
 from serve.requests import Sampling
 
+# Below this the likeliest token has all of the probability that a float can tell from one.
+LEAST_TEMPERATURE = 1e-5
+
 
 class Chooser:
     """Chooses the tokens of one answer, one after the other, and remembers what it chose."""
 
     def __init__(self, sampling: Sampling, *, copy: int = 0, grammar: Any = None) -> None:
         self.sampling, self.grammar = sampling, grammar
+        self._temperature = 1.0 if sampling.temperature is None else sampling.temperature
         self._counts: dict[int, int] = {}
         self._generator: torch.Generator | None = None
         if sampling.seed is not None:
@@ -35,7 +39,10 @@ class Chooser:
             tokens = torch.tensor(list(self._counts))
             counts = torch.tensor(list(self._counts.values()), dtype=logits_V.dtype)
             logits_V[tokens] -= said.presence_penalty + said.frequency_penalty * counts
-        token = int(logits_V.argmax()) if said.temperature == 0 else self._draw(logits_V / said.temperature)
+        if self._temperature < LEAST_TEMPERATURE:
+            token = int(logits_V.argmax())
+        else:
+            token = self._draw((logits_V - logits_V.max()) / self._temperature)
         self._counts[token] = self._counts.get(token, 0) + 1
         if self.grammar is not None:
             self.grammar.consume_token(token)
@@ -49,7 +56,7 @@ class Chooser:
         if said.min_p > 0:
             probabilities_V = logits_V.softmax(-1)
             logits_V = logits_V.masked_fill(probabilities_V < said.min_p * probabilities_V.max(), -torch.inf)
-        if said.top_p < 1:
+        if said.top_p is not None and said.top_p < 1:
             ordered_V, tokens_V = logits_V.softmax(-1).sort(descending=True)
             # A token stays if those before it do not reach top_p; the first always does.
             left_out_V = tokens_V[ordered_V.cumsum(-1) - ordered_V >= said.top_p]

@@ -62,6 +62,7 @@ def launch(name: str, model: Bundle, adapters: dict[str, Bundle], *, port: int, 
         "--max-model-len", str(engines.longest(model, adapters, max_tokens)),
         # Without this, requests under way are cut off when the engine is asked to stop.
         "--shutdown-timeout", "10",
+        "--disable-uvicorn-access-log",
     ]  # fmt: skip
     if model.manifest.head != "causal":
         # A text is read whole; what is longer than the engine reads is refused, not cut.

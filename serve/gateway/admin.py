@@ -10,8 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from starlette.requests import Request
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
@@ -39,6 +39,12 @@ class Deploy(Order):
     weight: int = Field(100, ge=0, le=100)
     """Percent of the requests; below 100 the version is tried out beside the current one."""
     shadow: bool = False
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> "Deploy":
+        if self.shadow and self.weight != 100:
+            raise ValueError("a shadow answers no request, so it has no weight")
+        return self
 
 
 class Promote(Order):
@@ -80,12 +86,14 @@ def admin_routes(gateway: "Gateway") -> list[Route]:
     def ordered(form: type[Order], work: Callable[[Any], Awaitable[dict[str, Any]]]) -> Any:
         async def handle(request: Request) -> Response:
             body = bytearray()
-            async for chunk in request.stream():
-                body += chunk
-                if len(body) > MOST_BYTES:
-                    return _refusal(413, "the order is too long")
             try:
+                async for chunk in request.stream():
+                    body += chunk
+                    if len(body) > MOST_BYTES:
+                        return _refusal(413, "the order is too long")
                 return JSONResponse(await work(form.model_validate_json(bytes(body))))
+            except ClientDisconnect:
+                return _refusal(499, "the client went away")
             except ValidationError as error:
                 first = error.errors()[0]
                 return _refusal(400, f"{'.'.join(map(str, first['loc']))}: {first['msg']}")

@@ -12,7 +12,7 @@ from uuid import uuid4
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -89,18 +89,21 @@ class Gateway:
             *(Route(path, unknown, methods=["POST"]) for path in SURFACE),  # named here for what other methods are told
             *admin_routes(self),
         ]
-        return Starlette(routes=routes, exception_handlers={HTTPException: unknown})
+        rest = Starlette(routes=routes, exception_handlers={HTTPException: unknown})
+        rest.router.redirect_slashes = False  # to wherever a client's Host header says
+        return rest
 
     async def health(self, request: Request) -> Response:  # noqa: ARG002 - Starlette's signature
         """The process is there."""
         return JSONResponse({"status": "ok"})
 
-    async def is_ready(self, request: Request) -> Response:  # noqa: ARG002 - Starlette's signature
+    async def is_ready(self, request: Request) -> Response:
         """Each name leads to a version that was proven and that has lately been heard of."""
         names = {name: self.fleet.versions.get(pointer.current or "") for name, pointer in self.fleet.names.items()}
         waiting = sorted(name for name, version in names.items() if version is None or not version.ready)
         fine = not waiting and bool(names) and not self.traffic.draining
-        return JSONResponse({"ready": fine, "waiting": waiting}, 200 if fine else 503)
+        known = not isinstance(self.who(request.headers), Response)  # to strangers no name is told
+        return JSONResponse({"ready": fine, **({"waiting": waiting} if known else {})}, 200 if fine else 503)
 
     async def openapi(self, request: Request) -> Response:  # noqa: ARG002 - Starlette's signature
         """What can be asked, for machines."""
@@ -234,14 +237,17 @@ class _Forward:
             return failure(400, text, "invalid_request_error", param="model")
         if why := wrong(self._path, body):
             return failure(400, why, "invalid_request_error")
+        asked.body = {key: value for key, value in asked.body.items() if value is not None}
         if translate := SURFACE[self._path].translate:
             try:
-                said, asked.body = asked.body, translate.asks(asked.body, version)
+                said = asked.body
+                # What makes tokens of texts takes its time, in which others want to be answered.
+                asked.body = await asyncio.to_thread(translate.asks, said, version)
+                asked.telling = await asyncio.to_thread(translate.Telling, said, version)
             except ValueError as error:
                 return failure(400, str(error), "invalid_request_error")
             except (KeyError, TypeError, AttributeError) as error:
                 return failure(400, f"the body cannot be read ({type(error).__name__}: {error})", "invalid_request_error")
-            asked.telling = translate.Telling(said, version)
         if key and (wait_s := gateway.keyring.take(key)):
             may = [f"{count} {what}" for count, what in ((key.rpm, "requests"), (key.tpm, "tokens")) if count is not None]
             text = f"this key has used what it may in a minute: {', '.join(may)}"
@@ -265,6 +271,8 @@ class _Forward:
                     if len(body) > limits.body_bytes:
                         text = f"the request has more than the {limits.body_bytes} bytes allowed"
                         return failure(413, text, "invalid_request_error")
+        except ClientDisconnect:
+            return failure(499, "the client went away", "invalid_request_error")
         except TimeoutError:
             return failure(408, f"the body was not whole after {limits.body_timeout_s:.0f} s", "invalid_request_error")
         return bytes(body)

@@ -8,6 +8,7 @@ import json
 import re
 import time
 from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +19,7 @@ from serve.fleet import Version
 from serve.gateway.surface import SURFACE, TOLD
 from serve.state import Key
 
-CONNECT_TIMEOUT_S = 2.0
+CONNECT_TIMEOUT_S, LAST_WORDS_S = 2.0, 5.0
 # As engines write them; in the text of an answer quotes have a backslash before them.
 READ_TOKENS, WRITTEN_TOKENS = re.compile(rb'"prompt_tokens":(\d+)'), re.compile(rb'"completion_tokens":(\d+)')
 END = b"\n\n"
@@ -107,6 +108,8 @@ async def pass_on(asked: Asked, version: Version, receive: Receive, send: Send, 
                     await send({"type": "http.response.body", "body": events.replace(*named), "more_body": True})
                 for event in asked.telling.end() if asked.telling else []:
                     await send({"type": "http.response.body", "body": event, "more_body": True})
+                if asked.telling and asked.telling.failure:
+                    outcome.status, outcome.reason = 503, str(asked.telling.failure)
                 leaving.matters = False
                 await send({"type": "http.response.body", "body": b""})
                 return outcome
@@ -144,9 +147,14 @@ async def pass_on(asked: Asked, version: Version, receive: Receive, send: Send, 
         )
     except TimeoutError:
         outcome.status, outcome.reason = 504, f"the answer was not whole after {timeout_s:.0f} s"
-        await _fail(send, asked, version, outcome, outcome.reason, begun=begun)
+        with suppress(TimeoutError):  # a client that reads nothing is not told, and its connection ends
+            async with asyncio.timeout(LAST_WORDS_S):
+                await _fail(send, asked, version, outcome, outcome.reason, begun=begun)
     finally:
         leaving.end()
+        if outcome.status != 200:
+            # What was cut off was not counted to its end; a piece is a token or more.
+            outcome.completion_tokens = max(outcome.completion_tokens, outcome.pieces)
         if reply is not None:
             # The connection of a whole answer went back already; that of any other is ended, and with it the engine's work.
             reply.close()

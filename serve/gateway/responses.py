@@ -52,7 +52,10 @@ def _messages(asked: dict[str, Any]) -> list[dict[str, Any]]:
                 "type": "function",
                 "function": {key: item.get(key) for key in ("name", "arguments")},
             }
-            messages.append({"role": "assistant", "content": "", "tool_calls": [call]})
+            if messages and messages[-1]["role"] == "assistant":  # one turn says something and calls, or calls several
+                messages[-1].setdefault("tool_calls", []).append(call)
+            else:
+                messages.append({"role": "assistant", "content": "", "tool_calls": [call]})
         elif kind == "function_call_output":
             messages.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": _text(number, item.get("output"))})
         else:
@@ -92,6 +95,9 @@ class Telling:
         self._usage: dict[str, Any] | None = None
         self._finish = "stop"
         self._number = 0
+        self._places: dict[int, int] = {}
+        self.failure: str | None = None
+        """What the engine said went wrong in the middle, where something did."""
 
     def whole(self, told: dict[str, Any]) -> dict[str, Any]:
         """The answer at once."""
@@ -110,6 +116,9 @@ class Telling:
     def go_on(self, told: dict[str, Any]) -> list[bytes]:
         """The events of a piece of the answer."""
         events: list[bytes] = []
+        if "error" in told:
+            self.failure = str((told["error"] or {}).get("message"))
+            return events
         self._usage = told.get("usage") or self._usage
         for choice in told.get("choices", []):
             self._finish = choice.get("finish_reason") or self._finish
@@ -123,6 +132,7 @@ class Telling:
     def end(self, failure: str | None = None) -> list[bytes]:
         """The events after the last word."""
         events: list[bytes] = []
+        failure = failure or self.failure
         for index, item in enumerate(self._output):
             item["status"] = "completed"
             if item["type"] == "message":
@@ -162,14 +172,16 @@ class Telling:
         events = []
         function = call.get("function") or {}
         if function.get("name"):
+            self._places[call.get("index", 0)] = len(self._output)
             self._output.append({**self._call({**call, "function": {**function, "arguments": ""}}), "status": "in_progress"})
             events.append(
                 self._event("response.output_item.added", output_index=len(self._output) - 1, item=dict(self._output[-1]))
             )
-        if function.get("arguments") and self._output:
-            item = self._output[-1]
+        if function.get("arguments") and call.get("index", 0) in self._places:
+            index = self._places[call.get("index", 0)]
+            item = self._output[index]
             item["arguments"] += function["arguments"]
-            place = {"item_id": item["id"], "output_index": len(self._output) - 1}
+            place = {"item_id": item["id"], "output_index": index}
             events.append(self._event("response.function_call_arguments.delta", delta=function["arguments"], **place))
         return events
 

@@ -73,7 +73,7 @@ def document() -> dict[str, Any]:
         schemas[form.__name__] = schema
         kinds = {"application/json": {"schema": {"type": "object"}}}
         if question.streams:
-            kinds["text/event-stream"] = {"schema": {"type": "string"}}
+            kinds["text/event-stream"] = {}
         body = {"required": True, "content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{form.__name__}"}}}}
         answers = {"200": {"description": "the answer", "content": kinds}, **refusals}
         paths[path] = {"post": {"summary": str(form.__doc__).splitlines()[0], "requestBody": body, "responses": answers}}

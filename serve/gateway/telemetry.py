@@ -8,6 +8,7 @@ import os
 import queue
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -113,23 +114,26 @@ class Log:
     def close(self) -> None:
         """Write what is left."""
         if self.path:
-            self._lines.put(None)
+            with suppress(queue.Full):
+                self._lines.put(None, timeout=1)
             self._thread.join(5)
 
     def _write(self) -> None:
         assert self.path is not None
         while (line := self._lines.get()) is not None:
+            count = 1
             try:
                 if self.path.exists() and self.path.stat().st_size > LOG_BYTES:
                     self.path.replace(self.path.with_suffix(".old.jsonl"))
                 with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:
                     file.write(line + "\n")
                     while not self._lines.empty() and (line := self._lines.get()) is not None:
+                        count += 1
                         file.write(line + "\n")
                 if line is None:
                     return
             except OSError:
-                self.lost += 1
+                self.lost += count
 
 
 class Spans:

@@ -122,7 +122,7 @@ def test_responses_are_told_like_chats(client: OpenAI) -> None:
     assert kinds[0] == "response.created"
     assert kinds[-1] == f"response.{whole.status}"
     assert "response.output_text.delta" in kinds
-    with pytest.raises(BadRequestError, match="nothing is kept between requests"):
+    with pytest.raises(BadRequestError, match="nothing is kept between two requests"):
         client.responses.create(model="words", input="x", previous_response_id="resp_1")
 
 
@@ -150,10 +150,13 @@ def test_vectors_labels_and_tags(client: OpenAI, endpoint: Endpoint, folders: di
     assert {each["label"] for each in tagged["words"]} <= {"NOUN", "VERB", "O", "DET"}
     if any(each.id == "several" for each in client.models.list()):
         several = ask("/v1/classify", model="several", input="show both of the two")["data"][0]
+        names = json.loads((folders["several"] / "bundle.json").read_text())["serving"]["labels"]
         assert [each["label"] for each in several["labels"]] == [
-            name for name, value in zip(["machine", "network"], several["probs"], strict=False) if value > 0.5
-        ] or len(several["probs"]) != 2
-        assert ask("/v1/classify", model="number", input="show three")["data"][0]["score"] == pytest.approx(1.2, abs=3)
+            name for name, value in zip(names, several["probs"], strict=True) if value > 0.5
+        ]
+        item = json.loads((folders["number"] / "bundle.json").read_text())["probe"][0]
+        number = ask("/v1/classify", model="number", input=[item["ids"]])["data"][0]
+        assert number["score"] == pytest.approx(item["scores"][0], abs=1e-3)
 
 
 def test_mistakes_are_openais_own_exceptions(client: OpenAI) -> None:
@@ -163,7 +166,7 @@ def test_mistakes_are_openais_own_exceptions(client: OpenAI) -> None:
     for wrong in ({"temperature": 9}, {"max_tokens": 10**6}, {"n": 0}, {"messages": []}, {"stop": 5}, {"top_p": -1}):
         with pytest.raises(BadRequestError):
             client.chat.completions.create(**{"model": "words", "messages": MESSAGES, **wrong})  # type: ignore[call-overload]
-    with pytest.raises(BadRequestError, match="it has a embedding head|it has an embedding head"):
+    with pytest.raises(BadRequestError, match="it has a embedding head"):
         client.chat.completions.create(model="vectors", messages=MESSAGES)
 
 

@@ -77,7 +77,7 @@ class StandIn:
         count = len(asked["input"]) if isinstance(asked.get("input"), list) else 1
         entry = {"embedding": [1.0], "probs": [0.25, 0.75], "data": [[0.5, 0.5]]}
         told = {"choices": [choice], "data": [entry] * count, "usage": usage}
-        return JSONResponse({"model": asked["model"], "echo": asked, **told})
+        return JSONResponse({"model": asked["model"], **told})
 
     async def events(self, asked: dict[str, Any]) -> Any:
         try:
@@ -243,6 +243,22 @@ def test_everything_else_is_404(world: World, path: str) -> None:
         reply = world.client.request(method, path)
         assert (reply.status_code, reply.json()["error"]["code"]) == (404, 404)
     assert world.stand_in.got == []
+
+
+def test_a_slash_too_many_leads_nowhere(world: World) -> None:
+    reply = world.client.get("/v1/models/", headers={"host": "evil.example"})
+    assert (reply.status_code, reply.headers.get("location")) == (404, None)
+
+
+def test_headers_without_end_are_cut_off(world: World) -> None:
+    with pytest.raises(httpx.HTTPError):
+        world.client.get("/health", headers={"x-long": "x" * 100_000})
+    assert world.client.get("/health").status_code == 200
+
+
+def test_a_version_of_a_name_that_is_gone_is_404(world: World) -> None:
+    del world.gateway.fleet.names["m"]
+    assert world.ask(model="m@00000000").status_code == 404
 
 
 def test_a_wrong_method_is_405(world: World) -> None:
@@ -454,7 +470,7 @@ def test_the_published_document_holds_whatever_is_sent(world: World) -> None:
     checks = [
         not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance, negative_data_rejection,
     ]  # fmt: skip
-    for path in ("/v1/embeddings", "/v1/classify"):
+    for path in ("/v1/embeddings", "/v1/classify", "/v1/tokens/classify"):
         head = next(iter(SURFACE[path].heads))
         one = version(world.behind, head, head=head)
         world.gateway.fleet.names[head], world.gateway.fleet.versions[one.id] = Pointer(one.id), one
@@ -472,7 +488,8 @@ def test_the_published_document_holds_whatever_is_sent(world: World) -> None:
         )
         def holds(case: Any) -> None:
             if isinstance(case.body, dict) and isinstance(case.body.get("model"), str):
-                case.body["model"] = "m"
+                head = next(iter(SURFACE[case.path].heads)) if case.path in SURFACE else "causal"
+                case.body["model"] = head if head in world.gateway.fleet.names else "m"
             case.call_and_validate(checks=checks)
             asked.add((case.method, case.path))
 

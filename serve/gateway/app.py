@@ -184,7 +184,14 @@ class _Forward:
         gateway = self._gateway
         gateway.traffic.active += 1
         try:
-            found = await self._checked(request, asked)
+            try:
+                found = await self._checked(request, asked)
+            except Exception:
+                await failure(500, f"this is a mistake of the endpoint's; its log has {asked.request_id}", "server_error")(
+                    scope, receive, send
+                )
+                gateway.telemetry(asked, Outcome(500, reason="a bug, see the log on standard error"))
+                raise  # with its traceback
             if isinstance(found, Response):
                 found.headers["x-request-id"] = asked.request_id
                 await found(scope, receive, send)

@@ -4,16 +4,17 @@ BIN := .venv/bin
 export OMP_WAIT_POLICY = passive
 export PYTHONUNBUFFERED = 1
 
-.PHONY: help install data data-all browser bench demo check test test-all format clean
+.PHONY: help install data data-all browser node bench demo check test test-all format clean
 
 help:
 	@echo "make demo      install, prepare data, train, merge, quantize, serve, ask, and print one table"
 	@echo "make test      install, then the fast tests"
 	@echo "make check     lint and types"
 	@echo "make test-all  every test, the slow ones too"
-	@echo "make bench     speed, memory and loss of every cell of the grid, scans, data (half an hour on two cores)"
+	@echo "make bench     speed, memory and loss of every cell of the grid, scans, data, the gateway (half an hour on two cores)"
 	@echo "make install   only the environment, from requirements/*.lock"
 	@echo "make browser   Debian's Chromium, which one test opens a page in (root installs it)"
+	@echo "make node      Debian's npm, which brings OpenAI's client for JavaScript to one test (root installs it)"
 
 install:
 	@$(PYTHON) requirements/install.py
@@ -32,10 +33,16 @@ browser:
 	if [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -y -qq chromium >/dev/null; then exit 0; fi; \
 	echo "no Chromium: as root, \`apt-get install chromium\`; until then the test that opens a page is skipped"
 
+node:
+	@command -v npm >/dev/null && exit 0; \
+	if [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -y -qq --no-install-recommends npm >/dev/null; then exit 0; fi; \
+	echo "no npm: as root, \`apt-get install npm\`; until then the tests of OpenAI's client for JavaScript are skipped"
+
 bench: data-all
 	$(BIN)/python -m tests.bench
 	$(BIN)/python -m tests.bench.scan
 	$(BIN)/python -m tests.bench.data
+	$(BIN)/python -m tests.bench.gateway
 
 demo: data
 	@$(BIN)/tuner prove recipes/demo.yaml
@@ -48,7 +55,7 @@ check: install
 test: data
 	$(BIN)/pytest -m "not slow and not gpu"
 
-test-all: data-all browser
+test-all: data-all browser node
 	$(BIN)/pytest -m "not gpu"
 
 format: install

@@ -77,6 +77,17 @@ class Endpoint(Server):
         return (client or httpx).post(f"{self.url}/v1/chat/completions", json={"model": name, **QUESTION, **more}, timeout=30)
 
 
+def test_prove_asks_the_endpoint_what_was_held_out(bundles: dict[str, Path]) -> None:
+    recipe = bundles["a-merge"].parent.parent / "a.yaml"
+    done = tuner("prove", recipe, "--out", bundles["a-merge"].parent)
+    assert done.returncode == 0, done.stderr
+    served = json.loads((bundles["a-merge"].parent / "served.json").read_text())
+    merged = json.loads((bundles["a-merge"] / "bundle.json").read_text())["metrics"]
+    told = served.get("metrics", served)
+    assert told["heldout_loss"] == pytest.approx(merged["heldout_loss"], abs=1e-3)
+    assert "served" in done.stdout
+
+
 @pytest.fixture(scope="module")
 def running(bundles: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
     folder = tmp_path_factory.mktemp("deployment")

@@ -14,42 +14,11 @@ import httpx
 import pytest
 import yaml
 
-from tests.conftest import chat_rows, tuner, write_rows
+from tests.conftest import tuner
 from tests.e2e.test_serving import Server
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 QUESTION = {"messages": [{"role": "user", "content": "list the virtual 3"}], "max_tokens": 6, "temperature": 0}
-
-
-@pytest.fixture(scope="session")
-def bundles(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Two adapters of one small model that answer differently, and what each is merged into."""
-    folder = tmp_path_factory.mktemp("bundles")
-    write_rows(folder / "train.jsonl", chat_rows(48))
-    write_rows(folder / "heldout.jsonl", chat_rows(8, start=100))
-    found = {}
-    for name, seed in (("a", 1), ("b", 2)):
-        recipe = {
-            "model": str(tiny_model),
-            "seed": seed,
-            "data": {"train": "train.jsonl", "heldout": "heldout.jsonl"},
-            "stages": [
-                {
-                    "tune": {
-                        "task": {"kind": "sft", "max_tokens": 128}, "method": {"kind": "lora", "rank": 4},
-                        "steps": 12 * seed, "learning_rate": 0.02,
-                    }
-                },
-                {"merge": {}},
-            ],
-            "probe": {"rows": 3, "answer_tokens": 6},
-            "serve": {"max_tokens": 200},
-        }  # fmt: skip
-        (folder / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
-        done = tuner("run", folder / f"{name}.yaml", "--out", folder / name)
-        assert done.returncode == 0, done.stderr
-        found |= {f"{name}-{stage}": folder / name / stage for stage in ("tune", "merge")}
-    return found
 
 
 class Endpoint(Server):
@@ -152,7 +121,7 @@ def test_a_name_moves_under_load_and_no_request_fails_or_is_answered_by_the_wron
         done = running.tuner("deploy", name, bundles[f"b-{kind}"])
         assert done.returncode == 0, done.stderr
         second = versions(running, name)["current"]
-        for _ in range(4):
+        for _ in range(2):
             time.sleep(1.0)
             assert running.order("/admin/rollback", name=name)["version"] == first
             time.sleep(1.0)

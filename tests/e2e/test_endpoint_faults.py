@@ -13,11 +13,11 @@ import psutil
 import pytest
 import yaml
 
-from tests.e2e.test_deployments import Endpoint, Load, bundles  # noqa: F401 - a fixture
+from tests.e2e.test_deployments import Endpoint, Load
 
 
 @pytest.fixture
-def running(bundles: dict[str, Path], tmp_path: Path) -> Iterator[Endpoint]:  # noqa: F811
+def running(bundles: dict[str, Path], tmp_path: Path) -> Iterator[Endpoint]:
     tree = {"models": {"live": str(bundles["a-merge"])}, "pulse_s": 0.5, "hung_after_s": 3.0, "drain_timeout_s": 20.0}
     (tmp_path / "deploy.yaml").write_text(yaml.safe_dump(tree))
     endpoint = Endpoint(tmp_path / "state", tmp_path / "deploy.yaml")
@@ -101,7 +101,7 @@ def test_sigterm_lets_requests_finish_and_leaves_no_process(running: Endpoint) -
 
 @pytest.mark.slow
 def test_an_endpoint_that_is_killed_under_load_comes_back_as_it_was(
-    bundles: dict[str, Path], running: Endpoint, tmp_path: Path  # noqa: F811
+    bundles: dict[str, Path], running: Endpoint, tmp_path: Path
 ) -> None:  # fmt: skip
     running.order("/admin/deployments", name="live", bundle=str(bundles["b-merge"]))
     engines = running.children()

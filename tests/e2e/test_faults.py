@@ -94,6 +94,7 @@ def test_a_run_killed_in_every_stage_finishes_with_the_same_adapter(recipe: Path
     assert again.stderr.count("finished before") == len(STAGES)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_says_that_it_can_be_continued_and_can(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
     recipe = recipe_file(lambda tree: tree["stages"][0]["tune"].update(steps=400))
     out = tmp_path / "out"

@@ -190,6 +190,7 @@ def test_an_engine_killed_while_serving_is_503_at_once_and_comes_back_proven(cli
     assert client.chat.completions.create(model="quick-quantize", messages=[QUESTION], max_tokens=1).choices
 
 
+@pytest.mark.slow
 def test_ctrl_c_lets_requests_finish_and_leaves_no_process_behind(client: Any, server: Server) -> None:
     children = server.children()
     assert len(children) >= 4
@@ -293,7 +294,8 @@ def test_a_taken_port_is_said_before_an_engine_starts(out: Path, tmp_path: Path)
     assert "engine starts" not in done.stderr
 
 
-@pytest.mark.parametrize("seconds", [pytest.param(0, marks=pytest.mark.slow), 12], ids=["at once", "while its own processes start"])
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [0, 12], ids=["at once", "while its own processes start"])
 def test_an_engine_does_not_outlive_an_endpoint_that_is_killed(out: Path, seconds: int) -> None:
     server = Server(out / "merge", "--port", "0")
     server.wait_for(r"the engine \(vllm\) starts")

@@ -224,6 +224,7 @@ print(tokens, max(most[0], memory_kb()))
 """
 
 
+@pytest.mark.slow
 def test_data_need_not_fit_into_memory(tmp_path: Path, recipe_file: Any, tiny_model: Path) -> None:
     """Two thousand more rows of 10 kB take what is kept of each, its place and a few numbers, and what a library keeps for itself."""
 

@@ -210,7 +210,7 @@ def test_a_client_that_leaves_ends_the_engines_work(world: World, stream: bool) 
     else:
         with pytest.raises(httpx.ReadTimeout):
             world.client.post("/v1/completions", json=body, timeout=0.5)
-    assert world.stand_in.left.wait(2)
+    assert world.stand_in.left.wait(10)
     while world.gateway.traffic.active:
         time.sleep(0.01)
     assert world.told[-1][1].status == 499
@@ -219,7 +219,7 @@ def test_a_client_that_leaves_ends_the_engines_work(world: World, stream: bool) 
 def test_an_answer_that_takes_too_long_is_cut_off(world: World) -> None:
     reply = world.ask(stop="wait")
     assert reply.status_code == 504
-    assert world.stand_in.left.wait(2)
+    assert world.stand_in.left.wait(10)
 
 
 def test_what_is_not_ready_and_what_drains_is_503(world: World) -> None:
@@ -292,7 +292,7 @@ def test_a_body_that_is_too_large_is_413(world: World, declared: bool) -> None:
 def test_a_body_that_does_not_come_is_408_and_headers_that_do_not_come_end_the_connection(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(endpoint, "HEADERS_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(endpoint, "HEADERS_TIMEOUT_S", 1.5)
     address = (world.url.removeprefix("http://").split(":")[0], int(world.url.rsplit(":", 1)[1]))
     with socket.create_connection(address, timeout=5) as slow:
         slow.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 10\r\n\r\n{")
@@ -505,7 +505,7 @@ def test_a_full_disk_under_the_log_stops_nothing(small_disk: Path) -> None:
     began = time.monotonic()
     for number in range(2_000):
         log.add("request", number=number, padding="x" * 200)
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 5
     log.close()
     assert log.lost > 0
     written = [json.loads(line)["number"] for line in (small_disk / "requests.jsonl").read_text().splitlines()[:-1]]

@@ -158,7 +158,7 @@ def refusal(bundle: Bundle) -> str | None:
 
 def tool_parser(model: Bundle) -> str | None:
     """What reads the calls of tools in this model's answers, by the mark that its chat template teaches it; None without one."""
-    with suppress(OSError, ValueError, AttributeError):
+    with suppress(OSError, ValueError, AttributeError, KeyError):
         file = model.path / "chat_template.jinja"
         if file.is_file():
             template = file.read_text(encoding="utf-8")

@@ -520,7 +520,8 @@ def as_served(bundle: Bundle, say: Callable[[str], None]) -> Bundle:
     for path in sorted(bundle.path.resolve().parent.glob(f"[!.]*/{MANIFEST}")):
         with suppress(BundleError):
             merged = open_bundle(path.parent)
-            if merged.manifest.stage == "merge" and merged.manifest.parents[-1]["fingerprint"] == bundle.manifest.fingerprint:
+            made_of = [each["fingerprint"] for each in merged.manifest.parents[-1:]]
+            if merged.manifest.stage == "merge" and made_of == [bundle.manifest.fingerprint]:
                 say(f"{bundle.path}: {why.split(';')[0]}, so it is served merged, as {path.parent.name}")
                 return merged
     return bundle

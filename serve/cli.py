@@ -148,8 +148,10 @@ def show_deployments(told: dict[str, Any]) -> None:
             say(f"{each['name']}: {each['path']}: {each['status']}{reason}")
 
 
-def create_key(state: Path | None, **options: Any) -> str:
+def create_key(state: Path | None, file: Path | None, **options: Any) -> str:
     """A new key, to be shown once."""
+    if file:
+        return keyring.create(file, **options)
     opened = State((state or default_state()) / "state.sqlite")
     try:
         return keyring.create(opened, **options)

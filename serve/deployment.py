@@ -50,6 +50,8 @@ class Deployment(_Keys):
     """Longest prompt and answer together, of all models; what each one's recipe says by default."""
     state: str | None = None
     """The folder that keeps where names point, and the keys."""
+    keys: str | None = None
+    """A file of keys that `tuner keys create --file` made, beside those of the state."""
     tls: Tls | None = None
     limits: RequestLimits = RequestLimits()
     drain_timeout_s: Seconds = 30.0
@@ -93,6 +95,7 @@ def read_deployment(path: Path) -> tuple[dict[str, Path], Settings]:
         port=read.port,
         engine=read.engine,
         state=folder / read.state if read.state else None,
+        keys=folder / read.keys if read.keys else None,
         certificate=folder / read.tls.certificate if read.tls else None,
         certificate_key=folder / read.tls.key if read.tls else None,
         drain_timeout_s=read.drain_timeout_s,

@@ -47,6 +47,8 @@ class Settings:
     """A file in serve/engines; the preferred one that can serve the bundle by default."""
     state: Path | None = None
     """The folder for what must outlive a crash; without it nothing does."""
+    keys: Path | None = None
+    """A file of keys beside those of the state, which another machine made."""
     certificate: Path | None = None
     """For TLS, in PEM, with its key beside it."""
     certificate_key: Path | None = None
@@ -94,7 +96,7 @@ async def serve_until(
             held.enter_context(_alone(settings.state))
         state = State(settings.state / "state.sqlite" if settings.state else None)
         held.callback(state.close)
-        keyring = Keyring(state)
+        keyring = Keyring(state, settings.keys, say)
         _require_safety(settings, keyring)
         fleet = Fleet(state, settings.care, say, engine=settings.engine)
         fleet.declare(bundles)

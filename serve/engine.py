@@ -87,7 +87,8 @@ class Engine:
         return {**({self.name: self.model} if self.model.manifest.probe or not self.adapters else {}), **self.adapters}
 
     def suspect(self) -> None:
-        """A request failed: stop sending more if a process is gone."""
+        """A request failed: stop sending more if a process is gone, and let it be asked a question of ours at the next look."""
+        self.heard = 0.0
         self._ready = self._ready and self._alive()
 
     async def start(self) -> None:
@@ -185,9 +186,9 @@ class Engine:
         failures = 0
         while True:
             await asyncio.sleep(WATCH_INTERVAL_S)
-            if self._alive() and not await self._hangs():
+            what = await self._ailment() if self._alive() else "died"
+            if what is None:
                 continue
-            what = "says nothing any more" if self._alive() else "died"
             self._ready = False
             self.restarts += 1
             self.say(f"{self.name}: the engine {what}{self._last_words()}; starting it again")
@@ -250,21 +251,23 @@ class Engine:
             f"{proof.what} {proof.mean_difference:.5f} apart, {proof.tolerance:.3f} allowed"
         )
 
-    async def _hangs(self) -> bool:
-        """Nothing was heard for a while, and it does not answer the shortest of questions either."""
+    async def _ailment(self) -> str | None:
+        """Nothing was heard for a while, or a request failed, and it does not answer the shortest of questions either."""
         if not self._ready or time.monotonic() - self.heard < self.care.pulse_s:
-            return False
+            return None
         right = [(name, each) for name, each in self.served.items() if name not in self.refused]
         if not right:
-            return False
+            return None
         (name, bundle), asked = right[0], time.monotonic()
         try:
             await asyncio.wait_for(say_something(self.client, name, bundle), self.care.hung_after_s)
-        except (EngineError, TimeoutError):
+        except EngineError as error:
+            return f"fails at the shortest question ({error})" if self._alive() else "died"
+        except TimeoutError:
             # While it was asked, clients may have heard of it.
-            return self.heard < asked and self._alive()
+            return "says nothing any more" if self.heard < asked else None
         self.heard = time.monotonic()
-        return False
+        return None
 
     async def _tell(self, path: str, body: dict[str, str]) -> None:
         try:

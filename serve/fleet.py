@@ -171,6 +171,7 @@ class Fleet:
             self._place(version)
         require_room(self.engines)
         self._share_cores()
+        self._drop_adapters()
 
     def _reopened(self, name: str, pointer: Pointer, placed: dict[str, Placed], there: dict[str, Version]) -> Pointer:
         """Where a name led, as far as that can still be served. Raises ServeError where its current version cannot."""
@@ -440,6 +441,13 @@ class Fleet:
                 part.rename(place)
         return Bundle(place, version.bundle.manifest)
 
+    def _drop_adapters(self) -> None:
+        """Of the copies of adapters, those that no version is of any more."""
+        kept = {version.digest[:16] for version in self.versions.values()}
+        for place in self.state.path.parent.glob("adapters/*") if self.state.path else ():
+            if place.name not in kept:
+                shutil.rmtree(place, ignore_errors=True)
+
     async def _bring_up(self, version: Version) -> None:
         """Give a version an engine, and have it proven there. Raises ServeError; nothing of it is left then."""
         before = list(self.engines)
@@ -522,7 +530,7 @@ def as_served(bundle: Bundle, say: Callable[[str], None]) -> Bundle:
             merged = open_bundle(path.parent)
             made_of = [each["fingerprint"] for each in merged.manifest.parents[-1:]]
             if merged.manifest.stage == "merge" and made_of == [bundle.manifest.fingerprint]:
-                say(f"{bundle.path}: {why.split(';')[0]}, so it is served merged, as {path.parent.name}")
+                say(f"{bundle.path}: {why.split(';')[0]}, so it is served merged, as {merged.name}")
                 return merged
     return bundle
 

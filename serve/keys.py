@@ -2,16 +2,22 @@
 
 import hashlib
 import hmac
+import json
 import re
 import secrets
 import time
 from collections import deque
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from pydantic import TypeAdapter, ValidationError
 
 from serve.errors import ServeError
 from serve.state import Key, State
 
 PREFIX = "tnr"
+_KEY = TypeAdapter(Key)
 WINDOW_S = 60.0
 # How often it is looked whether another process has changed them.
 LOOK_S = 0.1
@@ -20,28 +26,48 @@ NOBODY = Key("", hashlib.sha256(secrets.token_bytes(32)).hexdigest())
 
 
 def create(
-    state: State, *, models: list[str], label: str = "", rpm: int | None = None, tpm: int | None = None, expires: str | None = None,
-    admin: bool = False,
+    state: State | Path, *, models: list[str], label: str = "", rpm: int | None = None, tpm: int | None = None,
+    expires: str | None = None, admin: bool = False,
 ) -> str:  # fmt: skip
-    """A new key, which is shown here and never again. `expires` is a time from now, such as 30d. Raises ServeError."""
+    """A new key, which is shown here and never again; `state` keeps it, or a file that endpoints elsewhere read.
+
+    `expires` is a time from now, such as 30d. Raises ServeError.
+    """
     if not models and not admin:
         raise ServeError("a key without models may ask nothing; name them with --models, or all with --models '*'")
     key_id, secret = secrets.token_hex(4), secrets.token_urlsafe(32)
     now = time.time()
-    state.add_key(
-        Key(
-            key_id,
-            hashlib.sha256(secret.encode()).hexdigest(),
-            label,
-            tuple(models),
-            rpm,
-            tpm,
-            admin,
-            now,
-            now + seconds(expires) if expires else None,
-        )
-    )
+    ends = now + seconds(expires) if expires else None
+    key = Key(key_id, hashlib.sha256(secret.encode()).hexdigest(), label, tuple(models), rpm, tpm, admin, now, ends)
+    if isinstance(state, State):
+        state.add_key(key)
+    else:
+        try:
+            with state.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(asdict(key)) + "\n")
+        except OSError as error:
+            raise ServeError(f"{state}: no key can be written there ({error.strerror})") from None
     return f"{PREFIX}-{key_id}-{secret}"
+
+
+def read_keys(file: Path) -> dict[str, Key]:
+    """The keys in a file, as `create` writes them, by their ids. Raises ServeError with the line that is none."""
+    found = {}
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ServeError(f"{file}: the keys cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            key = _KEY.validate_json(line, strict=True)
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False)[0]
+            what = f"{'.'.join(map(str, first['loc']))} {first['msg'].lower()}".strip()
+            raise ServeError(f"{file}:{number}: is no key as `tuner keys create --file` writes it ({what})") from None
+        found[key.id] = key
+    return found
 
 
 def seconds(text: str) -> float:
@@ -62,19 +88,25 @@ class _Used:
 
 
 class Keyring:
-    """The keys of a state, reread once another process has changed them; and what each has used."""
+    """The keys of a state and of a file, reread once either has changed; and what each has used.
 
-    def __init__(self, state: State) -> None:
-        self._state = state
+    Raises ServeError for a file that cannot be read; one that becomes so later is said, and those that it held stay.
+    """
+
+    def __init__(self, state: State, file: Path | None = None, say: Callable[[str], None] = print) -> None:
+        self._state, self._file, self._say = state, file, say
         self._seen, self._looked = -1, 0.0
-        self._keys: dict[str, Key] = {}
+        self._stamp = _stamp(file)
+        self._kept: dict[str, Key] = {}
+        self._filed = read_keys(file) if file else {}
+        self._keys = self._filed
         self._used: dict[str, _Used] = {}
 
     @property
     def some(self) -> bool:
-        """A key has been made, so that nobody without one is answered; also once all are revoked."""
+        """A key has been made, or a file of them named, so that nobody without one is answered; also once all are revoked."""
         self._refresh()
-        return bool(self._keys)
+        return bool(self._keys or self._file)
 
     def find(self, written: str | None) -> Key | None:
         """The valid key that a client has sent, or None."""
@@ -115,5 +147,22 @@ class Keyring:
         if now - self._looked < LOOK_S:
             return
         self._looked = now
+        if self._file and (stamp := _stamp(self._file)) != self._stamp:
+            self._stamp = stamp
+            try:
+                self._filed = read_keys(self._file)
+            except ServeError as error:
+                self._say(f"{error}; those that it held before are still good")
+            self._keys = {**self._kept, **self._filed}
         if (changes := self._state.changes()) != self._seen:
-            self._seen, self._keys = changes, self._state.keys()
+            self._seen, self._kept = changes, self._state.keys()
+            self._keys = {**self._kept, **self._filed}
+
+
+def _stamp(file: Path | None) -> tuple[int, ...]:
+    """Differs once the file has changed."""
+    try:
+        told = file.stat() if file else None
+    except OSError:
+        return ()
+    return (told.st_mtime_ns, told.st_size, told.st_ino) if told else ()

@@ -240,11 +240,12 @@ def serve(
     ] = None,
     name: Annotated[str | None, typer.Option(help="What clients put into `model`; for a single DIR.")] = None,
     engine: Annotated[str | None, typer.Option(help="vllm or transformers; vllm where it can serve the bundle.")] = None,
+    keys: Annotated[Path | None, typer.Option(help="Keys that `tuner keys create --file` made, beside those of the state.")] = None,
 ) -> None:
     """Serve bundles as an OpenAI-compatible endpoint, once they answer their probes as they were trained to."""
     from serve.cli import serve as serve_bundles
 
-    serve_bundles(targets, name=name, state=state, max_tokens=max_tokens, port=port, host=host, engine=engine)
+    serve_bundles(targets, name=name, state=state, max_tokens=max_tokens, port=port, host=host, engine=engine, keys=keys)
 
 
 @app.command()
@@ -337,12 +338,16 @@ def create_key(
     admin: Annotated[bool, typer.Option(help="It may deploy, promote and roll back.")] = False,
     metrics: Annotated[bool, typer.Option(help="It may read /metrics.")] = False,
     state: State = None,
+    file: Annotated[
+        Path | None,
+        typer.Option(help="Add it to this file instead, for `tuner serve --keys FILE`; it holds hashes alone."),
+    ] = None,
 ) -> None:
     """Make a key and show it, once. As soon as there is one, nobody without one is answered."""
     from serve.cli import create_key as create
 
     names = [each.strip() for each in models.split(",") if each.strip()] + ["/metrics"] * metrics
-    print(create(state, models=names, label=label, rpm=rpm, tpm=tpm, expires=expires, admin=admin))
+    print(create(state, file, models=names, label=label, rpm=rpm, tpm=tpm, expires=expires, admin=admin))
 
 
 @keys.command("list")

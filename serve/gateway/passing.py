@@ -22,6 +22,7 @@ from serve.state import Key
 CONNECT_TIMEOUT_S, LAST_WORDS_S = 2.0, 5.0
 # As engines write them; in the text of an answer quotes have a backslash before them.
 READ_TOKENS, WRITTEN_TOKENS = re.compile(rb'"prompt_tokens":(\d+)'), re.compile(rb'"completion_tokens":(\d+)')
+ERROR = b'data: {"error"'
 END = b"\n\n"
 
 
@@ -88,7 +89,8 @@ async def pass_on(asked: Asked, version: Version, receive: Receive, send: Send, 
             )
             outcome.status = reply.status
             outcome.first_s = time.monotonic() - asked.began
-            engine.heard = time.monotonic()
+            if reply.status < 500:
+                engine.heard = time.monotonic()
             if stream and reply.status == 200:
                 begun = True
                 await _begin(send, 200, b"text/event-stream", asked, version)
@@ -97,6 +99,9 @@ async def pass_on(asked: Asked, version: Version, receive: Receive, send: Send, 
                 async for events in _whole_events(reply):
                     engine.heard = time.monotonic()
                     outcome.pieces += 1
+                    if ERROR in events:
+                        engine.suspect()
+                        outcome.status, outcome.reason = 503, "the engine failed in the middle of its answer"
                     if b'"usage":{' in events:
                         _count(outcome, events)
                         if hide_usage:

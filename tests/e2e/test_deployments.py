@@ -1,9 +1,12 @@
 """Names that move while they are asked: the real endpoint, real engines (of transformers, since they start in seconds), small models."""
 
+import datetime
+import ipaddress
 import json
 import re
 import shutil
 import signal
+import ssl
 import threading
 import time
 from collections.abc import Iterator
@@ -24,9 +27,10 @@ QUESTION = {"messages": [{"role": "user", "content": "list the virtual 3"}], "ma
 class Endpoint(Server):
     """`tuner serve` with its state in a folder that outlives it."""
 
-    def __init__(self, state: Path, *arguments: Any) -> None:
+    def __init__(self, state: Path, *arguments: Any, trusted: Any = True) -> None:
         super().__init__(*arguments, "--port", "0", state=state)
-        self.url = self.wait_for(r"serving .* at (http://\S+)").removesuffix("/v1")
+        self.url = self.wait_for(r"serving .* at (https?://\S+)").removesuffix("/v1")
+        self._trusted = trusted
 
     def tuner(self, *arguments: Any) -> Any:
         return tuner(*arguments, "--state", self.state, timeout=120)
@@ -36,14 +40,15 @@ class Endpoint(Server):
         secret = json.loads((self.state / "operator.json").read_text())["secret"]
         headers = {"authorization": f"Bearer {secret}"}
         reply = (
-            httpx.post(self.url + path, json=body, headers=headers, timeout=60)
+            httpx.post(self.url + path, json=body, headers=headers, timeout=60, verify=self._trusted)
             if body
-            else httpx.get(self.url + path, headers=headers)
+            else httpx.get(self.url + path, headers=headers, verify=self._trusted)
         )
         return reply.raise_for_status().json()
 
     def ask(self, name: str, client: httpx.Client | None = None, **more: Any) -> httpx.Response:
-        return (client or httpx).post(f"{self.url}/v1/chat/completions", json={"model": name, **QUESTION, **more}, timeout=30)
+        client = client or httpx.Client(verify=self._trusted)
+        return client.post(f"{self.url}/v1/chat/completions", json={"model": name, **QUESTION, **more}, timeout=30)
 
 
 def test_prove_asks_the_endpoint_what_was_held_out(bundles: dict[str, Path]) -> None:
@@ -237,20 +242,46 @@ def test_the_operators_routes_want_the_operators_key(running: Endpoint) -> None:
     assert (running.state / "operator.json").stat().st_mode & 0o777 == 0o600
 
 
-def test_where_names_lead_survives_a_crash(bundles: dict[str, Path], tmp_path: Path) -> None:
+def certificate(folder: Path) -> ssl.SSLContext:
+    """Writes cert.pem, for loopback, and key.pem; what trusts it."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "tuner")])
+    now = datetime.datetime.now(datetime.UTC)
+    builder = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number(), now, now + datetime.timedelta(1))
+    names = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
+    made = builder.add_extension(names, critical=False).sign(key, hashes.SHA256())
+    (folder / "cert.pem").write_bytes(made.public_bytes(serialization.Encoding.PEM))
+    (folder / "key.pem").write_bytes(
+        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    )
+    return ssl.create_default_context(cafile=str(folder / "cert.pem"))
+
+
+def test_where_names_lead_survives_a_crash_and_tls_is_from_files(bundles: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "deploy.yaml").write_text(yaml.safe_dump({"models": {"live": str(bundles["a-tune"])}}))
     first = Endpoint(tmp_path / "state", tmp_path / "deploy.yaml")
     old = versions(first, "live")["current"]
     first.order("/admin/deployments", name="live", bundle=str(bundles["b-tune"]))
     new = versions(first, "live")["current"]
     first.end(signal.SIGKILL)
-    second = Endpoint(tmp_path / "state", tmp_path / "deploy.yaml")
+    trusted = certificate(tmp_path)
+    tls = {"certificate": "cert.pem", "key": "key.pem"}
+    (tmp_path / "deploy.yaml").write_text(yaml.safe_dump({"models": {"live": str(bundles["a-tune"])}, "tls": tls}))
+    second = Endpoint(tmp_path / "state", tmp_path / "deploy.yaml", trusted=trusted)
     try:
+        assert second.url.startswith("https://")
+        for address in (second.url, second.url.replace("https", "http")):  # by one who trusts nobody, and in the open
+            with pytest.raises(httpx.HTTPError):
+                httpx.get(f"{address}/health")
         assert second.ask("live").headers["x-tuner-version"] == new != old
         assert f"leads to {new} since it was moved; it was started with {old}" in second.said
         other = tuner("serve", tmp_path / "deploy.yaml", "--state", tmp_path / "state", "--port", "0")
         assert (other.returncode, "another endpoint keeps its state there" in other.stderr) == (2, True)
-        second.order("/admin/rollback", name="live")
+        assert f"live: {old} answers" in second.tuner("rollback", "live").stdout
         assert second.ask("live").headers["x-tuner-version"] == old
     finally:
         assert second.end() == 0

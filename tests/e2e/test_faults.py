@@ -121,6 +121,7 @@ def test_a_run_that_learns_nothing_fails_and_says_so(recipe_file: Callable[..., 
     assert "gate.heldout_loss_drop asks for more than 100.0" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_bundle_of_an_earlier_run_can_be_merged_without_held_out_rows(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
     first = tuner("run", recipe_file(), "--out", tmp_path / "first")
     assert first.returncode == 0, first.stderr

@@ -158,6 +158,8 @@ def test_unknown_models_and_paths_are_404_and_the_engine_is_not_reachable_from_o
     assert listening == {"127.0.0.1"}
 
 
+# The same of the other engine, which starts in seconds, is a fast test in test_endpoint_faults.py.
+@pytest.mark.slow
 def test_an_engine_killed_while_serving_is_503_at_once_and_comes_back_proven(client: Any, server: Server) -> None:
     from openai import APIStatusError
 

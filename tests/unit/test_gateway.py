@@ -86,6 +86,9 @@ class StandIn:
                 await asyncio.sleep(0.01)
             if asked["stop"] == "break":
                 raise RuntimeError("the engine dies")
+            if asked["stop"] == "memory":
+                yield f"data: {json.dumps({'error': {'message': 'no memory', 'type': 'server_error', 'code': 500}})}\n\n"
+                return
             while asked["stop"] == "on":
                 yield b'data: {"text":"on"}\n\n'
                 await asyncio.sleep(0.01)
@@ -198,6 +201,13 @@ def test_an_engine_that_dies_in_a_stream_is_an_error_event(world: World) -> None
     last = reply.text.strip().split("\n\n")[-1]
     assert json.loads(last.removeprefix("data: "))["error"]["code"] == 503
     assert world.behind.suspected == 1
+
+
+def test_an_engine_that_fails_in_a_stream_is_told_as_it_is_and_suspected(world: World) -> None:
+    reply = world.ask(stream=True, stop="memory")
+    last = reply.text.strip().split("\n\n")[-1]
+    assert json.loads(last.removeprefix("data: "))["error"]["message"] == "no memory"
+    assert (world.behind.suspected, world.told[0][1].status) == (1, 503)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -381,6 +391,43 @@ def test_a_key_reaches_only_its_models_and_ends_when_it_is_revoked_by_another_pr
     assert world.ask(headers=bearer(mine)).status_code == 401
 
 
+def test_keys_from_a_file_are_good_beside_those_of_the_state_and_an_empty_file_lets_nobody_in(tmp_path: Path) -> None:
+    file, state, said = tmp_path / "keys.jsonl", State(None), []
+    mine, other = (create(file, models=[name], rpm=5, expires="1d", label="käfer") for name in ("m", "n"))
+    assert mine.split("-", 2)[2] not in file.read_text()
+    keyring = Keyring(state, file, said.append)
+    kept = create(state, models=["m"])
+    keyring._seen = -1
+
+    def found(*keys: str) -> list[bool]:
+        keyring._looked = 0.0
+        return [keyring.find(each) is not None for each in keys]
+
+    assert found(mine, other, kept) == [True, True, True]
+    assert keyring.find(mine).models == ("m",)  # type: ignore[union-attr]
+    lines = file.read_text().splitlines()
+    file.write_text(f"{lines[1]}\nnonsense\n")
+    assert found(mine, other) == [True, True]
+    assert said == [f"{file}:2: is no key as `tuner keys create --file` writes it (invalid json: expected ident at line 1 column 2); "
+                    "those that it held before are still good"]  # fmt: skip
+    file.write_text(f"{lines[1]}\n")
+    assert found(mine, other, kept) == [False, True, True]
+    file.write_text("")
+    empty = Keyring(State(None), file)
+    assert empty.some
+    assert empty.find(other) is None
+    for text, what in (
+        (lines[0].replace('"rpm": 5', '"rpm": "5"'), "rpm input should be a valid integer"),
+        ("[1]", "input should be"),
+        (b"\xff", "utf-8"),
+    ):
+        file.write_bytes(text if isinstance(text, bytes) else text.encode())
+        with pytest.raises(ServeError, match=what):
+            Keyring(State(None), file)
+    with pytest.raises(ServeError, match="No such file"):
+        Keyring(State(None), tmp_path / "none")
+
+
 def test_a_key_has_so_many_requests_and_tokens_a_minute(world: World) -> None:
     state = State(world.gateway.fleet.state.path)
     few, short = create(state, models=["m"], rpm=2), create(state, models=["m"], tpm=6)
@@ -524,6 +571,33 @@ def test_the_log_has_a_line_for_each_request_and_no_word_of_it(world: World) -> 
     assert lines[0]["request_id"].startswith("req-")
     assert (lines[0]["prompt_tokens"], lines[0]["completion_tokens"]) == (3, 2)
     assert "secret" not in world.log.read_text()
+
+
+def test_spans_are_sent_where_opentelemetry_is_told_to(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+    got = []
+
+    async def collect(request: Request) -> Response:
+        got.append(ExportTraceServiceRequest.FromString(await request.body()))
+        return Response()
+
+    with listening(Starlette(routes=[Route("/v1/traces", collect, methods=["POST"])])) as address:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", address)
+        world = request.getfixturevalue("world")
+        trace, parent = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
+        world.ask(headers={"traceparent": f"00-{trace}-{parent}-01"}, prompt="a secret question")
+        world.ask(stop="fail")
+        world.gateway.telemetry.close()
+    spans = [span for each in got for resource in each.resource_spans for scope in resource.scope_spans for span in scope.spans]
+    one, other = spans
+    told = {each.key: each.value.string_value or each.value.int_value for each in one.attributes}
+    assert (one.name, one.trace_id.hex(), one.parent_span_id.hex()) == ("POST /v1/completions", trace, parent)
+    assert told["gen_ai.response.model"] == "m@00000000"
+    assert (told["http.response.status_code"], told["gen_ai.usage.output_tokens"]) == (200, 2)
+    assert 0 < one.end_time_unix_nano - one.start_time_unix_nano < 10e9
+    assert (other.status.code, other.trace_id.hex() == trace) == (2, False)
+    assert b"secret" not in b"".join(each.SerializeToString() for each in got)
 
 
 def test_metrics_are_told_by_name_version_and_key(world: World) -> None:

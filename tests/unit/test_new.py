@@ -105,6 +105,7 @@ def test_the_advice_on_columns_can_be_followed(tiny_model: Path, tmp_path: Path,
     new(str(tmp_path / "rows.jsonl"), str(tiny_model), tmp_path / "mine.yaml", {"prompt": "Frage", "completion": "Antwort"})
 
 
+@pytest.mark.slow
 def test_what_was_written_is_trained_as_it_is(tiny_model: Path, tmp_path: Path) -> None:
     """Through the command line, from a table whose columns have names of their own and in which some rows are bad."""
     lines = ["question,answer", *(f"list {number},az list {number}" for number in range(60)), "empty,", f"{'long ' * 300},az"]

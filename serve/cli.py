@@ -152,11 +152,19 @@ def create_key(state: Path | None, file: Path | None, **options: Any) -> str:
     """A new key, to be shown once."""
     if file:
         return keyring.create(file, **options)
-    opened = State((state or default_state()) / "state.sqlite")
+    folder = state or default_state()
+    opened = State(folder / "state.sqlite")
     try:
-        return keyring.create(opened, **options)
+        made = keyring.create(opened, **options)
     finally:
         opened.close()
+    runs = (
+        "the endpoint that runs with it asks for a key from now on"
+        if (folder / OPERATOR).is_file()
+        else "no endpoint runs with it now"
+    )
+    say(f"kept, as a hash, in {folder}; {runs}")
+    return made
 
 
 def list_keys(state: Path | None) -> None:

@@ -21,11 +21,12 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from serve.engine import Care
 from serve.errors import ServeError
-from serve.fleet import Fleet, default_name
+from serve.fleet import Fleet
 from serve.gateway.app import Gateway, Limits, Traffic
 from serve.gateway.telemetry import Telemetry
 from serve.keys import Keyring
 from serve.state import State
+from serve.version import default_name
 from tuner.bundle import open_bundle
 
 # A client that has not sent its headers by then is cut off; slow ones would keep every connection busy.
@@ -142,6 +143,7 @@ async def _run(
             work = asyncio.create_task(gateway.fleet.watch())
             await asyncio.wait([work, answering, stopping], return_when=asyncio.FIRST_COMPLETED)
         gateway.traffic.draining = True
+        gateway.fleet.give_up()
         end = time.monotonic() + settings.drain_timeout_s
         while gateway.traffic.active and time.monotonic() < end:
             await asyncio.sleep(0.1)

@@ -1,86 +1,26 @@
-"""Names, the versions that they lead to, and the engines that answer for them.
-
-A name is a pointer: `support` leads to `support@3f2a91c0`, and moving it is one assignment between two requests. What a version
-is follows from the bytes of its bundle, so the same bundle is the same version wherever it lies.
+"""Names, and the versions that they lead to: `support` leads to `support@3f2a91c0`, and moving it is one assignment between two
+requests.
 """
 
 import asyncio
-import hashlib
-import os
 import random
-import re
-import shutil
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from serve import engines
 from serve.engine import Care, Engine
 from serve.errors import EngineError, ServeError
+from serve.host import Host
 from serve.memory import require_room
 from serve.state import Placed, Pointer, State
-from tuner.bundle import MANIFEST, Bundle, fingerprint, open_bundle, sha256, verify
-from tuner.errors import BundleError, TunerError, disk_errors, nearest
+from serve.version import Version, open_version
+from tuner.errors import TunerError, nearest
 
-# What a client writes into `model`, and a part of a key's scope: no path, no header and no log line can be made of it.
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-# Engines that start at the same time share the cores.
-STARTS_AT_ONCE = 2
 SWEEP_S = 1.0
 # Deployments that are remembered beside the latest.
 MOST_ATTEMPTS = 49
-
-
-@dataclass
-class Version:
-    """A bundle under a name."""
-
-    id: str
-    name: str
-    bundle: Bundle
-    digest: str
-    manifest: str
-    """sha256 of its bundle.json."""
-    kind: str
-    """The engine that serves it."""
-    served: str = ""
-    """What that engine calls it."""
-    engine: Engine | None = None
-    failure: str | None = None
-    """Why it gets no request, once that is known."""
-    active: int = 0
-    """Requests under way."""
-    created: float = field(default_factory=time.time)
-
-    @property
-    def head(self) -> str:
-        """What it answers with."""
-        return str(self.bundle.manifest.head)
-
-    @property
-    def ready(self) -> bool:
-        """It has answered its probe on an engine that runs."""
-        return self.why_not is None
-
-    @property
-    def why_not(self) -> str | None:
-        """Why it cannot be asked now, or None."""
-        if self.failure:
-            return self.failure
-        if self.engine is None:
-            return "it is not started"
-        if why := self.engine.failure or self.engine.refused.get(self.served):
-            return why
-        return None if self.engine.ready and self.served in self.engine.served else "its engine is starting or being restarted"
-
-    @property
-    def status(self) -> str:
-        """One word of it."""
-        down = self.failure or (self.engine and (self.engine.failure or self.engine.refused.get(self.served)))
-        return "failed" if down else "ready" if self.ready else "starting" if self.engine else "stopped"
 
 
 @dataclass
@@ -99,15 +39,19 @@ class Fleet:
     """All of them."""
 
     def __init__(self, state: State, care: Care, say: Callable[[str], None], *, engine: str | None = None) -> None:
-        self.state, self.care, self.say, self._wanted_engine = state, care, say, engine
+        self.state, self.say, self._wanted_engine = state, say, engine
         self.names: dict[str, Pointer] = {}
         self.versions: dict[str, Version] = {}
-        self.engines: list[Engine] = []
         self.attempts: list[Attempt] = []
-        self._watching: dict[Engine, asyncio.Task[None]] = {}
-        self._starting = asyncio.Semaphore(STARTS_AT_ONCE)
+        self._host = Host(care, say, state.path.parent / "adapters" if state.path else None)
         self._placing = asyncio.Lock()
+        self._under_way: set[asyncio.Task[Any] | None] = set()
         self._draw = random.Random()
+
+    @property
+    def engines(self) -> list[Engine]:
+        """Those that answer for them."""
+        return self._host.engines
 
     # What is asked.
 
@@ -152,7 +96,7 @@ class Fleet:
             if version.id in pointer.wanted:
                 self.versions[version.id] = version
             self.names[name] = pointer
-            self.state.point(name, pointer, (_placed(version),), declared=version.digest)
+            self.state.point(name, pointer, (version.placed,), declared=version.digest)
         for name, pointer in known.items():
             if name in bundles:
                 continue
@@ -168,10 +112,10 @@ class Fleet:
         if not self.names:
             raise ServeError("nothing is named that could be served")
         for version in self.versions.values():
-            self._place(version)
+            self._host.place(version)
         require_room(self.engines)
-        self._share_cores()
-        self._drop_adapters()
+        self._host.share_cores()
+        self._host.drop_adapters(self.versions)
 
     def _reopened(self, name: str, pointer: Pointer, placed: dict[str, Placed], there: dict[str, Version]) -> Pointer:
         """Where a name led, as far as that can still be served. Raises ServeError where its current version cannot."""
@@ -195,18 +139,10 @@ class Fleet:
             None if pointer.shadow in gone else pointer.shadow,
         )
 
-    def _share_cores(self) -> None:
-        """Engines are seldom all busy, so together they may have twice the threads that there are cores."""
-        cores, count = len(os.sched_getaffinity(0)), len(self.engines)
-        for engine in [each for each in self.engines if count > 1 and not each.started]:
-            engine.threads = min(cores, max(1, 2 * cores // count))
-        if count > 2:
-            self.say(f"{count} engines on {cores} cores: {self.engines[-1].threads} threads for each")
-
     async def start(self) -> None:
         """Start every engine. Raises EngineError where none of the names can be answered."""
         async with self._placing:
-            waiting = [asyncio.create_task(self._start(engine)) for engine in self.engines]
+            waiting = [asyncio.create_task(self._host.start(engine, self.versions)) for engine in self.engines]
             try:
                 await asyncio.gather(*waiting)
             finally:
@@ -220,17 +156,13 @@ class Fleet:
         """Let go of what no name leads to any more; returns once every engine is given up."""
         while not self.engines or any(not engine.failure for engine in self.engines):
             await asyncio.sleep(SWEEP_S)
-            for task in [each for each in self._watching.values() if each.done()]:
-                task.result()  # a bug in there must not leave an engine unwatched
+            self._host.look()
             await self._sweep()
         raise EngineError("; ".join(str(engine.failure) for engine in self.engines))
 
     async def stop(self) -> None:
         """End every engine."""
-        for task in self._watching.values():
-            task.cancel()
-        await asyncio.gather(*self._watching.values(), return_exceptions=True)
-        await asyncio.gather(*(engine.stop() for engine in self.engines))
+        await self._host.stop()
 
     # What is changed while it runs.
 
@@ -241,6 +173,8 @@ class Fleet:
         """
         attempt = Attempt(name, str(path))
         self.attempts = [*self.attempts[-MOST_ATTEMPTS:], attempt]
+        task = asyncio.current_task()
+        self._under_way.add(task)
         try:
             version = await asyncio.to_thread(self._version, name, path)
             attempt.version = version.id
@@ -252,7 +186,7 @@ class Fleet:
                 if old and old.ready:
                     version = old
                 else:
-                    await self._bring_up(version)
+                    await self._host.bring_up(version, self.versions)
                 if shadow or weight < 100:
                     self.try_out(name, version, weight=weight, shadow=shadow)
                 else:
@@ -261,12 +195,21 @@ class Fleet:
             attempt.status, attempt.reason = "failed", f"{error.strerror or error}"
             raise ServeError(f"{str(path)[:200]}: {attempt.reason}") from None
         except BaseException as error:
-            attempt.status, attempt.reason = "failed", str(error) or type(error).__name__
+            ended = isinstance(error, asyncio.CancelledError)
+            attempt.status, attempt.reason = "failed", "the endpoint shuts down" if ended else str(error) or type(error).__name__
             self.say(f"{name}: {path} is not deployed: {attempt.reason}")
             raise
+        finally:
+            self._under_way.discard(task)
         attempt.status = "done"
         self.say(f"{name}: {version.id} {'is tried out' if shadow or weight < 100 else 'answers from now on'}")
         return version
+
+    def give_up(self) -> None:
+        """End the deployments that are under way; what they have brought up is ended, too."""
+        for task in self._under_way:
+            if task is not None:
+                task.cancel()
 
     def point(self, name: str, version: Version) -> None:
         """From now on the name leads to this version; what it led to is kept for a rollback."""
@@ -287,6 +230,9 @@ class Fleet:
         else:
             pointer = Pointer(old.current, old.previous, version.id, weight, None if old.shadow == version.id else old.shadow)
         self._point(name, pointer, version)
+
+    def _version(self, name: str, path: Path, expected: str | None = None) -> Version:
+        return open_version(name, path, self.say, engine=self._wanted_engine, expected=expected)
 
     def _require_same_head(self, name: str, version: Version) -> None:
         """Raises ServeError where clients of the name ask what this version does not answer."""
@@ -331,7 +277,7 @@ class Fleet:
             async with self._placing:
                 if self.pointer(name) != pointer:
                     raise ServeError(f"{name} was moved meanwhile, to {self.pointer(name).current}; it stays there")
-                await self._bring_up(version)
+                await self._host.bring_up(version, self.versions)
         self._point(name, Pointer(version.id, pointer.previous[1:]), version)
         return version
 
@@ -381,127 +327,10 @@ class Fleet:
         return [self.versions[pointer.current] for pointer in self.names.values() if pointer.current in self.versions]
 
     def _point(self, name: str, pointer: Pointer, version: Version | None = None) -> None:
-        self.state.point(name, pointer, (_placed(version),) if version else ())
+        self.state.point(name, pointer, (version.placed,) if version else ())
         if version:
             self.versions[version.id] = version
         self.names[name] = pointer
-
-    def _version(self, name: str, path: Path, expected: str | None = None) -> Version:
-        """Open and check a bundle. Raises ServeError or BundleError for what cannot be served."""
-        if not NAME.fullmatch(name):
-            raise ServeError(f"{name!r} cannot be a name: letters, digits, . _ and -, 64 at most, a letter or digit first")
-        bundle = as_served(open_bundle(path), self.say)
-        verify(bundle)  # its answers are proven, and so is all else in it, such as the names of labels
-        if bundle.manifest.kind == "adapter":
-            verify(bundle.base())
-        kind, why = engines.choose(bundle, self._wanted_engine)
-        if why:
-            self.say(f"{path}: served by {kind}; {why}")
-        if not bundle.manifest.probe:
-            raise ServeError(f"{path}: has no probe to be proven with; run its recipe to the end")
-        digest = digest_of(bundle)
-        version = Version(f"{name}@{digest[:8]}", name, bundle, digest, sha256(bundle.path / MANIFEST), kind)
-        # A model is the same under all its names; of adapters each has its own.
-        version.served = version.id if bundle.manifest.kind == "adapter" else model_id(bundle)
-        if expected and version.id != expected:
-            raise ServeError(f"{path}: is {version.id} now, and {expected} was deployed")
-        return version
-
-    def _place(self, version: Version) -> bool:
-        """Give a version an engine; says whether it is one that runs already."""
-        adapter = version.bundle.manifest.kind == "adapter"
-        model = version.bundle.base() if adapter else version.bundle
-        for engine in self.engines:
-            # The same weights from another run are the same engine.
-            if engine.kind != version.kind or not engine.name.endswith(model_id(model).rpartition("@")[2]) or engine.failure:
-                continue
-            if adapter and not engine.started:
-                engine.adapters[version.served] = self._kept(version)
-            if not engine.started or not adapter or engine.takes(version.bundle):
-                version.engine = engine
-                version.served = version.served if adapter else engine.name
-                return engine.started
-        adapters = {version.served: self._kept(version)} if adapter else {}
-        version.engine = Engine(version.kind, model_id(model), model, adapters, self.care, self.say)
-        self.engines.append(version.engine)
-        return False
-
-    def _kept(self, version: Version) -> Bundle:
-        """The adapter under a path that is named after its content: engines know adapters by their paths, and would give an older
-        one's answers for a newer one in its place."""
-        if self.state.path is None:
-            return version.bundle
-        place = self.state.path.parent / "adapters" / version.digest[:16]
-        if not (place / MANIFEST).is_file():
-            part = place.with_name(f".{place.name}.{os.getpid()}.part")
-            shutil.rmtree(part, ignore_errors=True)
-            with disk_errors(place):
-                shutil.copytree(version.bundle.path, part)
-                shutil.rmtree(place, ignore_errors=True)
-                part.rename(place)
-        return Bundle(place, version.bundle.manifest)
-
-    def _drop_adapters(self) -> None:
-        """Of the copies of adapters, those that no version is of any more."""
-        kept = {version.digest[:16] for version in self.versions.values()}
-        for place in self.state.path.parent.glob("adapters/*") if self.state.path else ():
-            if place.name not in kept:
-                shutil.rmtree(place, ignore_errors=True)
-
-    async def _bring_up(self, version: Version) -> None:
-        """Give a version an engine, and have it proven there. Raises ServeError; nothing of it is left then."""
-        before = list(self.engines)
-        if version.bundle.manifest.kind == "adapter":
-            await asyncio.to_thread(self._kept, version)
-        runs = self._place(version)
-        engine = version.engine
-        assert engine is not None
-        try:
-            if runs and version.served not in engine.served:
-                await engine.load(version.served, self._kept(version))
-            elif runs:
-                await engine.prove(version.served, version.bundle)
-            elif not engine.started:
-                require_room([engine])
-                self._share_cores()
-                await self._start(engine)
-            if why := version.why_not:
-                raise EngineError(f"{version.id}: {why}")
-        except BaseException:
-            version.engine = None
-            if engine not in before and engine in self.engines:
-                self.engines.remove(engine)
-                await self._end(engine)
-            raise
-
-    async def _start(self, engine: Engine) -> None:
-        """Start an engine and watch over it; of one that does not come up, its versions say why."""
-        async with self._starting:
-            try:
-                await engine.start()
-            except (TunerError, OSError) as error:
-                engine.failure = str(error)
-                await engine.stop()
-            except BaseException:
-                await engine.stop()
-                raise
-        for version in self.versions.values():
-            if version.engine is engine:
-                version.failure = engine.failure or engine.refused.get(version.served)
-                if not version.failure and version.served == engine.name and version.bundle.manifest != engine.model.manifest:
-                    try:  # the same weights, and a probe of its own
-                        await engine.prove(version.served, version.bundle)
-                    except EngineError as error:
-                        version.failure = str(error)
-        if not engine.failure:
-            self._watching[engine] = asyncio.create_task(engine.watch())
-
-    async def _end(self, engine: Engine) -> None:
-        if task := self._watching.pop(engine, None):
-            task.cancel()
-            with suppress(asyncio.CancelledError):
-                await task
-        await engine.stop()
 
     async def _sweep(self) -> None:
         """Let versions go that no name leads to, once their last answer is given, and engines without any."""
@@ -515,41 +344,5 @@ class Fleet:
                     await version.engine.unload(version.served)
             used = {id(version.engine) for version in self.versions.values()}
             for engine in [each for each in self.engines if id(each) not in used]:
-                self.engines.remove(engine)
                 self.say(f"{engine.name}: no name leads to it any more; its engine ends")
-                await self._end(engine)
-
-
-def as_served(bundle: Bundle, say: Callable[[str], None]) -> Bundle:
-    """The bundle, or, of an adapter that no engine takes while it runs, the model that its run merged it into."""
-    why = engines.unservable(bundle)
-    if bundle.manifest.kind != "adapter" or not why:
-        return bundle
-    for path in sorted(bundle.path.resolve().parent.glob(f"[!.]*/{MANIFEST}")):
-        with suppress(BundleError):
-            merged = open_bundle(path.parent)
-            made_of = [each["fingerprint"] for each in merged.manifest.parents[-1:]]
-            if merged.manifest.stage == "merge" and made_of == [bundle.manifest.fingerprint]:
-                say(f"{bundle.path}: {why.split(';')[0]}, so it is served merged, as {merged.name}")
-                return merged
-    return bundle
-
-
-def digest_of(bundle: Bundle) -> str:
-    """Hex digest of what a bundle answers by: its files, and of an adapter its base's."""
-    base = bundle.base().manifest.files if bundle.manifest.kind == "adapter" else None
-    return hashlib.sha256(fingerprint(bundle.manifest.files, base, bundle.manifest.probe).encode()).hexdigest()
-
-
-def model_id(model: Bundle) -> str:
-    """What an engine calls a model; clients never see it."""
-    return f"{default_name(model)}@{hashlib.sha256(fingerprint(model.manifest.files).encode()).hexdigest()[:8]}"
-
-
-def default_name(bundle: Bundle) -> str:
-    """The run's and the stage's name: `runs/demo/merge` is served as `demo-merge`."""
-    return f"{bundle.path.resolve().parent.name}-{bundle.name}"
-
-
-def _placed(version: Version) -> Placed:
-    return Placed(version.id, version.name, str(version.bundle.path.resolve()), version.digest)
+                await self._host.end(engine)

@@ -11,8 +11,8 @@ from typing import Any
 import httpx
 
 from serve.errors import EngineError, ServeError
-from serve.fleet import default_name
 from serve.replay import FLOAT_TOLERANCE, NEAR_TIE_FACTOR, Proof, replay
+from serve.version import default_name
 from tuner.bundle import Bundle, open_bundle, verify
 
 

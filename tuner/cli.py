@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tuner.errors import DataError, TunerError
+from tuner.errors import DataError, TunerError, visible
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -192,6 +192,8 @@ def tokens(
     """Compare tokenizers: tokens a word, bytes a token, what is lost, what is never used; or look at a text."""
     from tuner.show import show_tokens
 
+    if text and not text.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise typer.BadParameter("--text is not UTF-8")
     if not data and text is None:
         raise typer.BadParameter("give --data FILE, --text TEXT, or both")
     if list_to and not data:
@@ -405,6 +407,11 @@ def _interrupt(number: int, frame: Any) -> None:  # noqa: ARG001 - the signature
     raise KeyboardInterrupt
 
 
+def _uninterrupted() -> None:
+    """A process that was forked, such as of a pool of the user's own, ends by SIGTERM as others do."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def main() -> None:
     """Run a command; a user's mistake is one sentence and exit code 2, a bug keeps its traceback and exit code 1."""
     # Threads that spin while they wait make a busy machine several times slower. torch reads this when it is imported.
@@ -414,10 +421,11 @@ def main() -> None:
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' bars, which would fill a log; read when tqdm is imported
     signal.signal(signal.SIGTERM, _interrupt)
+    os.register_at_fork(after_in_child=_uninterrupted)
     try:
         sys.exit(app(standalone_mode=False))
     except TunerError as error:
-        print(f"tuner: {error}", file=sys.stderr)
+        print(f"tuner: {visible(str(error))}", file=sys.stderr)
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         continues = sys.argv[1:2] in (["run"], ["prove"])

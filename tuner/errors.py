@@ -14,9 +14,18 @@ Anything else that escapes is a bug of ours: it keeps its traceback and ends wit
 
 import difflib
 import errno
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+# What a terminal would obey rather than show: control characters but for the line end and the tab, and turns of direction.
+UNSHOWN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def visible(text: str) -> str:
+    """The text for a terminal: what it would obey stands there as its number."""
+    return UNSHOWN.sub(lambda found: f"\\x{ord(found.group()):02x}", text)
 
 
 class TunerError(Exception):

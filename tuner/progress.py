@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
+from tuner.errors import visible
+
 T = TypeVar("T")
 
 console = Console(stderr=True, highlight=False)
@@ -22,7 +24,7 @@ class Advance(Protocol):
 
 def say(text: str) -> None:
     """One line for the user on standard error."""
-    console.print(text, soft_wrap=True, markup=False)
+    console.print(visible(text), soft_wrap=True, markup=False)
 
 
 @contextmanager

@@ -10,7 +10,8 @@ tuner/stages/tune.py  task (tuner/tasks/sft.py) and method (tuner/methods/lora.p
 tuner/stages/merge.py and tuner/stages/quantize.py
 tuner/measure.py      held-out loss, scores and probe of every result
 tuner/bundle.py       bundle.json, which is all that the serving side knows
-serve/endpoint.py     opens serve/gateway; serve/fleet.py leads names to versions, and serve/engine.py starts serve/engines/vllm.py
+serve/endpoint.py     opens serve/gateway; serve/fleet.py leads names to versions, serve/host.py these to engines
+serve/engine.py       starts serve/engines/vllm.py, and watches over it
 serve/replay.py       asks the engine the bundle's probe, before anybody else may ask it
 """
 

@@ -24,7 +24,7 @@ from tuner.checkpoint import dateless, say_of_date
 from tuner.errors import BundleError, SourceError, nearest
 from tuner.families import family_of, head_of
 
-VERSION = 3
+VERSION = 4
 # What a checkpoint is made of. Anything else in a directory or on the hub stays where it is.
 WANTED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*_Pooling/config.json")
 # As sentence-transformers names them.

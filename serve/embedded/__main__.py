@@ -45,9 +45,9 @@ def load(name: str, bundle: Bundle, adapters: dict[str, str], max_tokens: int, d
     import torch
     import transformers
 
-    from serve.embedded.app import Served
     from serve.embedded.generation import Generator
     from serve.embedded.reading import Reader
+    from serve.embedded.served import Served
 
     manifest = bundle.manifest
     folder = str(bundle.path.resolve())

@@ -15,6 +15,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from serve.errors import ServeError
 from tuner.errors import TunerError
 
 if TYPE_CHECKING:
@@ -63,7 +64,12 @@ def admin_routes(gateway: "Gateway") -> list[Route]:
     async def deploy(order: Deploy) -> dict[str, Any]:
         # A client that gives up waiting does not undo what it asked for.
         work = asyncio.create_task(fleet.deploy(order.name, Path(order.bundle), weight=order.weight, shadow=order.shadow))
-        version = await asyncio.shield(work)
+        try:
+            version = await asyncio.shield(work)
+        except asyncio.CancelledError:
+            if work.cancelled():
+                raise ServeError("the endpoint shuts down; where the name leads has not changed") from None
+            raise
         return {"name": order.name, "version": version.id}
 
     async def promote(order: Promote) -> dict[str, Any]:

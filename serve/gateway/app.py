@@ -17,7 +17,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from serve.fleet import Fleet, Version
+from serve.fleet import Fleet
 from serve.gateway.admin import admin_routes
 from serve.gateway.passing import Asked, Outcome, pass_on
 from serve.gateway.shadow import Shadows
@@ -25,6 +25,7 @@ from serve.gateway.surface import SURFACE, document, paths_of, wrong
 from serve.gateway.telemetry import Telemetry
 from serve.keys import Keyring
 from serve.state import Key
+from serve.version import Version
 
 # In a key's scope, where no model can have this name.
 METRICS = "/metrics"

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from serve.fleet import Version
+from serve.version import Version
 
 MULTI = "multi_label_classification"
 

@@ -15,9 +15,9 @@ from typing import Any
 import aiohttp
 from starlette.types import Receive, Send
 
-from serve.fleet import Version
 from serve.gateway.surface import SURFACE, TOLD
 from serve.state import Key
+from serve.version import Version
 
 CONNECT_TIMEOUT_S, LAST_WORDS_S = 2.0, 5.0
 # As engines write them; in the text of an answer quotes have a backslash before them.

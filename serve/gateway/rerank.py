@@ -3,8 +3,8 @@
 from typing import Any
 from uuid import uuid4
 
-from serve.fleet import Version
 from serve.gateway.score import cosine, texts
+from serve.version import Version
 
 
 def asks(asked: dict[str, Any], version: Version) -> dict[str, Any]:  # noqa: ARG001 - a translation's common signature

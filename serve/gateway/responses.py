@@ -8,7 +8,7 @@ import time
 from typing import Any
 from uuid import uuid4
 
-from serve.fleet import Version
+from serve.version import Version
 
 # These are called otherwise in a chat, or the same.
 SAME = {"max_output_tokens": "max_tokens", "temperature": "temperature", "top_p": "top_p", "stream": "stream"}

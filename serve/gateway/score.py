@@ -4,7 +4,7 @@ import time
 from typing import Any
 from uuid import uuid4
 
-from serve.fleet import Version
+from serve.version import Version
 
 MOST_TEXTS = 1024
 

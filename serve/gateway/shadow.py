@@ -7,9 +7,9 @@ from typing import Any
 
 import aiohttp
 
-from serve.fleet import Version
 from serve.gateway.passing import Asked
 from serve.gateway.surface import SURFACE, TOLD
+from serve.version import Version
 
 # What is asked while so many shadows are at work is not compared: they must not slow down the answers that count.
 MOST_AT_ONCE = 4

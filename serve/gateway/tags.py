@@ -7,8 +7,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from serve.fleet import Version
 from serve.gateway.score import texts
+from serve.version import Version
 
 
 def asks(asked: dict[str, Any], version: Version) -> dict[str, Any]:

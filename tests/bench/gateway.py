@@ -82,11 +82,12 @@ def serve_gateway(port: int, behind: str, folder: Path) -> None:
 
     from serve.endpoint import Patient
     from serve.engine import Care, Engine
-    from serve.fleet import Fleet, Version
+    from serve.fleet import Fleet
     from serve.gateway.app import Gateway, Limits, Traffic
     from serve.gateway.telemetry import Telemetry
     from serve.keys import Keyring, create
     from serve.state import Pointer, State
+    from serve.version import Version
     from tuner.bundle import Bundle, Manifest
 
     class Known(Engine):

@@ -13,10 +13,12 @@ from typing import Any
 import pytest
 
 import serve.fleet
+import serve.host
 from serve.engine import Care
 from serve.errors import EngineError, ServeError
-from serve.fleet import Fleet, as_served
+from serve.fleet import Fleet
 from serve.state import State
+from serve.version import as_served
 from tuner.bundle import Bundle, open_bundle
 
 
@@ -73,7 +75,7 @@ class Pretended:
 
 @pytest.fixture
 def fleet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fleet]:
-    monkeypatch.setattr(serve.fleet, "Engine", Pretended)
+    monkeypatch.setattr(serve.host, "Engine", Pretended)
     monkeypatch.setattr(serve.fleet, "SWEEP_S", 0.01)
     Pretended.slow, Pretended.failing = {}, set()
     state = State(tmp_path / "state" / "state.sqlite")
@@ -174,8 +176,25 @@ def test_two_deployments_at_once_come_one_after_the_other(fleet: Fleet, bundles:
         await fleet.rollback("whole")
         await fleet.deploy("whole", bundles["a-merge"])
         fleet.names["whole"].previous = []
-        await until(lambda: len(fleet.engines) == 1)
-        assert done[0].engine.stopped  # type: ignore[union-attr]
+        await until(lambda: done[0].engine.stopped)  # type: ignore[union-attr]
+        assert len(fleet.engines) == 1
+
+    during(fleet, work)
+
+
+def test_a_deployment_ends_with_the_endpoint(fleet: Fleet, bundles: dict[str, Path]) -> None:
+    fleet.declare({"whole": bundles["a-merge"]})
+
+    async def work() -> None:
+        Pretended.slow["start"] = asyncio.Event()
+        deploying = asyncio.create_task(fleet.deploy("whole", bundles["b-merge"]))
+        await until(lambda: len(fleet.engines) == 2 and fleet.engines[1].started)
+        new = fleet.engines[1]
+        fleet.give_up()
+        with pytest.raises(asyncio.CancelledError):
+            await deploying
+        assert new.stopped  # type: ignore[attr-defined]
+        assert (fleet.engines, fleet.attempts[-1].reason) == ([fleet.find("whole").engine], "the endpoint shuts down")  # type: ignore[union-attr]
 
     during(fleet, work)
 

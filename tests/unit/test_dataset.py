@@ -592,3 +592,28 @@ def test_conversations_with_tools_are_learned_where_the_template_shows_them(read
     write_rows(tmp_path / "train.jsonl", [{"messages": [turns[0], turns[2]]}])
     with pytest.raises(DataError, match='the role is "tool", expected assistant here'):
         encoded(read_recipe(recipe.path), able)
+
+
+def test_rows_that_begin_with_the_same_question_are_held_out_together(read: Any, tmp_path: Path) -> None:
+    """In whatever case, blanks and form of Unicode it is written, and however the conversation goes on."""
+    import unicodedata
+
+    from tuner.data import reading
+
+    rows = []
+    for number in range(60):
+        asked = f"Où est la numéro {number} ?"
+        first = [{"role": "user", "content": asked}, {"role": "assistant", "content": f"là {number}"}]
+        other = [
+            {"role": "user", "content": unicodedata.normalize("NFD", asked.upper()).replace(" ", "  ")},
+            {"role": "assistant", "content": "ici"},
+        ]
+        longer = [*first, {"role": "user", "content": "et après ?"}, {"role": "assistant", "content": f"{number} encore"}]
+        rows += [{"messages": each} for each in (first, other, longer)]
+    recipe = read(heldout=None, heldout_fraction=0.3)
+    write_rows(tmp_path / "train.jsonl", rows)
+    sides = [[int(row.place.rpartition(":")[2]) - 1 for row in reading.read(recipe, side)] for side in ("train", "heldout")]
+    train, heldout = ({at // 3 for at in side} for side in sides)
+    assert train & heldout == set()
+    assert train | heldout == set(range(60))
+    assert 5 < len(heldout) < 35

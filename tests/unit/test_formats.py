@@ -462,7 +462,7 @@ def test_a_folder_that_may_not_be_read_is_said(tmp_path: Path) -> None:
     ("name", "text", "said"),
     [
         ("two.json", '[{"text": "a"}]\n[{"text": "b"}]', "two.json:1, row 2: there is more behind the end of the list"),
-        ("one.json", '{\n"text": "a"\n}', "one.json:1: found an object without one list of rows in it"),
+        ("one.json", '{\n"a": "text"\n}', "one.json:1: found an object without one list of rows in it"),
     ],
 )
 def test_nothing_behind_a_list_is_left_unread(tmp_path: Path, name: str, text: str, said: str) -> None:
@@ -530,3 +530,75 @@ def test_no_bytes_at_all_are_a_crash(tmp_path: Path, data: bytes, name: str) -> 
         said, found = str(error), []
     assert said is None or str(tmp_path / name) in said
     assert all(isinstance(row, Row | DataError) for row in found)
+
+
+def test_an_object_that_is_a_row_is_one_and_its_lists_are_none(tmp_path: Path) -> None:
+    told = {"text": "the whole of it", "segments": [{"id": 0, "text": "a part"}, {"id": 1, "text": "another"}]}
+    (tmp_path / "one.json").write_text(json.dumps(told, indent=1))
+    assert records(tmp_path / "one.json") == [told]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "good", "said"),
+    [
+        ("two.csv", "text,label\na,x\ntext,label\nb,y\n", 2, "two.csv:3: the columns' names once more, expected a row"),
+        ("quote.tsv", 'text\tlabel\n"quote start\tx\nmiddle\ty\nend"\tx\nd\ty\n', 1,
+         "quote.tsv:2: 3 lines with all fields each in one row; a stray quote (\") does this"),
+        ("odd.conll", "EU B-ORG\nrejects B-X O\n\na O\n", 1, "odd.conll:2: 3 columns, expected 2 as before"),
+    ],
+)  # fmt: skip
+def test_rows_that_are_not_what_they_seem_are_said(tmp_path: Path, name: str, text: str, good: int, said: str) -> None:
+    (tmp_path / name).write_text(text)
+    found = read(tmp_path / name)
+    assert [str(each).rpartition("/")[2] for each in found if isinstance(each, DataError)] == [said]
+    assert sum(isinstance(each, Row) for each in found) == good
+
+
+def test_blanks_around_columns_names_and_within_words_stay_where_they_belong(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('text, label\n"two\nlines", x\n')
+    assert records(tmp_path / "a.csv") == [{"text": "two\nlines", "label": " x"}]
+    (tmp_path / "a.conll").write_text("10\u00a0000  B-N\n")
+    assert records(tmp_path / "a.conll") == [{"words": ["10\u00a0000"], "tags": ["B-N"]}]
+
+
+def test_labels_that_a_file_names_have_their_names(tmp_path: Path) -> None:
+    from datasets import ClassLabel, Dataset, Features, Sequence, Value
+
+    features = Features(
+        {"text": Value("string"), "label": ClassLabel(names=["neg", "pos"]), "tags": Sequence(ClassLabel(names=["O", "B"]))}
+    )
+    made = Dataset.from_list([{"text": "a", "label": 1, "tags": [0, 1]}, {"text": "b", "label": 0, "tags": []}], features=features)
+    made.to_parquet(tmp_path / "a.parquet")
+    made.save_to_disk(tmp_path / "saved")
+    expected = [{"text": "a", "label": "pos", "tags": ["O", "B"]}, {"text": "b", "label": "neg", "tags": []}]
+    assert records(tmp_path / "a.parquet") == expected
+    assert records(tmp_path / "saved") == expected
+    # What the library works out of them lies beside them, and is no rows for a pattern either.
+    mapped = Dataset.load_from_disk(str(tmp_path / "saved")).map(lambda row: {"text": row["text"] * 2})
+    assert mapped.cache_files[0]["filename"].rpartition("/")[2].startswith("cache-")
+    assert records(tmp_path / "saved" / "*.arrow") == expected
+
+
+def test_a_column_that_is_there_twice_is_said(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    pa.parquet.write_table(pa.table([["a"], ["b"]], names=["text", "text"]), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match='the column "text" is there twice'):
+        records(tmp_path / "a.parquet")
+
+
+def test_functions_in_two_folders_import_what_lies_beside_each(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "helper.py").write_text(f"WHO = {name!r}\n")
+        (tmp_path / name / "my.py").write_text("def rows():\n    import helper\n    yield {'text': helper.WHO}\n")
+    for name in ("a", "b", "a"):
+        (part,) = parts(Source(function=f"{tmp_path}/{name}/my.py:rows"))[0]
+        assert [row.record for row in formats.rows(part)] == [{"text": name}]
+
+
+def test_a_link_that_leads_nowhere_is_said(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").symlink_to(tmp_path / "gone.jsonl")
+    with pytest.raises(DataError, match="is a link that leads nowhere"):
+        records(tmp_path / "a.jsonl")

@@ -24,13 +24,14 @@ from serve import endpoint
 from serve.endpoint import Patient, Settings, _bind, _require_safety, named
 from serve.engine import Care, free_port
 from serve.errors import ServeError
-from serve.fleet import Fleet, Version
+from serve.fleet import Fleet
 from serve.gateway.app import Gateway, Limits, Traffic
 from serve.gateway.passing import Asked, Outcome
 from serve.gateway.surface import SURFACE
 from serve.gateway.telemetry import Telemetry
 from serve.keys import Keyring, create
 from serve.state import Pointer, State
+from serve.version import Version
 from tuner.bundle import Bundle, Manifest
 
 

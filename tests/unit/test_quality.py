@@ -308,3 +308,44 @@ def test_the_page_shows_the_same_in_a_browser(recipe_file: Any, tmp_path: Path) 
     assert seen["learned"].startswith(" az")
     assert (seen["line"], seen["none"], seen["bars"]) == ("underline", "none", True)
     assert seen["found"] == ["rows that are there twice: 1", "held-out rows that are training rows, or nearly: 1"]
+
+
+def test_texts_that_look_alike_are_alike(examined: Any) -> None:
+    """One é or an e with an accent, letters of full width, soft hyphens, Arabic with and without its points."""
+    import unicodedata
+
+    texts = [f"Der Präsident fährt à la plage numéro {number} où été même âgé" for number in range(5)]
+    variants = [unicodedata.normalize("NFD", text) for text in texts[:3]]
+    variants += [
+        "".join(chr(ord(each) + 0xFEE0) if "!" <= each <= "~" else each for each in texts[3]),
+        texts[4].replace("e", "e\u00ad"),
+    ]
+    quality = examined([{"text": text} for text in texts], heldout=[{"text": text} for text in variants])
+    assert quality.leaks.count == 5
+    pointed = "\u0643\u064e\u062a\u064e\u0628\u064e \u0627\u0644\u0648\u064e\u0644\u064e\u062f\u064f \u0627\u0644\u062f\u0651\u064e\u0631\u0652\u0633\u064e"
+    bare = "\u0643\u062a\u0628 \u0627\u0644\u0648\u0644\u062f \u0627\u0644\u062f\u0631\u0633"
+    assert examined([{"text": bare}], heldout=[{"text": pointed}]).leaks.count == 1
+
+
+def test_a_conversation_that_goes_on_in_another_row_is_found_on_both_sides(examined: Any) -> None:
+    def row(number: int, turns: int) -> dict[str, Any]:
+        said = [
+            (f"question {number} {turn} {sentence(number * 9 + turn, 8)}", f"answer {sentence(number * 7 + turn, 8)}")
+            for turn in range(turns)
+        ]
+        return {
+            "messages": [
+                {"role": role, "content": text} for pair in said for role, text in zip(("user", "assistant"), pair, strict=True)
+            ]
+        }
+
+    quality = examined([row(1, 1), row(2, 3), row(3, 1)], heldout=[row(1, 2), row(2, 1), row(4, 2)])
+    assert [each.split(":")[1] for each in quality.asked.listed] == ["1", "2"]
+
+
+def test_an_anchor_or_prompt_of_both_sides_is_found_whatever_its_blanks(examined: Any) -> None:
+    quality = examined(
+        [{"anchor": "a place to live", "positive": "house"}, {"prompt": "Where is it ?", "completion": "here"}],
+        heldout=[{"anchor": "A place to live", "positive": "home"}, {"prompt": "Where is it?\n", "completion": "there"}],
+    )
+    assert quality.asked.count == 2

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from tuner.data.example import IGNORE, Example
 from tuner.data.rows import BadRows, Row
-from tuner.errors import DataError
+from tuner.errors import DataError, SourceError
 from tuner.tasks import sft
 
 TURNS = [
@@ -159,6 +159,22 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer: Any) -> No
     odd = copy.deepcopy(tokenizer)
     odd.chat_template = "{{ messages|length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
     with pytest.raises(DataError, match="renders the turns before it differently"):
+        encode({"messages": TURNS}, odd)
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ 1 / 0 }}", "{{ '{0} {1}'.format(1) }}", "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "{{ x.y }}"]
+)
+def test_a_template_that_fails_in_whatever_way_is_a_bad_row(tokenizer: Any, template: str) -> None:
+    import copy
+
+    odd = copy.deepcopy(tokenizer)
+    odd.chat_template = template
+    with pytest.raises(DataError, match="refuses this conversation") as error:
+        encode({"messages": TURNS}, odd)
+    assert error.value.kind == "turns"
+    odd.chat_template = "{% for %}"
+    with pytest.raises(SourceError, match="chat template cannot be read"):  # no row is to blame
         encode({"messages": TURNS}, odd)
 
 

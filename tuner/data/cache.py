@@ -34,7 +34,7 @@ BLOCK_ROWS, BLOCK_TOKENS = 1024, 250_000
 def folder() -> Path:
     """$TUNER_CACHE, or ~/.cache/tuner."""
     given = os.environ.get("TUNER_CACHE")
-    return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tuner"
+    return Path(given).expanduser() if given else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tuner"
 
 
 def made(path: Path) -> Path:

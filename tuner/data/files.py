@@ -182,7 +182,7 @@ def _paths(path: str, made_by: str | None) -> tuple[list[str], list[str], bool]:
     if any(letter in path for letter in "*?[") and not os.path.lexists(path):
         names = [each for each in path.split("/") if each]
         found = [] if path.endswith("/") else _expanded("/" if path[0] == "/" else "", names)
-        matches = _once(each for each in found if not os.path.isdir(each))
+        matches = _once(each for each in found if not os.path.isdir(each) and not _is_worked_out(each))
         if not matches:
             raise DataError(f"{path}: no file matches this pattern")
         return matches, [], True
@@ -250,6 +250,13 @@ def _walk(folder: str) -> list[str]:
     return sorted(found)
 
 
+def _is_worked_out(path: str) -> bool:
+    """A file that the datasets library made of the rows beside it."""
+    folder, name = os.path.split(path)
+    listed = _saved(folder, "state.json").get("_data_files") if name.startswith("cache-") else None
+    return bool(listed) and name not in [each["filename"] for each in listed or ()]
+
+
 def _saved(folder: str, name: str) -> dict[str, Any]:
     """What the datasets library wrote down of its files; nothing where the name stands for something else."""
     try:
@@ -299,6 +306,8 @@ def readable(path: str, made_by: str | None = None) -> Iterator[None]:
 
 
 def _missing(path: Path, made_by: str | None) -> str:
+    if path.is_symlink():
+        return f"{path}: is a link that leads nowhere"
     siblings = [each.name for each in path.parent.glob("*")] if path.parent.is_dir() else []
     mistyped = difflib.get_close_matches(path.name, siblings, cutoff=0.8) or not made_by
     advice = nearest(path.name, siblings) if mistyped else f"; `.venv/bin/python {made_by}` writes it"

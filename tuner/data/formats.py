@@ -9,13 +9,14 @@ import json
 import sys
 from collections.abc import Iterator
 from io import BytesIO
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
 from tuner.data import functions
 from tuner.data.files import Part, Source
 from tuner.data.rows import MOST_ROW_BYTES, Row
-from tuner.data.shapes import WANTED
+from tuner.data.shapes import SHAPES, WANTED, shape_of
 from tuner.errors import DataError
 
 # A list of objects is read whole; JSON lines are not.
@@ -117,7 +118,7 @@ def _checked_object(record: Any) -> dict[str, Any]:
 
 
 def _json(part: Part, file: IO[bytes]) -> Iterator[Row | DataError]:
-    """A list of objects, or an object with one such list in it; a file with an object a line is read as that, too."""
+    """A list of objects, or an object with one such list in it, or one row; a file with an object a line is read as that, too."""
     data = file.read(MOST_JSON_BYTES + 1)
     if len(data) > MOST_JSON_BYTES:
         raise DataError(
@@ -134,6 +135,9 @@ def _json(part: Part, file: IO[bytes]) -> Iterator[Row | DataError]:
         why = "a list is read whole, so no row of it can be left out"
         raise DataError(f"{part.path}:{line}: not UTF-8 text: byte 0x{data[error.start]:02x}; {why}") from None
     del data
+    if (row := _one_row(text)) is not None:
+        yield Row(f"{part.path}:1", row)
+        return
     start = _list_start(part, text)
     if start is None:
         yield from _json_lines(part, BytesIO(text.encode()))
@@ -170,6 +174,17 @@ def _is_object(line: str) -> bool:
         return isinstance(json.loads(line), dict)
     except (ValueError, RecursionError):
         return False
+
+
+def _one_row(text: str) -> dict[str, Any] | None:
+    """The object that the whole file is, where its keys are those of a row."""
+    if text[_next(text, 0) :][:1] != "{":
+        return None
+    try:
+        tree = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return tree if shape_of(tree) in SHAPES else None
 
 
 def _next(text: str, at: int) -> int:
@@ -239,16 +254,19 @@ def _csv(part: Part, file: IO[bytes], delimiter: str | None) -> Iterator[Row | D
     # Where decimals have commas, columns have semicolons.
     delimiter = delimiter or max(",;\t|", key=head.count)
 
+    taken: list[str] = []  # the lines of one row
+
     def again() -> Iterator[str]:
-        yield head
-        yield from source
+        for each in chain([head], source):
+            taken.append(each)
+            yield each
 
     csv.field_size_limit(MOST_ROW_BYTES)
     reader = csv.reader(again(), delimiter=delimiter, strict=True)
     names: list[str] = []
     while True:
-        line = reader.line_num + 1
-        place = f"{part.path}:{line}"
+        taken.clear()
+        place = f"{part.path}:{reader.line_num + 1}"
         try:
             fields = next(reader, None)
         except csv.Error as error:
@@ -256,11 +274,15 @@ def _csv(part: Part, file: IO[bytes], delimiter: str | None) -> Iterator[Row | D
         if fields is None:
             return
         if not names:
-            names = fields
+            names = [each.strip() for each in fields]
             twice = [name for name in names if names.count(name) > 1]
             if twice or not all(names):
                 what = f'the name "{twice[0]}" twice' if twice else "a column without a name"
                 raise DataError(f"{place}: {what}, expected the columns' names in the first line")
+        elif len(taken) > 1 and delimiter == "\t" and all(each.count("\t") >= len(names) - 1 > 0 for each in taken):
+            yield bad(place, f'{len(taken)} lines with all fields each in one row; a stray quote (") does this', "broken")
+        elif [each.strip() for each in fields] == names:
+            yield bad(place, "the columns' names once more, expected a row", "broken")
         elif fields and len(fields) != len(names):
             shown = ", ".join(names)[:80]
             yield bad(
@@ -312,7 +334,7 @@ def _conll(part: Part, file: IO[bytes]) -> Iterator[Row | DataError]:
         if isinstance(line, DataError):
             broken = broken or line
             continue
-        fields = line.rstrip("\r\n").split("\t") if "\t" in line else line.split()
+        fields = line.rstrip("\r\n").split("\t") if "\t" in line else [each for each in line.rstrip("\r\n").split(" ") if each]
         if not line.strip():
             if record["words"] or broken:
                 yield broken or Row(f"{part.path}:{start}", record)
@@ -323,6 +345,8 @@ def _conll(part: Part, file: IO[bytes]) -> Iterator[Row | DataError]:
             continue
         elif max(2, *map(abs, columns.values())) > len(fields):
             broken = broken or bad(f"{part.path}:{number}", f"{len(fields)} columns, expected a word and its tag", "broken")
+        elif width and len(fields) != width:
+            broken = broken or bad(f"{part.path}:{number}", f"{len(fields)} columns, expected {width} as before", "broken")
         else:
             width = width or len(fields)
             start = start if record["words"] else number
@@ -345,8 +369,8 @@ def _parquet(part: Part, file: IO[bytes]) -> Iterator[Row | DataError]:
     import pyarrow.parquet
 
     with _whole(part, "Parquet"):
-        batches = pyarrow.parquet.ParquetFile(file).iter_batches(BLOCK_ROWS)
-        yield from _batches(part, batches)
+        opened = pyarrow.parquet.ParquetFile(file)
+        yield from _batches(part, opened.schema_arrow, opened.iter_batches(BLOCK_ROWS))
 
 
 def _arrow(part: Part, file: IO[bytes]) -> Iterator[Row | DataError]:
@@ -358,9 +382,10 @@ def _arrow(part: Part, file: IO[bytes]) -> Iterator[Row | DataError]:
         file.seek(0)
         if begins == b"ARROW1":
             reader = pa.ipc.open_file(file)
-            yield from _batches(part, (reader.get_batch(index) for index in range(reader.num_record_batches)))
+            yield from _batches(part, reader.schema, (reader.get_batch(index) for index in range(reader.num_record_batches)))
         else:
-            yield from _batches(part, iter(pa.ipc.open_stream(file)))
+            stream = pa.ipc.open_stream(file)
+            yield from _batches(part, stream.schema, iter(stream))
 
 
 class _whole:
@@ -378,7 +403,14 @@ class _whole:
             raise DataError(f"{self.part.path}: not a whole {self.kind} file: {str(error).splitlines()[0][:120]}") from None
 
 
-def _batches(part: Part, batches: Iterator[Any]) -> Iterator[Row | DataError]:
+def _batches(part: Part, schema: Any, batches: Iterator[Any]) -> Iterator[Row | DataError]:
+    if twice := [name for name in schema.names if schema.names.count(name) > 1]:
+        raise DataError(f'{part.path}: the column "{twice[0]}" is there twice')
+    features: dict[str, Any] = {}
+    if b"huggingface" in (schema.metadata or {}):  # written by the datasets library, which says what the numbers of labels mean
+        from datasets import Features
+
+        features = dict(Features.from_arrow_schema(schema))
     number = 0
     for batch in batches:
         try:
@@ -391,7 +423,8 @@ def _batches(part: Part, batches: Iterator[Any]) -> Iterator[Row | DataError]:
             if isinstance(record, DataError):
                 yield bad(place, str(record), str(record.kind))
             else:
-                yield Row(place, without_nulls(record))
+                named = {key: _named(features.get(key), value) for key, value in record.items()} if features else record
+                yield Row(place, without_nulls(named))
 
 
 # What pyarrow raises for values that Python has not: bytes in a text that are no UTF-8, a time after the year 9999.

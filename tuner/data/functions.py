@@ -19,6 +19,8 @@ from tuner.data.rows import Row
 from tuner.errors import DataError, disk_errors, nearest
 from tuner.progress import counted
 
+# Folders of functions, and the modules that they have imported from there.
+_BESIDE: dict[Path, set[str]] = {}
 # Of a function that draws by chance these many rows are never the same twice.
 DRAWN_AGAIN = 100
 
@@ -99,8 +101,9 @@ def rows(source: Source) -> Iterator[Row]:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    if (beside := str(Path(file).resolve().parent)) not in sys.path:
-        sys.path.append(beside)  # last, so that nothing there takes a library's place
+    beside = Path(file).resolve().parent
+    _only_beside(beside)
+    before = set(sys.modules)
     number, started = 0, False
     sys.modules[spec.name] = module  # dataclasses look there
     try:
@@ -130,8 +133,31 @@ def rows(source: Source) -> Iterator[Row]:
             line = error.lineno or line
         what = f"{name} failed at row {number + 1}" if started else "cannot be imported"
         raise DataError(f"{file}:{line}: {what}: {type(error).__name__}: {error}") from None
+    finally:
+        _remember(beside, before)
     if not number:
         raise DataError(f"{file}:{name}: gives no rows")
+
+
+def _only_beside(folder: Path) -> None:
+    """Let what lies in this folder be imported, and not what the function of another folder found in its own."""
+    for other, names in _BESIDE.items():
+        if other != folder:
+            for name in names:
+                sys.modules.pop(name, None)
+            sys.path[:] = [each for each in sys.path if each != str(other)]
+    _BESIDE.setdefault(folder, set())
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))  # last, so that nothing there takes a library's place
+
+
+def _remember(folder: Path, before: set[str]) -> None:
+    """Which modules a function has imported from its folder."""
+    for name in set(sys.modules) - before:
+        file, first = Path(getattr(sys.modules[name], "__file__", None) or "/").resolve(), name.partition(".")[0]
+        # Not a library's, though its environment may lie in this folder, too.
+        if file.is_relative_to(folder) and file.relative_to(folder).parts[0] in (first, f"{first}.py"):
+            _BESIDE[folder].add(name)
 
 
 def _plain(value: Any) -> Any:

@@ -3,7 +3,6 @@
 One pass over the rows; of each a few numbers are kept (about 450 bytes), so that millions fit in memory.
 """
 
-import json
 import re
 from array import array
 from collections import Counter
@@ -17,7 +16,7 @@ from typing import Any
 import regex
 
 from tuner.data import reading
-from tuner.data.rows import BadRows, Row, usable, words_of
+from tuner.data.rows import BadRows, Row, composed, plain, prefixes, question, usable, words_of
 from tuner.data.shapes import label_name
 from tuner.data.text import text_of
 from tuner.errors import DataError
@@ -128,7 +127,7 @@ def examine(recipe: Recipe, check: Callable[[Row], object] = lambda row: row, sp
     `check` raises DataError for a row that cannot be used, beside what readers find; `special` are the tokenizer's own special
     tokens. Raises DataError as a run would.
     """
-    found, numbers, drawn = Quality(), _Numbers(), _Drawn()
+    found, numbers, questions, drawn = Quality(), _Numbers(), _Questions(), _Drawn()
     marks = [re.escape(each) for each in sorted(special, key=len, reverse=True) if not each.isalnum()]
     markers = re.compile("|".join([*marks, MARKERS.pattern]))
     grams: dict[tuple[int, int], int] = {}
@@ -144,7 +143,9 @@ def examine(recipe: Recipe, check: Callable[[Row], object] = lambda row: row, sp
         for row, _ in counted(f"reading {side} rows", usable(reading.read(recipe, side), wanted, bad)):
             found.rows[side] += 1
             words = words_of(row.record)
-            numbers.add(side, row.place, words, _label(row.record), _question(row.record))
+            numbers.add(side, row.place, words, _label(row.record))
+            if side != "test":
+                questions.add(side, len(numbers.places) - 1, row.record)
             if side == "test":
                 grams.update(dict.fromkeys(_runs(words, CONTAMINATED_WORDS), len(numbers.places) - 1))
                 if SHORT_WORDS <= (size := len(_words(words))) < CONTAMINATED_WORDS:
@@ -166,7 +167,7 @@ def examine(recipe: Recipe, check: Callable[[Row], object] = lambda row: row, sp
         found.passed_over += [each for each in reading.passed_over(recipe, side) if each not in found.passed_over]
         if side == "test" and not found.rows[side]:
             raise DataError(f"{reading.named(recipe, side)}: no row of data.test can be used; the first: {bad.listed[0]}")
-    _compare(numbers, found, contaminated)
+    questions.tell(numbers, found, _compare(numbers, found, contaminated))
     found.languages.update(_language(words) for words in drawn.texts if words.strip())
     return found
 
@@ -261,7 +262,7 @@ def _runs(words: str, size: int) -> Iterator[tuple[int, int]]:
 
 
 def _words(text: str) -> list[str]:
-    found: list[str] = (WORD if text.isascii() else WORD_OR_LETTER).findall(text.lower())
+    found: list[str] = (WORD if text.isascii() else WORD_OR_LETTER).findall(composed(text).lower())
     return found
 
 
@@ -269,12 +270,37 @@ def _number(text: str) -> int:
     return int.from_bytes(blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
 
 
-def _question(record: dict[str, Any]) -> str:
-    """What is asked before the answer that is learned; empty for rows of other kinds."""
-    before = record.get("messages", record.get("prompt"))
-    if isinstance(before, list) and not {"chosen", "completion"} & set(record):
-        before = before[:-1]  # the answer is the last of them
-    return json.dumps(before, sort_keys=True, default=str) if before else ""
+class _Questions:
+    """What held-out rows ask, and the first training row that asks the same, or is a part of the conversation, or goes on with it.
+
+    Held-out rows come first.
+    """
+
+    def __init__(self) -> None:
+        self._asked: dict[int, list[int]] = {}
+        self._trained: dict[int, int] = {}
+
+    def add(self, side: str, at: int, record: dict[str, Any]) -> None:
+        """Look at a row."""
+        if side == "train" and not self._asked:
+            return
+        parts = [plain(each) for each in prefixes(record)]
+        # The whole of one is compared with every part of the other.
+        whole, part = ("whole", "part") if side == "heldout" else ("part", "whole")
+        keys = {f"question {plain(question(record))}"} if question(record) else set()
+        keys |= {f"{whole} {parts[-1]}", *(f"{part} {each}" for each in parts)} if parts else set()
+        for key in map(_number, keys):
+            if side == "heldout":
+                self._asked.setdefault(key, []).append(at)
+            else:
+                for other in self._asked.pop(key, ()):
+                    self._trained.setdefault(other, at)
+
+    def tell(self, numbers: "_Numbers", found: Quality, leaked: set[int]) -> None:
+        """Say it, but for rows that were counted as a whole."""
+        for at, trained in sorted(self._trained.items()):
+            if at not in leaked:
+                found.asked.add(f"{numbers.places[at]}: asks what {numbers.places[trained]} asks")
 
 
 class _Numbers:
@@ -283,17 +309,16 @@ class _Numbers:
     def __init__(self) -> None:
         self.places: list[str] = []
         self.sides = array("b")
-        self.texts, self.labels, self.questions = array("Q"), array("Q"), array("Q")
+        self.texts, self.labels = array("Q"), array("Q")
         self._block: list[list[str]] = []
         self._sketches: list[Any] = []
 
-    def add(self, side: str, place: str, words: str, label: str, question: str) -> None:
+    def add(self, side: str, place: str, words: str, label: str) -> None:
         """Keep a row's numbers."""
         self.places.append(place)
         self.sides.append(SIDES.index(side))
         self.texts.append(_number(words))
         self.labels.append(_number(label))
-        self.questions.append(_number(question) if question else 0)
         self._block.append(shingles(words))
         if len(self._block) == BLOCK_ROWS:
             self._sketch()
@@ -332,8 +357,8 @@ def shingles(words: str) -> list[str]:
     return [" ".join(each[at : at + SHINGLE]) for at in range(max(1, len(each) - SHINGLE + 1))]
 
 
-def _compare(numbers: _Numbers, found: Quality, contaminated: set[int]) -> None:
-    """Rows with each other: the same text, and nearly the same."""
+def _compare(numbers: _Numbers, found: Quality, contaminated: set[int]) -> set[int]:
+    """Rows with each other: the same text, and nearly the same. Returns the held-out rows that are training rows."""
     import numpy as np
 
     texts, labels = np.array(numbers.texts), np.array(numbers.labels)
@@ -387,15 +412,4 @@ def _compare(numbers: _Numbers, found: Quality, contaminated: set[int]) -> None:
                 if place and at not in repeated and (other := like(at, train[:place])) is not None:
                     repeated.add(at)
                     found.near_duplicates.add(numbers.alike(at, other, nearly=True))
-    _compare_questions(numbers, found, leaked)
-
-
-def _compare_questions(numbers: _Numbers, found: Quality, leaked: set[int]) -> None:
-    """Held-out rows that ask what a training row asks, but for those that were counted as a whole."""
-    first: dict[int, int] = {}
-    for at, question in enumerate(numbers.questions):
-        if question and numbers.sides[at] == SIDES.index("train"):
-            first.setdefault(question, at)
-    for at, question in enumerate(numbers.questions):
-        if numbers.sides[at] == SIDES.index("heldout") and question in first and at not in leaked:
-            found.asked.add(f"{numbers.places[at]}: asks what {numbers.places[first[question]]} asks")
+    return leaked

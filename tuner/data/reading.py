@@ -7,7 +7,7 @@ from typing import Any
 
 from tuner.data import formats, functions
 from tuner.data.files import Part, Source, parts
-from tuner.data.rows import Row, check_texts, words_of
+from tuner.data.rows import Row, check_texts, opening, plain, words_of
 from tuner.data.shapes import canonical
 from tuner.errors import DataError
 from tuner.recipe import Recipe
@@ -152,6 +152,7 @@ def _identity(recipe: Recipe, part: Part) -> str:
 
 
 def _held_out(row: Row, share: float) -> bool:
-    """By what the row says: equal texts are never on both sides, and adding rows moves none of the old ones."""
-    said = words_of(row.record).encode("utf-8", "surrogatepass") or row.content
+    """By what the row asks first, or says where it asks nothing: rows that begin with the same question are never on both sides,
+    and adding rows moves none of the old ones."""
+    said = plain(opening(row.record) or words_of(row.record)).encode("utf-8", "surrogatepass") or row.content
     return int.from_bytes(hashlib.blake2b(said, digest_size=8).digest(), "big") < share * 2**64

@@ -2,6 +2,7 @@
 
 import json
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -20,6 +21,9 @@ MOST_ROW_BYTES = 32_000_000
 # Nothing that a person wrote has these; tabs, line ends and form feeds it may have, and pages of the web often U+0080 to U+009F.
 # Half of a surrogate pair is no character at all.
 CONTROL = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f\ud800-\udfff]")
+
+# The soft hyphen, Arabic's and Hebrew's points, and what has no width.
+UNSEEN = re.compile("[\u00ad\u0591-\u05bd\u0610-\u061a\u0640\u064b-\u065f\u0670\u200b-\u200f\u2060-\u2064\ufeff]")
 
 # Keys whose text tasks read.
 SPEAKING = (
@@ -56,6 +60,41 @@ def words_of(record: dict[str, Any], *, system: bool = False) -> str:
     """
     read = {key: record[key] for key in SPEAKING if key in record}
     return "\n".join(_inside(read or record, system=system))
+
+
+def plain(text: str) -> str:
+    """A text as it is compared: without what a reader does not see, such as case, blanks, and the two ways to write an é."""
+    return "".join(composed(text).casefold().split())
+
+
+def composed(text: str) -> str:
+    """In Unicode's form NFKC, without vowel points of Arabic and Hebrew, and without characters that show nothing."""
+    return text if text.isascii() else UNSEEN.sub("", unicodedata.normalize("NFKC", text))
+
+
+def opening(record: dict[str, Any]) -> str:
+    """What is asked first; nothing for rows of other kinds."""
+    turns = record.get("messages", record.get("prompt", record.get("anchor")))
+    if isinstance(turns, list):
+        turns = next((turn for turn in turns if isinstance(turn, dict) and turn.get("role") == "user"), None)
+    return "\n".join(_inside(turns, system=False))
+
+
+def question(record: dict[str, Any]) -> str:
+    """What stands before the last answer; nothing for rows of other kinds."""
+    turns = record.get("messages", record.get("prompt", record.get("anchor")))
+    if isinstance(turns, list) and not {"chosen", "completion"} & set(record):
+        turns = turns[:-1]
+    return "\n".join(_inside(turns, system=False))
+
+
+def prefixes(record: dict[str, Any]) -> Iterator[str]:
+    """A conversation up to each of its answers, the whole of it last."""
+    turns = record.get("messages")
+    if isinstance(turns, list) and "chosen" not in record:
+        for end in range(1, len(turns) + 1):
+            if isinstance(turns[end - 1], dict) and turns[end - 1].get("role") == "assistant":
+                yield "\n".join(_inside(turns[:end], system=False))
 
 
 def _inside(value: Any, *, system: bool) -> Iterator[str]:

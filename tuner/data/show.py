@@ -12,6 +12,7 @@ from tuner.data.example import IGNORE, Example
 from tuner.data.quality import Quality
 from tuner.data.reading import not_read
 from tuner.data.shapes import told
+from tuner.errors import visible
 from tuner.plan import Plan
 
 BINS = 10
@@ -101,7 +102,7 @@ def show(tasks: list[Pictured], quality: Quality, remark: str = "") -> None:
 
 def _print_some(console: Console, listed: list[str], count: int) -> None:
     for each in listed[:SHOWN]:
-        console.print(f"  {each}", markup=False, soft_wrap=True)
+        console.print(f"  {visible(each)}", markup=False, soft_wrap=True)
     if count > SHOWN:
         console.print(f"  and {count - SHOWN} more")
 
@@ -135,7 +136,7 @@ def render(each: list[tuple[str, bool]]) -> Text:
     """The pieces of an example: learned ones green and underlined, the rest dim."""
     text = Text()
     for piece, learned in each:
-        text.append(piece, style="green underline" if learned else "dim")
+        text.append(visible(piece), style="green underline" if learned else "dim")
     return text
 
 

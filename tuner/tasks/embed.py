@@ -88,6 +88,8 @@ def texts(record: dict[str, Any], options: Options) -> list[str]:
             there = ", ".join(f'"{name}"' for name in record)
             why = lacking(text, there=key.partition("[")[0] in record)
             raise DataError(f'"{key}" is {text!r:.60}, expected text; found {there}', why)
+        if key.startswith("negatives") and text in found[:2]:
+            raise DataError(f'"{key}" is the anchor or its positive: {text!r:.60}; it would be learned as both', "shape")
     return [str(text) for text in found]
 
 

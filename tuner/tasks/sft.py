@@ -16,7 +16,7 @@ from tuner.checkpoint import ends_of_turn
 from tuner.data.example import IGNORE, Example
 from tuner.data.rows import BadRows, Row, lacking, usable
 from tuner.data.text import asked, require_one_beginning
-from tuner.errors import DataError
+from tuner.errors import DataError, SourceError
 from tuner.kinds import Options as BaseOptions
 from tuner.score import of_answers as scores
 from tuner.score import scored
@@ -248,13 +248,15 @@ def fitted(example: Example, max_tokens: int, *, cut: bool, what: str = "") -> E
 
 
 def _render(messages: list[dict[str, Any]], tokenizer: Any, tools: Any, *, add_generation_prompt: bool) -> str:
-    from jinja2.exceptions import TemplateError
+    from jinja2.exceptions import TemplateError, TemplateSyntaxError
 
     try:
         return str(
             tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt)
         )
-    except (TemplateError, TypeError, ValueError) as error:
+    except TemplateSyntaxError as error:
+        raise SourceError(f"the model's chat template cannot be read: {error}, in its line {error.lineno}") from None
+    except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError) as error:
         raise DataError(f"the model's chat template refuses this conversation: {error}", "turns") from None
 
 

@@ -4,7 +4,7 @@ BIN := .venv/bin
 export OMP_WAIT_POLICY = passive
 export PYTHONUNBUFFERED = 1
 
-.PHONY: help install data data-all browser node bench demo check test test-all format clean
+.PHONY: help install data data-all browser node images bench demo check test test-all format clean
 
 help:
 	@echo "make demo      install, prepare data, train, merge, quantize, serve, ask, and print one table"
@@ -15,6 +15,7 @@ help:
 	@echo "make install   only the environment, from requirements/*.lock"
 	@echo "make browser   Debian's Chromium, which one test opens a page in (root installs it)"
 	@echo "make node      Debian's npm, which brings OpenAI's client for JavaScript to one test (root installs it)"
+	@echo "make images    Debian's buildah and debootstrap, with which one test builds and runs the images (root installs them)"
 
 install:
 	@$(PYTHON) requirements/install.py
@@ -38,6 +39,14 @@ node:
 	if [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -y -qq --no-install-recommends npm >/dev/null; then exit 0; fi; \
 	echo "no npm: as root, \`apt-get install npm\`; until then the tests of OpenAI's client for JavaScript are skipped"
 
+# promtool comes in a package that would start a server, so only the file is taken out of it.
+images:
+	@command -v buildah >/dev/null && command -v debootstrap >/dev/null && test -x .cache/usr/bin/promtool && exit 0; \
+	if [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -y -qq --no-install-recommends buildah debootstrap iproute2 >/dev/null; \
+	then mkdir -p .cache && cd .cache && apt-get download -qq prometheus && \
+		dpkg-deb --fsys-tarfile prometheus_*.deb | tar -x ./usr/bin/promtool && rm prometheus_*.deb; exit 0; fi; \
+	echo "no buildah: as root, \`apt-get install buildah debootstrap\`; until then the tests that build images are skipped"
+
 bench: data-all
 	$(BIN)/python -m tests.bench
 	$(BIN)/python -m tests.bench.scan
@@ -55,7 +64,7 @@ check: install
 test: data
 	$(BIN)/pytest -m "not slow and not gpu"
 
-test-all: data-all browser node
+test-all: data-all browser node images
 	$(BIN)/pytest -m "not gpu"
 
 format: install

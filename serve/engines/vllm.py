@@ -90,6 +90,10 @@ def launch(name: str, model: Bundle, adapters: dict[str, Bundle], *, port: int, 
         # The route that loads adapters is on loopback, and the gateway passes nothing on to it.
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
     }
+    if not gpu:
+        # Eager but for a few functions, which it compiles all the same: a machine without a C++ compiler dies of these at the first
+        # request, and others wait for them.
+        environment["TORCHDYNAMO_DISABLE"] = "1"
     return Launch(command, environment, dtype(model, gpu=gpu))
 
 

@@ -57,9 +57,10 @@ def lacking(places: list[str], *, serves: bool) -> str | None:
             who = f"{os.getuid()}:{os.getgid()}"
             if place == Path("/tmp"):
                 return "nothing can be written to /tmp; give it `--tmpfs /tmp`"
+            owner = f"{told.st_uid}:{told.st_gid}"
             return (
-                f"{place} belongs to user {told.st_uid}:{told.st_gid} and {who} may not write there; "
-                f"give it `--user {told.st_uid}:{told.st_gid}` (Compose: TUNER_USER), or a folder or volume that {who} may write to: `-v FOLDER:{place}`"
+                f"{place} belongs to user {owner} and {who} may not write there; give it `--user {owner}` (Compose: TUNER_USER), "
+                f"or a folder or volume that {who} may write to: `-v FOLDER:{place}`"
             )
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     if serves and most != resource.RLIM_INFINITY and most < FILES:

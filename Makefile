@@ -44,7 +44,7 @@ images:
 	@command -v buildah >/dev/null && command -v debootstrap >/dev/null && test -x .cache/usr/bin/promtool && exit 0; \
 	if [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -y -qq --no-install-recommends buildah debootstrap iproute2 >/dev/null; \
 	then mkdir -p .cache && cd .cache && apt-get download -qq prometheus && \
-		dpkg-deb --fsys-tarfile prometheus_*.deb | tar -x ./usr/bin/promtool && rm prometheus_*.deb; exit 0; fi; \
+		dpkg-deb --fsys-tarfile prometheus_*.deb | tar -x ./usr/bin/promtool && rm prometheus_*.deb && exit 0; fi; \
 	echo "no buildah: as root, \`apt-get install buildah debootstrap\`; until then the tests that build images are skipped"
 
 bench: data-all

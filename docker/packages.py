@@ -8,7 +8,6 @@ import importlib.metadata
 import json
 import re
 import shutil
-import subprocess
 import sys
 import sysconfig
 from pathlib import Path
@@ -19,6 +18,8 @@ from install import install_torch_cpu, pip
 # What a compiler would want, tests that nobody runs in an image, and OpenMP for accelerators of Intel's.
 UNUSED = ["torch/include", "torch/share/cmake", "torch/bin/[!t]*", "torch/bin/test*", "*/tests", "../../*.a", "../../libomptarget*"]
 BILL = Path("/opt/tuner/sbom.cdx.json")
+# Written when there was nothing yet of what only builds.
+DEBIAN = Path("/usr/local/share/debian-packages.txt")
 
 
 def main() -> int:
@@ -43,10 +44,7 @@ def bill_of_materials() -> dict[str, object]:
         (f"pkg:pypi/{re.sub(r'[-_.]+', '-', each.name).lower()}@{each.version}", each.name, each.version)
         for each in importlib.metadata.distributions()
     }
-    listed = subprocess.run(
-        ["dpkg-query", "--show", "--showformat", "${Package} ${Version} ${Architecture}\n"], capture_output=True, text=True
-    )
-    for line in listed.stdout.splitlines():
+    for line in DEBIAN.read_text().splitlines():
         name, version, architecture = line.split()
         found.add((f"pkg:deb/debian/{name}@{version}?arch={architecture}", name, version))
     return {

@@ -9,21 +9,21 @@ docker run ... tuner:train-cpu python recipes/data/azure_cli.py
 import json
 import os
 import resource
+import shutil
 import ssl
-import subprocess
 import sys
 import urllib.request
 from pathlib import Path
 
-TUNER = Path(sys.executable).parent / "tuner"
-STATE = Path(os.environ.get("TUNER_STATE") or "/runs/serve")
-# Where commands write.
+# Where commands write, beside what the state of an endpoint is kept in.
 WRITES = {
-    "run": ["/runs", "/cache", "/tmp"], "prove": ["/runs", "/cache", "/tmp"], "serve": ["/runs", "/cache", "/tmp"],
-    "python": ["/recipes", "/tmp"],
+    "run": ["/runs", "/cache", "/tmp"], "prove": ["/runs", "/cache", "/tmp"], "python": ["/recipes", "/tmp"],
+    "serve": ["/cache", "/tmp"],
 }  # fmt: skip
-# Prometheus reads it from there.
-METRICS_KEY = STATE / "metrics.key"
+# In the state's folder; Prometheus reads it from there.
+METRICS_KEY = "metrics.key"
+# Where the health check finds the state.
+TOLD = Path("/tmp/tuner-state")
 # Each request under way is two connections; engines have some of their own.
 FILES = 4096
 # vLLM's processes speak through it and want 160 MiB for each engine; Docker gives 64 MB.
@@ -37,27 +37,42 @@ def main() -> int:
         return ready()
     if "/" in arguments[0] or arguments[0].endswith((".yaml", ".yml")):
         arguments.insert(0, "run" if os.environ.get("TUNER_IMAGE") == "train" else "serve")
-    command = arguments[0]
-    if command in WRITES and (why := lacking(WRITES[command], serves=command == "serve")):
-        print(f"this container cannot work: {why}", file=sys.stderr)
-        return 2
-    if command == "serve":
-        make_keys()
-        arguments += [] if "--host" in arguments else ["--host", "0.0.0.0"]
-    program = [sys.executable] if command == "python" else [str(TUNER), command]
-    os.execv(program[0], [*program, *arguments[1:]])
+    command, rest = arguments[0], arguments[1:]
+    if command in WRITES and "--help" not in rest:
+        state = Path(_option(rest, "--state") or os.environ.get("TUNER_STATE") or "/runs/serve")
+        serves = command == "serve"
+        places = [str(state), *WRITES[command]] if serves else WRITES[command]
+        if why := lacking(places, serves=serves) or (prepare(rest, state) if serves else None):
+            print(f"this container cannot work: {why}", file=sys.stderr)
+            return 2
+        if serves:
+            rest += [] if _option(rest, "--state") else ["--state", str(state)]
+            rest += [] if _option(rest, "--host") else ["--host", "0.0.0.0"]
+    tuner = Path(sys.executable).parent / "tuner"
+    program = [sys.executable] if command == "python" else [str(tuner if tuner.exists() else shutil.which("tuner")), command]
+    os.execv(program[0], [*program, *rest])
     return 0
+
+
+def _option(arguments: list[str], name: str) -> str | None:
+    """The value of an option, in both forms that it can be written in."""
+    for at, each in enumerate(arguments):
+        if each == name:
+            return arguments[at + 1] if at + 1 < len(arguments) else ""
+        if each.startswith(f"{name}="):
+            return each.partition("=")[2]
+    return None
 
 
 def lacking(places: list[str], *, serves: bool) -> str | None:
     """What must be given to the container, in one sentence, or None."""
     for place in map(Path, places):
+        place = next(each for each in (place, *place.parents) if each.exists())
         if not os.access(place, os.W_OK):
             told = place.stat()
-            who = f"{os.getuid()}:{os.getgid()}"
-            if place == Path("/tmp"):
-                return "nothing can be written to /tmp; give it `--tmpfs /tmp`"
-            owner = f"{told.st_uid}:{told.st_gid}"
+            who, owner = f"{os.getuid()}:{os.getgid()}", f"{told.st_uid}:{told.st_gid}"
+            if os.statvfs(place).f_flag & os.ST_RDONLY:
+                return f"{place} is mounted read-only, and would be written to; give it a folder or volume: `-v FOLDER:{place}`"
             return (
                 f"{place} belongs to user {owner} and {who} may not write there; give it `--user {owner}` (Compose: TUNER_USER), "
                 f"or a folder or volume that {who} may write to: `-v FOLDER:{place}`"
@@ -73,27 +88,48 @@ def lacking(places: list[str], *, serves: bool) -> str | None:
     return None
 
 
-def make_keys() -> None:
-    """An endpoint that others reach wants keys: the first is made and shown here, with one for Prometheus beside it."""
-    if os.environ.get("TUNER_KEYS") or METRICS_KEY.exists():
-        return
+def prepare(arguments: list[str], state: Path) -> str | None:
+    """Keys for an endpoint that others reach: where it has none the first is made and shown, and one for Prometheus beside it.
 
-    def key(*scope: str) -> str:
-        line = [str(TUNER), "keys", "create", *scope, "--state", str(STATE)]
-        return subprocess.run(line, capture_output=True, text=True, check=True).stdout.strip()
+    Returns why it cannot be served, or None.
+    """
+    from serve.errors import ServeError
+    from serve.keys import create
+    from serve.state import State
+    from tuner.bundle import MANIFEST
 
-    first, seer = key("--models", "*", "--label", "first"), key("--metrics", "--label", "prometheus")
-    METRICS_KEY.write_text(seer)
-    print(f"the key to ask with, shown once: {first}\n(`tuner keys` makes and revokes others, such as with limits)", flush=True)
+    targets = [Path(each) for each in arguments if not each.startswith("-") and "/" in each and Path(each) != state]
+    for target in targets:
+        if target.suffix not in (".yaml", ".yml", ".jsonl") and not (target / MANIFEST).is_file():
+            return f"{target}: there is no bundle; a recipe makes one, such as `docker compose run --rm train recipes/demo.yaml`"
+    TOLD.write_text(str(state))
+    if _option(arguments, "--keys") or os.environ.get("TUNER_KEYS"):
+        return None
+    try:
+        opened = State(state / "state.sqlite")
+        if not (state / METRICS_KEY).exists():
+            part = state / f".{METRICS_KEY}.part"
+            part.write_text(create(opened, models=["/metrics"], label="prometheus"))
+            part.chmod(0o644)  # by Prometheus' own user
+            part.rename(state / METRICS_KEY)
+        if all(key.models == ("/metrics",) for key in opened.keys().values()):
+            print(f"the key to ask with, shown once: {create(opened, models=['*'], label='first')}")
+            print("(`tuner keys` makes and revokes others, such as with limits)", flush=True)
+        opened.close()
+    except (ServeError, OSError) as error:
+        return str(error)
+    return None
 
 
 def ready() -> int:
     """Whether every model here can be asked."""
     trusting = ssl.create_default_context()
     trusting.check_hostname, trusting.verify_mode = False, ssl.CERT_NONE  # its own certificate, on loopback
+    # A proxy of the environment is not for what runs in here.
+    asking = urllib.request.build_opener(urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=trusting))
     try:
-        url = json.loads((STATE / "operator.json").read_text())["url"]
-        with urllib.request.urlopen(f"{url}/ready", timeout=4, context=trusting):
+        url = json.loads((Path(TOLD.read_text()) / "operator.json").read_text())["url"]
+        with asking.open(f"{url}/ready", timeout=4):
             return 0
     except (OSError, ValueError) as error:  # also where it answers 503
         print(error, file=sys.stderr)

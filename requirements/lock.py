@@ -67,6 +67,8 @@ def part(roots: list[str], without: list[str]) -> list[str]:
     found: set[str] = set()
     seen: set[tuple[str, str]] = set()
     waiting = [(Requirement(each), "") for each in roots]
+    if missing := [each.name for each, _ in waiting if canonicalize_name(each.name) not in pins]:
+        sys.exit(f"cpu.lock has no pin for {', '.join(missing)}")
     while waiting:
         requirement, extra = waiting.pop()
         name = canonicalize_name(requirement.name)

@@ -158,12 +158,7 @@ def create_key(state: Path | None, file: Path | None, **options: Any) -> str:
         made = keyring.create(opened, **options)
     finally:
         opened.close()
-    runs = (
-        "the endpoint that runs with it asks for a key from now on"
-        if (folder / OPERATOR).is_file()
-        else "no endpoint runs with it now"
-    )
-    say(f"kept, as a hash, in {folder}; {runs}")
+    say(f"kept, as a hash, in {folder}; an endpoint that keeps its state there asks for a key from now on")
     return made
 
 

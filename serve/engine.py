@@ -4,8 +4,8 @@ import asyncio
 import ctypes
 import os
 import re
+import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -24,6 +24,10 @@ from serve.replay import replay, say_something
 from tuner.bundle import Bundle, verify
 from tuner.errors import TunerError
 
+# So many short questions in a row must fail.
+FAILURES = 3
+# The path of a socket has 108 bytes at most.
+LONGEST_FOLDER = 70
 # An engine whose endpoint was killed may end by itself in this time.
 GUARD_GRACE_S = 10
 # Among an engine's own metrics.
@@ -69,12 +73,14 @@ class Engine:
         """When the engine last said anything (monotonic seconds)."""
         self.started = False
         self._ready = False
+        self._failed = 0
         self._changing = asyncio.Lock()
         self._dtype, self._longest = "", 0
         self._process: subprocess.Popen[bytes] | None = None
         self._children: list[psutil.Process] = []
         self._guard: subprocess.Popen[bytes] | None = None
         self._log: Path | None = None
+        self._folder: Path | None = None
 
     @property
     def ready(self) -> bool:
@@ -100,19 +106,22 @@ class Engine:
         self.started = True
         for bundle in (self.model, *self.adapters.values()):
             await asyncio.to_thread(verify, bundle)  # again at each start: what lies there may have been exchanged since
-        port = free_port()
+        await self._close_clients()
+        # In a folder that only this user may enter: whoever else is on the machine asks the gateway.
+        self._folder = Path(
+            tempfile.mkdtemp(prefix="tuner-engine-", dir=None if len(tempfile.gettempdir()) < LONGEST_FOLDER else "/tmp")
+        )
+        path = self._folder / "http.sock"
         engine = engines.load(self.kind)
-        plan = engine.launch(self.name, self.model, self.adapters, port=port, max_tokens=self.care.max_tokens)
+        plan = engine.launch(self.name, self.model, self.adapters, path=path, max_tokens=self.care.max_tokens)
         if self.threads:
             plan.environment.update(engine.with_threads(self.threads))
         self._longest = engines.longest(self.model, self.adapters, self.care.max_tokens)
-        await self._close_clients()
-        address = f"http://127.0.0.1:{port}"
         # A proxy of the environment is not for what runs on this machine.
-        self.client = httpx.AsyncClient(base_url=address, limits=httpx.Limits(max_connections=None), trust_env=False)
-        self.session = aiohttp.ClientSession(
-            address, connector=aiohttp.TCPConnector(limit=0), auto_decompress=False, cookie_jar=aiohttp.DummyCookieJar()
-        )
+        transport = httpx.AsyncHTTPTransport(uds=str(path), limits=httpx.Limits(max_connections=None))
+        self.client = httpx.AsyncClient(base_url="http://engine", transport=transport, trust_env=False)
+        connector, cookies = aiohttp.UnixConnector(str(path), limit=0), aiohttp.DummyCookieJar()
+        self.session = aiohttp.ClientSession("http://engine", connector=connector, auto_decompress=False, cookie_jar=cookies)
         descriptor, log = tempfile.mkstemp(prefix="tuner-engine-", suffix=".log")
         self._log, self._dtype = Path(log), plan.dtype
         # A session of its own, so that the whole group can be ended and a Ctrl-C in the terminal reaches only us.
@@ -137,7 +146,7 @@ class Engine:
             await self._prove(name, bundle)
         if len(self.refused) == len(self.served):
             raise EngineError("; ".join(self.refused.values()))
-        self.heard = time.monotonic()
+        self._failed, self.heard = 0, time.monotonic()
         self._ready = True
         self.say(f"{self.name}: ready after {time.monotonic() - started:.0f} s")
 
@@ -262,11 +271,15 @@ class Engine:
         try:
             await asyncio.wait_for(say_something(self.client, name, bundle), self.care.hung_after_s)
         except EngineError as error:
-            return f"fails at the shortest question ({error})" if self._alive() else "died"
+            self._failed += 1
+            if not self._alive():
+                return "died"
+            # One failure may be of the connection, or of an adapter that is just let go; and clients may have heard of it.
+            failing = self._failed >= FAILURES and self.heard < asked and not self._changing.locked()
+            return f"fails at the shortest question ({error})" if failing else None
         except TimeoutError:
-            # While it was asked, clients may have heard of it.
             return "says nothing any more" if self.heard < asked else None
-        self.heard = time.monotonic()
+        self._failed, self.heard = 0, time.monotonic()
         return None
 
     async def _tell(self, path: str, body: dict[str, str]) -> None:
@@ -295,6 +308,9 @@ class Engine:
         if self.session is not None:
             await self.session.close()
             self.session = None
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None
 
     def _alive(self) -> bool:
         if self._process is None or self._process.poll() is not None:
@@ -308,13 +324,6 @@ class Engine:
         code = self._process.poll() if self._process else None
         signalled = f" (ended by signal {-code})" if code is not None and code < 0 else ""
         return f"{signalled}: {engines.load(self.kind).error_lines(self._log)} (log: {self._log})" if self._log else signalled
-
-
-def free_port() -> int:
-    """A port on loopback that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 # Loaded here rather than in the child, where nothing may be allocated between fork and exec.

@@ -5,7 +5,7 @@ requests.
 import asyncio
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,9 +43,9 @@ class Fleet:
         self.names: dict[str, Pointer] = {}
         self.versions: dict[str, Version] = {}
         self.attempts: list[Attempt] = []
-        self._host = Host(care, say, state.path.parent / "adapters" if state.path else None)
+        self._host = Host(care, say, state.path.parent / ".adapters" if state.path else None)
         self._placing = asyncio.Lock()
-        self._under_way: set[asyncio.Task[Any] | None] = set()
+        self._under_way: set[asyncio.Task[Version]] = set()
         self._draw = random.Random()
 
     @property
@@ -161,7 +161,9 @@ class Fleet:
         raise EngineError("; ".join(str(engine.failure) for engine in self.engines))
 
     async def stop(self) -> None:
-        """End every engine."""
+        """End the orders that are under way, and every engine."""
+        self.give_up()
+        await asyncio.gather(*self._under_way, return_exceptions=True)
         await self._host.stop()
 
     # What is changed while it runs.
@@ -173,8 +175,6 @@ class Fleet:
         """
         attempt = Attempt(name, str(path))
         self.attempts = [*self.attempts[-MOST_ATTEMPTS:], attempt]
-        task = asyncio.current_task()
-        self._under_way.add(task)
         try:
             version = await asyncio.to_thread(self._version, name, path)
             attempt.version = version.id
@@ -199,16 +199,26 @@ class Fleet:
             attempt.status, attempt.reason = "failed", "the endpoint shuts down" if ended else str(error) or type(error).__name__
             self.say(f"{name}: {path} is not deployed: {attempt.reason}")
             raise
-        finally:
-            self._under_way.discard(task)
         attempt.status = "done"
         self.say(f"{name}: {version.id} {'is tried out' if shadow or weight < 100 else 'answers from now on'}")
         return version
 
+    async def order(self, work: Coroutine[Any, Any, Version]) -> Version:
+        """Do it in a task of its own, which whoever asked may leave, and which ends with the endpoint. Raises ServeError then."""
+        task = asyncio.create_task(work)
+        self._under_way.add(task)
+        task.add_done_callback(self._under_way.discard)
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            if task.cancelled():
+                raise ServeError("the endpoint shuts down; where the name leads has not changed") from None
+            raise
+
     def give_up(self) -> None:
-        """End the deployments that are under way; what they have brought up is ended, too."""
+        """End the orders that are under way; what they have brought up is ended, too."""
         for task in self._under_way:
-            if task is not None:
+            if not task.cancelling():  # a second time would cut short how it ends what it began
                 task.cancel()
 
     def point(self, name: str, version: Version) -> None:

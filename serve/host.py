@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
@@ -14,6 +15,8 @@ from serve.version import Version, model_id
 from tuner.bundle import MANIFEST, Bundle
 from tuner.errors import TunerError, disk_errors
 
+# A copy of an adapter, or a part of one, by its name.
+COPY = re.compile(r"[0-9a-f]{16}|\.[0-9a-f]{16}\.\d+\.part")
 # Engines that start at the same time share the cores.
 STARTS_AT_ONCE = 2
 
@@ -70,10 +73,10 @@ class Host:
         return Bundle(place, version.bundle.manifest)
 
     def drop_adapters(self, versions: dict[str, Version]) -> None:
-        """Of the copies of adapters, those that no version is of any more."""
+        """Of the copies of adapters, those that no version is of any more. What else lies there is nobody's here."""
         kept = {version.digest[:16] for version in versions.values()}
         for place in self._folder.glob("*") if self._folder else ():
-            if place.name not in kept:
+            if COPY.fullmatch(place.name) and place.name not in kept:
                 shutil.rmtree(place, ignore_errors=True)
 
     async def bring_up(self, version: Version, versions: dict[str, Version]) -> None:
@@ -124,13 +127,13 @@ class Host:
             self._watching[engine] = asyncio.create_task(engine.watch())
 
     async def end(self, engine: Engine) -> None:
-        """Let it go."""
-        self.engines.remove(engine)
+        """Let it go. It is one of the engines until it has ended, so that it is waited for wherever this is cut short."""
         if task := self._watching.pop(engine, None):
             task.cancel()
             with suppress(asyncio.CancelledError):
                 await task
         await engine.stop()
+        self.engines.remove(engine)
 
     def look(self) -> None:
         """Raises what a watcher of an engine ended with: a bug in there must not leave it unwatched."""

@@ -43,8 +43,9 @@ def create(
         state.add_key(key)
     else:
         try:
-            with state.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(asdict(key)) + "\n")
+            with state.open("a+b") as file:
+                torn = file.tell() and (file.seek(-1, 2), file.read(1))[1] != b"\n"
+                file.write(b"\n" * bool(torn) + json.dumps(asdict(key)).encode() + b"\n")
         except OSError as error:
             raise ServeError(f"{state}: no key can be written there ({error.strerror})") from None
     return f"{PREFIX}-{key_id}-{secret}"
@@ -61,7 +62,9 @@ def read_keys(file: Path) -> dict[str, Key]:
         if not line.strip():
             continue
         try:
-            key = _KEY.validate_json(line, strict=True)
+            key = _KEY.validate_json(line, strict=True, extra="forbid")
+            if not re.fullmatch("[0-9a-f]{64}", key.sha256):
+                raise ServeError(f"{file}:{number}: sha256 is no hash in 64 digits")
         except ValidationError as error:
             first = error.errors(include_url=False, include_input=False)[0]
             what = f"{'.'.join(map(str, first['loc']))} {first['msg'].lower()}".strip()

@@ -135,7 +135,7 @@ PROOFS = {"causal": _words, "sequence": _labels, "token": _tags, "embedding": _v
 
 
 async def say_something(client: httpx.AsyncClient, model: str, bundle: Bundle) -> None:
-    """Ask the shortest of questions, whatever the answer. Raises EngineError where there is none."""
+    """Ask the shortest of questions, whatever the answer, and wait for it. Raises EngineError where there is none."""
     ids = bundle.manifest.probe[0]["ids"][:8]
     path, body = {
         "causal": ("/v1/completions", {"prompt": ids, "max_tokens": 1, "temperature": 0}),
@@ -143,7 +143,7 @@ async def say_something(client: httpx.AsyncClient, model: str, bundle: Bundle) -
         "token": ("/pooling", {"input": [ids]}),
         "embedding": ("/v1/embeddings", {"input": [ids]}),
     }[str(bundle.manifest.head)]
-    await _post(client, path, {"model": model, **body})
+    await _post(client, path, {"model": model, **body}, timeout_s=None)
 
 
 def _proof(bundle: Bundle, differences: list[float], same: list[bool], allowed: float, what: str) -> Proof:
@@ -209,11 +209,11 @@ def _apart(found: list[int], expected: list[int]) -> str:
     return f"from token {at} on {found[at : at + 12]} instead of {expected[at : at + 12]}"
 
 
-async def _post(client: httpx.AsyncClient, path: str, body: dict[str, Any]) -> Any:
+async def _post(client: httpx.AsyncClient, path: str, body: dict[str, Any], *, timeout_s: float | None = 120.0) -> Any:
     try:
-        reply = await client.post(path, json=body, timeout=120)
+        reply = await client.post(path, json=body, timeout=timeout_s)
         if reply.status_code == 404 and path in OUTSIDE:
-            reply = await client.post(OUTSIDE[path], json=body, timeout=120)
+            reply = await client.post(OUTSIDE[path], json=body, timeout=timeout_s)
         reply.raise_for_status()
         return reply.json()
     except httpx.HTTPStatusError as error:

@@ -342,7 +342,7 @@ def create_key(
     state: State = None,
     file: Annotated[
         Path | None,
-        typer.Option(help="Add it to this file instead, for `tuner serve --keys FILE`; it holds hashes alone."),
+        typer.Option(help="Add its hash to this file instead, for `serve --keys FILE`; without its line it ends."),
     ] = None,
 ) -> None:
     """Make a key and show it, once. As soon as there is one, nobody without one is answered."""

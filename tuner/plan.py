@@ -228,7 +228,8 @@ def check_rows(recipe: Recipe, known: Facts) -> Looked:
             why = (
                 f"none of its rows can be used; the first: {bad.listed[0]}"
                 if bad.listed
-                else f"heldout_fraction leaves no row; a {'larger' if key == 'heldout' else 'smaller'} one does"
+                else f"heldout_fraction leaves no row, since rows that begin with the same question stay together; a "
+                f"{'larger' if key == 'heldout' else 'smaller'} one does, or rows of their own (data.heldout)"
             )
             raise DataError(f"{reading.named(recipe, key)}: {why}")
         looked.passed_over.extend(each for each in reading.passed_over(recipe, key) if each not in looked.passed_over)

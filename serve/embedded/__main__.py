@@ -1,4 +1,4 @@
-"""`python -m serve.embedded --model DIR --name NAME --port N`: serves one bundle, and adapters of it, with transformers."""
+"""`python -m serve.embedded --model DIR --name NAME --uds PATH`: serves one bundle, and adapters of it, with transformers."""
 
 import argparse
 import os
@@ -21,7 +21,7 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--name", required=True)
-    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--uds", required=True)
     parser.add_argument("--max-tokens", type=int, required=True)
     parser.add_argument("--dtype", required=True)
     parser.add_argument("--adapter", action="append", nargs=2, default=[], metavar=("NAME", "DIR"))
@@ -33,9 +33,7 @@ def main() -> int:
     from serve.embedded.app import application
 
     served = load(asked.name, open_bundle(asked.model), dict(asked.adapter), asked.max_tokens, asked.dtype)
-    config = uvicorn.Config(
-        application(served), host="127.0.0.1", port=asked.port, log_level="warning", timeout_graceful_shutdown=10, lifespan="off"
-    )
+    config = uvicorn.Config(application(served), uds=asked.uds, log_level="warning", timeout_graceful_shutdown=10, lifespan="off")
     uvicorn.Server(config).run()
     return 0
 

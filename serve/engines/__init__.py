@@ -1,9 +1,9 @@
-"""Engines: processes that answer for a bundle, spoken to over HTTP on loopback. Each file here is one, and defines:
+"""Engines: processes that answer for a bundle, spoken to over HTTP on a socket in the file system. Each file here defines:
 
 PREFERENCE                                          the lowest that can serve a bundle is taken
 missing()                                           why it cannot be started on this machine, or None
 refusal(bundle)                                     why it cannot serve this bundle, or None
-launch(name, model, adapters, *, port, max_tokens)  how to start it
+launch(name, model, adapters, *, path, max_tokens)  how to start it, listening at this path
 with_threads(count)                                 variables by which it computes with so many threads
 takes(adapters, bundle)                             whether an adapter can join these while it runs
 memory_bytes(model, adapters)                       about what it will take

@@ -32,14 +32,14 @@ def refusal(bundle: Bundle) -> str | None:
     return None
 
 
-def launch(name: str, model: Bundle, adapters: dict[str, Bundle], *, port: int, max_tokens: int | None = None) -> Launch:
+def launch(name: str, model: Bundle, adapters: dict[str, Bundle], *, path: Path, max_tokens: int | None = None) -> Launch:
     """How to start it on one model bundle and the adapters that belong to it. Raises ServeError for more than the model reads."""
     dtype = "bfloat16" if shutil.which("nvidia-smi") else "float32"
     command = [
         sys.executable, "-m", "serve.embedded",
         "--model", str(model.path.resolve()),
         "--name", name,
-        "--port", str(port),
+        "--uds", str(path),
         "--max-tokens", str(engines.longest(model, adapters, max_tokens)),
         "--dtype", dtype,
     ]  # fmt: skip

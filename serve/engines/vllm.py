@@ -48,15 +48,14 @@ WORDS = [
 ]  # fmt: skip
 
 
-def launch(name: str, model: Bundle, adapters: dict[str, Bundle], *, port: int, max_tokens: int | None = None) -> Launch:
+def launch(name: str, model: Bundle, adapters: dict[str, Bundle], *, path: Path, max_tokens: int | None = None) -> Launch:
     """How to start vLLM on one model bundle and the adapters that belong to it. Raises ServeError for what it cannot serve."""
     gpu = _gpu()
     command = [
         python(), "-m", "vllm.entrypoints.openai.api_server",
         "--model", str(model.path.resolve()),
         "--served-model-name", name,
-        "--host", "127.0.0.1",
-        "--port", str(port),
+        "--uds", str(path),
         "--dtype", dtype(model, gpu=gpu),
         "--load-format", "safetensors",
         "--max-model-len", str(engines.longest(model, adapters, max_tokens)),
@@ -87,7 +86,7 @@ def launch(name: str, model: Bundle, adapters: dict[str, Bundle], *, port: int, 
         "HF_HUB_OFFLINE": "1",  # a bundle is whole; nothing may be fetched in its place
         "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "2"),
         "OMP_WAIT_POLICY": "passive",
-        # The route that loads adapters is on loopback, and the gateway passes nothing on to it.
+        # The gateway passes nothing on to the route that loads adapters.
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
     }
     if not gpu:

@@ -3,7 +3,6 @@
 Without an admin key these routes are not there; `tuner keys create --admin` makes one.
 """
 
-import asyncio
 import hmac
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict
@@ -15,7 +14,6 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from serve.errors import ServeError
 from tuner.errors import TunerError
 
 if TYPE_CHECKING:
@@ -63,20 +61,14 @@ def admin_routes(gateway: "Gateway") -> list[Route]:
 
     async def deploy(order: Deploy) -> dict[str, Any]:
         # A client that gives up waiting does not undo what it asked for.
-        work = asyncio.create_task(fleet.deploy(order.name, Path(order.bundle), weight=order.weight, shadow=order.shadow))
-        try:
-            version = await asyncio.shield(work)
-        except asyncio.CancelledError:
-            if work.cancelled():
-                raise ServeError("the endpoint shuts down; where the name leads has not changed") from None
-            raise
+        version = await fleet.order(fleet.deploy(order.name, Path(order.bundle), weight=order.weight, shadow=order.shadow))
         return {"name": order.name, "version": version.id}
 
     async def promote(order: Promote) -> dict[str, Any]:
         return {"name": order.name, "version": fleet.promote(order.name, order.weight).id}
 
     async def rollback(order: Order) -> dict[str, Any]:
-        return {"name": order.name, "version": (await fleet.rollback(order.name)).id}
+        return {"name": order.name, "version": (await fleet.order(fleet.rollback(order.name))).id}
 
     async def remove(order: Order) -> dict[str, Any]:
         fleet.remove(order.name)
@@ -92,6 +84,8 @@ def admin_routes(gateway: "Gateway") -> list[Route]:
     def ordered(form: type[Order], work: Callable[[Any], Awaitable[dict[str, Any]]]) -> Any:
         async def handle(request: Request) -> Response:
             body = bytearray()
+            if gateway.traffic.draining:
+                return _refusal(503, "the endpoint is shutting down")
             try:
                 async for chunk in request.stream():
                     body += chunk

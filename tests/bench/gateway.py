@@ -139,9 +139,10 @@ async def streams(
             # A real engine begins with a role, and may tell two tokens at once.
             assert seen == tokens or (model != "m" and tokens // 2 < seen <= tokens + 1), seen
 
-    async with aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0), headers={"authorization": f"Bearer {key}"}
-    ) as session:
+    place, _, path = url.partition("unix:")
+    connector = aiohttp.UnixConnector(path, limit=0) if path else aiohttp.TCPConnector(limit=0)
+    url = place or "http://engine"
+    async with aiohttp.ClientSession(connector=connector, headers={"authorization": f"Bearer {key}"}) as session:
         began = time.monotonic()
         await asyncio.gather(*(one(session) for _ in range(count)))
         took = time.monotonic() - began
@@ -190,7 +191,7 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as name:
             asyncio.run(_real(asked.bundle, Path(name)))
         return 0
-    from serve.engine import free_port
+    from tests.conftest import free_port
 
     with tempfile.TemporaryDirectory() as name:
         ports = free_port(), free_port()
@@ -282,12 +283,15 @@ async def _real(bundle: Path, state: Path) -> None:
             await asyncio.sleep(0.1)
         through = json.loads(told.read_text())["url"]
         async with aiohttp.ClientSession() as session:
-            while (await session.get(f"{through}/ready")).status != 200:
+            ready = False
+            while not ready:
                 assert endpoint.poll() is None
                 await asyncio.sleep(0.5)
-        commands = [child.cmdline() for child in psutil.Process(endpoint.pid).children() if "--port" in child.cmdline()]
+                async with session.get(f"{through}/ready") as reply:
+                    ready = reply.status == 200
+        commands = [child.cmdline() for child in psutil.Process(endpoint.pid).children() if "--uds" in child.cmdline()]
         said = dict(zip(commands[0], commands[0][1:], strict=False))
-        bare, named = f"http://127.0.0.1:{said['--port']}", said.get("--served-model-name") or said["--name"]
+        bare, named = f"unix:{said['--uds']}", said.get("--served-model-name") or said["--name"]
         found: dict[str, list[dict[str, float]]] = {"bare": [], "gateway": []}
         for number in range(REAL_PAIRS + 1):
             for kind, url, model in (("bare", bare, named), ("gateway", through, "real")):

@@ -34,6 +34,7 @@ class Pretended:
         self.refused: dict[str, str] = {}
         self.started = self.ready = self.stopped = False
         self.threads, self.restarts = None, 0
+        self.ending: asyncio.Event | None = None
         self.did: list[str] = []
 
     @property
@@ -70,6 +71,8 @@ class Pretended:
         await asyncio.Event().wait()
 
     async def stop(self) -> None:
+        if self.ending:
+            await self.ending.wait()
         self.ready, self.stopped = False, True
 
 
@@ -115,7 +118,7 @@ def test_a_base_and_its_adapters_share_an_engine_and_each_deployment_of_an_adapt
         assert fleet.find("live") is new
         assert fleet.engines[0].did == ["start", "load"]  # type: ignore[attr-defined]
         # What engines load lies under its content, so that another run in the same folder changes nothing of it.
-        assert fleet.engines[0].adapters[new.served].path.parent == fleet.state.path.parent / "adapters"  # type: ignore[union-attr]
+        assert fleet.engines[0].adapters[new.served].path.parent == fleet.state.path.parent / ".adapters"  # type: ignore[union-attr]
 
     during(fleet, work)
 
@@ -187,14 +190,21 @@ def test_a_deployment_ends_with_the_endpoint(fleet: Fleet, bundles: dict[str, Pa
 
     async def work() -> None:
         Pretended.slow["start"] = asyncio.Event()
-        deploying = asyncio.create_task(fleet.deploy("whole", bundles["b-merge"]))
+        deploying = asyncio.create_task(fleet.order(fleet.deploy("whole", bundles["b-merge"])))
         await until(lambda: len(fleet.engines) == 2 and fleet.engines[1].started)
-        new = fleet.engines[1]
+        first, new = fleet.engines
+        new.ending = asyncio.Event()  # type: ignore[attr-defined]
         fleet.give_up()
-        with pytest.raises(asyncio.CancelledError):
+        stopping = asyncio.create_task(fleet.stop())
+        await asyncio.sleep(0.05)
+        assert not stopping.done()
+        assert not new.stopped, "an engine that takes its time to end is waited for"  # type: ignore[attr-defined]
+        new.ending.set()  # type: ignore[attr-defined]
+        await stopping
+        with pytest.raises(ServeError, match="the endpoint shuts down"):
             await deploying
-        assert new.stopped  # type: ignore[attr-defined]
-        assert (fleet.engines, fleet.attempts[-1].reason) == ([fleet.find("whole").engine], "the endpoint shuts down")  # type: ignore[union-attr]
+        assert (new.stopped, first.stopped) == (True, True)  # type: ignore[attr-defined]
+        assert fleet.attempts[-1].reason == "the endpoint shuts down"
 
     during(fleet, work)
 
@@ -220,19 +230,21 @@ def test_a_deployment_that_fails_leaves_nothing_behind(fleet: Fleet, bundles: di
 
 def test_adapters_that_no_name_can_go_back_to_are_not_kept(fleet: Fleet, bundles: dict[str, Path]) -> None:
     assert fleet.state.path is not None
-    kept = fleet.state.path.parent / "adapters"
+    kept = fleet.state.path.parent / ".adapters"
+    (kept / "somebodys").mkdir(parents=True)
     fleet.declare({"live": bundles["a-tune"]})
 
     async def work() -> None:
         await fleet.deploy("live", bundles["b-tune"])
-        assert len(list(kept.iterdir())) == 2
+        assert len(list(kept.iterdir())) == 3
         fleet.remove("live")
         await fleet.deploy("other", bundles["b-tune"])
 
     during(fleet, work)
     again = Fleet(fleet.state, Care(), lambda text: None, engine="transformers")
     again.declare({"other": bundles["b-tune"]})
-    assert len(list(kept.iterdir())) == 1
+    assert len(list(kept.iterdir())) == 2
+    assert (kept / "somebodys").is_dir()
 
 
 def test_an_adapter_that_no_engine_takes_while_it_runs_is_served_as_its_run_merged_it(
@@ -252,3 +264,41 @@ def test_an_adapter_that_no_engine_takes_while_it_runs_is_served_as_its_run_merg
     state = State(None)
     with pytest.raises(ServeError, match=r"add `- merge: \{\}` to the recipe and serve that"):
         Fleet(state, Care(), said.append).declare({"live": run / "tune"})
+
+
+def test_an_engine_is_given_up_only_once_it_fails_several_short_questions_in_a_row(
+    bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import serve.engine
+    from serve.engine import FAILURES, Engine
+
+    engine = Engine(
+        "transformers", "m", open_bundle(bundles["a-merge"]), {}, Care(pulse_s=0.0, hung_after_s=0.2), lambda text: None
+    )
+    engine._ready, answers = True, []
+    monkeypatch.setattr(engine, "_alive", lambda: True)
+
+    async def say_something(*asked: object) -> None:
+        answer = answers.pop(0)
+        if isinstance(answer, float):
+            await asyncio.sleep(answer)
+        elif answer != "right":
+            raise EngineError(str(answer))
+
+    monkeypatch.setattr(serve.engine, "say_something", say_something)
+
+    async def looked(*what: object) -> list[str | None]:
+        answers[:] = what
+        return [await engine._ailment() for _ in what]
+
+    async def main() -> None:
+        assert await looked("wrong", "right", *["wrong"] * (FAILURES - 1)) == [None] * (FAILURES + 1)
+        assert await looked("wrong") == ["fails at the shortest question (wrong)"]
+        assert await looked("right", 0.01) == [None, None]
+        assert await looked(5.0) == ["says nothing any more"]
+        # Clients have heard of it meanwhile.
+        engine._failed, engine.heard = FAILURES, 1e18
+        engine.care = Care(pulse_s=-1e19, hung_after_s=0.2)
+        assert await looked("wrong", 5.0) == [None, None]
+
+    asyncio.run(main())

@@ -20,8 +20,9 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+import yaml
 
-from serve.engine import free_port
+from tests.conftest import free_port, tuner
 from tests.e2e.test_serving import QUESTION, QUICK
 
 ROOT = Path(__file__).parents[2]
@@ -46,11 +47,12 @@ mount --bind /sys "$IMAGE/sys"
 mount -o remount,bind,ro "$IMAGE/sys"
 mount --rbind /dev "$IMAGE/dev"
 mount -t tmpfs -o "size=$SHM" tmpfs "$IMAGE/dev/shm"
-mount -t tmpfs tmpfs "$IMAGE/tmp"
+mount -t tmpfs -o noexec,nosuid,nodev tmpfs "$IMAGE/tmp"
 for pair in $MOUNTS; do mount --bind "${pair%%:*}" "$IMAGE${pair#*:}"; done
+for place in $READ_ONLY; do mount -o remount,bind,ro "$IMAGE$place"; done
 if [ -n "$OFFLINE" ]; then ip link set lo up; else mount --bind /etc/resolv.conf "$IMAGE/etc/resolv.conf"; fi
 if [ -n "$FILES" ]; then ulimit -n "$FILES"; fi
-exec chroot --userspec="$WHO" "$IMAGE" env -i "$@"
+exec chroot "$IMAGE" setpriv --reuid="$WHO" --regid="$WHO" --clear-groups --no-new-privs --bounding-set=-all env -i "$@"
 """
 
 
@@ -141,15 +143,15 @@ class Container:
 
     def __init__(
         self, image: Image, mounts: dict[str, Path], *arguments: Any, offline: bool = False, shm: str = "1g", files: int | None = None,
-        who: int = USER, environment: dict[str, str] | None = None, entrypoint: list[str] | None = None,
+        who: int = USER, environment: dict[str, str] | None = None, read_only: str = "",
     ) -> None:  # fmt: skip
         inside = [*image.config["Env"], *(f"{key}={value}" for key, value in (environment or {}).items())]
         settings = {
             "IMAGE": str(image.path), "MOUNTS": " ".join(f"{folder}:{place}" for place, folder in mounts.items()), "SHM": shm,
-            "FILES": str(files or ""), "WHO": f"{who}:{who}", "OFFLINE": "yes" if offline else "",
+            "FILES": str(files or ""), "WHO": str(who), "OFFLINE": "yes" if offline else "", "READ_ONLY": read_only,
         }  # fmt: skip
         spaces = ["unshare", "--mount", "--pid", "--ipc", "--uts", "--fork", "--kill-child", *(["--net"] if offline else [])]
-        line = [*spaces, "sh", "-c", CONTAIN, "sh", *inside, *(entrypoint or image.config["Entrypoint"]), *map(str, arguments)]
+        line = [*spaces, "sh", "-c", CONTAIN, "sh", *inside, *image.config["Entrypoint"], *map(str, arguments)]
         self.process = subprocess.Popen(
             line, env={**os.environ, **settings}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd="/"
         )
@@ -208,7 +210,24 @@ def test_a_recipe_is_run_on_mounted_folders_by_a_user_without_rights_and_without
     made = folders["/runs"] / "quick" / "quantize" / "bundle.json"
     assert made.stat().st_uid == USER
     assert json.loads(made.read_text())["metrics"]["heldout_loss"] > 0
-    assert "/runs/quick" in trained.said or "runs/quick" in trained.said
+    assert "runs/quick/quantize" in trained.said
+
+
+def test_rows_are_made_by_another_user_in_folders_of_his_own(train: Image, tmp_path: Path) -> None:
+    folder = tmp_path / "recipes"
+    shutil.copytree(ROOT / "recipes", folder, ignore=shutil.ignore_patterns("*-*"))
+    subprocess.run(["chown", "-R", "1234:1234", str(folder)], check=True)
+    for parent in (tmp_path, *tmp_path.parents[:2]):
+        parent.chmod(0o755)
+    told = as_this_machine(tmp_path)[1::2]
+    (tmp_path / "pip.conf").chmod(0o644)
+    (train.path / "etc/pip.conf").touch()
+    mounts = {place: Path(outside) for outside, place, _ in (each.split(":") for each in told if "apt.conf" not in each)}
+    for place in mounts:
+        (train.path / place[1:]).mkdir(parents=True, exist_ok=True) if mounts[place].is_dir() else None
+    container = Container(train, {**mounts, "/recipes": folder}, "python", "/recipes/data/azure_cli.py", who=1234)
+    assert container.wait(300) == 0, container.said
+    assert (folder / "data" / "azure-cli" / "train.jsonl").stat().st_uid == 1234
 
 
 def test_what_is_served_answers_openais_client_and_drains(trained: Container, serve: Image, folders: dict[str, Path]) -> None:
@@ -252,12 +271,45 @@ def test_what_is_served_answers_openais_client_and_drains(trained: Container, se
             container.process.kill()
 
 
+def test_what_kubernetes_is_told_to_start_answers_by_a_key_of_which_it_has_the_hash(
+    trained: Container, serve: Image, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """As docker/k8s/base/endpoint.yaml has it: /runs is read-only, keys are a file of hashes."""
+    told = yaml.safe_load((ROOT / "docker/k8s/base/endpoint.yaml").read_text())["spec"]["template"]["spec"]["containers"][0]
+    mounts = {"/runs": folders["/runs"], "/cache": folders["/cache"]}
+    for name in ("state", "keys"):
+        (serve.path / name).mkdir()
+        mounts[f"/{name}"] = tmp_path / name
+        (tmp_path / name).mkdir()
+    subprocess.run(["chown", f"{USER}:{USER}", str(tmp_path / "state")], check=True)
+    key = tuner("keys", "create", "--models", "*", "--file", tmp_path / "keys" / "keys.jsonl").stdout.strip()
+    port = free_port()
+    arguments = [each.replace("/runs/demo/", "/runs/quick/") for each in told["args"]]
+    environment = {each["name"]: each["value"] for each in told["env"]}
+    container = Container(
+        serve, mounts, *arguments, "--port", port, environment=environment, read_only="/runs /keys"
+    )  # fmt: skip
+    try:
+        container.wait_for("serving quick-quantize at")
+        url = f"http://127.0.0.1:{port}/v1/models"
+        assert [each["id"] for each in httpx.get(url, headers={"authorization": f"Bearer {key}"}).json()["data"]] == [
+            "quick-quantize"
+        ]
+        assert httpx.get(url).status_code == 401
+        assert "shown once" not in container.said
+        container.first().send_signal(signal.SIGTERM)
+        assert container.wait(60) == 0
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            container.process.kill()
+
+
 @pytest.mark.parametrize(
     ("how", "said"),
     [
         (
             {"who": 1234},
-            "/runs belongs to user 1000:1000 and 1234:1234 may not write there; give it `--user 1000:1000` (Compose: TUNER_USER)",
+            "belongs to user 1000:1000 and 1234:1234 may not write there; give it `--user 1000:1000` (Compose: TUNER_USER)",
         ),
         ({"files": 1024}, "it may open 1024 files and 4096 are needed; give it `--ulimit nofile=65536`"),
         ({"shm": "64m"}, "/dev/shm holds 64 MB and 256 MB are needed; give it `--shm-size 1g`"),
@@ -272,13 +324,18 @@ def test_what_a_container_was_not_given_is_said_with_the_option_that_gives_it(
     assert "Traceback" not in container.said
 
 
-def test_an_image_is_small_and_has_no_compiler_and_a_bill_of_materials(serve: Image) -> None:
+COMPILERS = {"gcc", "cc", "cc1", "cc1plus", "g++", "c++", "clang", "ld", "as", "make", "nvcc"}
+
+
+def test_an_image_is_small_and_has_no_compiler_and_a_bill_of_materials(serve: Image, train: Image) -> None:
     assert serve.bytes <= SERVE_BYTES
-    assert [
-        name
-        for name in ("gcc", "cc", "g++", "clang", "make")
-        if shutil.which(name, path=f"{serve.path}/usr/bin:{serve.path}/opt/tuner/bin")
-    ] == []
+    for image in (serve, train):
+        names = {
+            re.sub(r"^x86_64-linux-gnu-|-\d+$", "", file.name)
+            for file in image.path.rglob("*")
+            if file.parent.name in ("bin", "sbin") or file.name.startswith("cc1")
+        }
+        assert names & COMPILERS == set(), image.target
     assert serve.config["User"] == f"{USER}:{USER}"
     assert serve.config["StopSignal"] == "SIGTERM"
     assert serve.config["Labels"]["org.opencontainers.image.licenses"] == "Apache-2.0"
@@ -288,6 +345,9 @@ def test_an_image_is_small_and_has_no_compiler_and_a_bill_of_materials(serve: Im
     for name, version in (line.split("==") for line in lines if not line.startswith("#")):
         assert listed[name.lower().replace("_", "-")] == version
     assert {"tini", "python3", "tuner"} <= set(listed)
+    line = ["dpkg-query", "--admindir", f"{serve.path}/var/lib/dpkg", "--show", "--showformat", "${Package}\\n"]
+    installed = subprocess.run(line, capture_output=True, text=True, check=True).stdout.split()
+    assert {each["name"] for each in bill["components"] if each["purl"].startswith("pkg:deb/")} == set(installed)
 
 
 def test_promtool_takes_prometheus_configuration(folders: dict[str, Path]) -> None:

@@ -41,6 +41,8 @@ def test_compose_keeps_to_its_schema_and_every_service_is_locked_down() -> None:
             assert build["target"] in stages
             assert service["read_only"]
     assert set(told["volumes"]) >= {"runs", "cache", "data"}
+    grafana = told["services"]["grafana"]["environment"]
+    assert (grafana["GF_AUTH_BASIC_ENABLED"], grafana["GF_SECURITY_DISABLE_INITIAL_ADMIN_CREATION"]) == ("false", "true")
 
 
 def manifests(folder: Path) -> list[dict[str, Any]]:

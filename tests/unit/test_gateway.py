@@ -22,7 +22,7 @@ from starlette.routing import Route
 
 from serve import endpoint
 from serve.endpoint import Patient, Settings, _bind, _require_safety, named
-from serve.engine import Care, free_port
+from serve.engine import Care
 from serve.errors import ServeError
 from serve.fleet import Fleet
 from serve.gateway.app import Gateway, Limits, Traffic
@@ -32,6 +32,7 @@ from serve.gateway.telemetry import Telemetry
 from serve.keys import Keyring, create
 from serve.state import Pointer, State
 from serve.version import Version
+from tests.conftest import free_port
 from tuner.bundle import Bundle, Manifest
 
 
@@ -419,6 +420,8 @@ def test_keys_from_a_file_are_good_beside_those_of_the_state_and_an_empty_file_l
     assert empty.find(other) is None
     for text, what in (
         (lines[0].replace('"rpm": 5', '"rpm": "5"'), "rpm input should be a valid integer"),
+        (lines[0].replace('"expires"', '"ends"'), "ends unexpected"),
+        (lines[0].replace('"sha256": "', '"sha256": "ä'), "no hash"),
         ("[1]", "input should be"),
         (b"\xff", "utf-8"),
     ):

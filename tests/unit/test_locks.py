@@ -1,5 +1,6 @@
 """Each lock agrees with pyproject.toml."""
 
+import importlib.metadata
 import tomllib
 from pathlib import Path
 
@@ -55,6 +56,20 @@ def test_what_breaks_beside_the_cpu_build_of_torch_is_left_out() -> None:
     assert not {"torchvision", "torchaudio", "torchcodec"} & set(pins("cpu"))
     assert pins("cpu")["torch"].local == "cpu"
     assert pins("cuda-train")["torch"].local != "cpu"
+
+
+def test_what_images_hold_of_the_cpu_lock_is_what_they_would_be_given_now() -> None:
+    import sys
+
+    if not importlib.metadata.version("torch").endswith("+cpu"):
+        pytest.skip("this environment is not cpu.lock's")
+    sys.path.insert(0, str(ROOT / "requirements"))
+    import lock
+
+    for name, of in lock.PARTS.items():
+        roots = PROJECT["dependencies"] + [each for extra in of["extras"] for each in PROJECT["optional-dependencies"][extra]]
+        lines = [line for line in (ROOT / f"requirements/{name}.lock").read_text().splitlines() if not line.startswith("#")]
+        assert lock.part(roots, of["without"]) == lines, "`python requirements/lock.py --parts` writes them"
 
 
 def test_this_environment_is_the_lock() -> None:

@@ -341,6 +341,10 @@ def test_a_conversation_that_goes_on_in_another_row_is_found_on_both_sides(exami
 
     quality = examined([row(1, 1), row(2, 3), row(3, 1)], heldout=[row(1, 2), row(2, 1), row(4, 2)])
     assert [each.split(":")[1] for each in quality.asked.listed] == ["1", "2"]
+    # Asked in training before an answer that is not the last, and answered otherwise here.
+    other = row(2, 1)
+    other["messages"][1]["content"] = "something else"
+    assert examined([row(2, 3)], heldout=[other, row(5, 1)]).asked.count == 1
 
 
 def test_an_anchor_or_prompt_of_both_sides_is_found_whatever_its_blanks(examined: Any) -> None:

@@ -42,6 +42,7 @@ def test_tuner_data_shows_the_template_the_counts_and_the_lengths(recipe_file: C
     assert "█" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_recipe_with_its_own_tokenizer_is_shown_in_its_tokens_once_that_is_there(
     recipe_file: Callable[..., Path], tmp_path: Path
 ) -> None:

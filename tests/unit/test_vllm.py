@@ -50,24 +50,27 @@ def test_the_type_is_one_that_was_seen_to_answer_rightly(scheme: str | None, gpu
     assert vllm.dtype(bundle(scheme=scheme), gpu=gpu) == dtype
 
 
-def test_on_a_cpu_nothing_is_compiled_and_only_loopback_is_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_cpu_nothing_is_compiled_and_no_port_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm.shutil, "which", lambda name: None)
-    command = vllm.launch("m", bundle(), {}, port=1234, max_tokens=64).command
+    plan = vllm.launch("m", bundle(), {}, path=Path("/s"), max_tokens=64)
+    command = plan.command
     assert "--enforce-eager" in command
-    assert command[command.index("--host") + 1] == "127.0.0.1"
+    assert plan.environment["TORCHDYNAMO_DISABLE"] == "1"
+    assert command[command.index("--uds") + 1] == "/s"
+    assert not {"--host", "--port"} & set(command)
     assert command[command.index("--generation-config") + 1] == "vllm"
 
 
 def test_adapters_get_a_buffer_of_their_rank_and_all_at_once() -> None:
     adapters = {"a": bundle("adapter", adapter_rank=4), "b": bundle("adapter", adapter_rank=20)}
-    command = vllm.launch("m", bundle(), adapters, port=1, max_tokens=64).command
+    command = vllm.launch("m", bundle(), adapters, path=Path("/s"), max_tokens=64).command
     assert command[command.index("--max-lora-rank") + 1] == "32"
     assert command[command.index("--max-loras") + 1] == "2"
 
 
 def test_more_tokens_than_the_model_reads_are_refused() -> None:
     with pytest.raises(ServeError, match="reads 256 tokens at most, --max-tokens 300 was asked for"):
-        vllm.launch("m", bundle(max_tokens=256), {}, port=1, max_tokens=300)
+        vllm.launch("m", bundle(max_tokens=256), {}, path=Path("/s"), max_tokens=300)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +78,7 @@ def test_more_tokens_than_the_model_reads_are_refused() -> None:
     [(None, 64, None, "64"), (None, 9000, None, "1024"), (512, 9000, None, "512"), (512, 9000, 600, "600")],
 )
 def test_the_length_is_the_command_lines_the_recipes_or_what_fits(said: Any, reads: int, asked: Any, length: str) -> None:
-    command = vllm.launch("m", bundle(max_tokens=reads, serve_max_tokens=said), {}, port=1, max_tokens=asked).command
+    command = vllm.launch("m", bundle(max_tokens=reads, serve_max_tokens=said), {}, path=Path("/s"), max_tokens=asked).command
     assert command[command.index("--max-model-len") + 1] == length
 
 
@@ -119,5 +122,5 @@ def test_every_type_that_an_engine_may_compute_in_has_a_tolerance() -> None:
 
 def test_a_runs_name_may_have_any_sign(monkeypatch: pytest.MonkeyPatch) -> None:
     adapter = bundle("adapter", adapter_rank=8)
-    command = vllm.launch("base", bundle(), {"lr=1e-3,a-tune": adapter}, port=1).command
+    command = vllm.launch("base", bundle(), {"lr=1e-3,a-tune": adapter}, path=Path("/s")).command
     assert json.loads(command[command.index("--lora-modules") + 1]) == {"name": "lr=1e-3,a-tune", "path": "/b"}

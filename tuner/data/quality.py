@@ -16,7 +16,7 @@ from typing import Any
 import regex
 
 from tuner.data import reading
-from tuner.data.rows import BadRows, Row, composed, plain, prefixes, question, usable, words_of
+from tuner.data.rows import BadRows, Row, answered, composed, plain, question, usable, words_of
 from tuner.data.shapes import label_name
 from tuner.data.text import text_of
 from tuner.errors import DataError
@@ -284,11 +284,12 @@ class _Questions:
         """Look at a row."""
         if side == "train" and not self._asked:
             return
-        parts = [plain(each) for each in prefixes(record)]
-        # The whole of one is compared with every part of the other.
+        turns = [(plain(before), plain(with_it)) for before, with_it in answered(record)]
+        # The whole of one is compared with every part of the other, and what is asked last with all that is answered in training.
         whole, part = ("whole", "part") if side == "heldout" else ("part", "whole")
-        keys = {f"question {plain(question(record))}"} if question(record) else set()
-        keys |= {f"{whole} {parts[-1]}", *(f"{part} {each}" for each in parts)} if parts else set()
+        keys = {f"{whole} {turns[-1][1]}", *(f"{part} {with_it}" for _, with_it in turns)} if turns else set()
+        asked = [before for before, _ in turns] if turns and side == "train" else [plain(question(record))]
+        keys |= {f"question {each}" for each in asked if each}
         for key in map(_number, keys):
             if side == "heldout":
                 self._asked.setdefault(key, []).append(at)

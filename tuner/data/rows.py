@@ -25,6 +25,8 @@ CONTROL = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f\ud800-\udfff]")
 # The soft hyphen, Arabic's and Hebrew's points, and what has no width.
 UNSEEN = re.compile("[\u00ad\u0591-\u05bd\u0610-\u061a\u0640\u064b-\u065f\u0670\u200b-\u200f\u2060-\u2064\ufeff]")
 
+BESIDE_SIGN = re.compile(r" ?([^\w\s]) ?")
+
 # Keys whose text tasks read.
 SPEAKING = (
     "text", "messages", "prompt", "completion", "chosen", "rejected", "words", "anchor", "positive", "negative", "negatives",
@@ -63,8 +65,8 @@ def words_of(record: dict[str, Any], *, system: bool = False) -> str:
 
 
 def plain(text: str) -> str:
-    """A text as it is compared: without what a reader does not see, such as case, blanks, and the two ways to write an é."""
-    return "".join(composed(text).casefold().split())
+    """A text as it is compared: in lower case, each blank once and none beside a sign, and an é in one of its two forms."""
+    return BESIDE_SIGN.sub(r"\1", " ".join(composed(text).casefold().split()))
 
 
 def composed(text: str) -> str:
@@ -88,13 +90,16 @@ def question(record: dict[str, Any]) -> str:
     return "\n".join(_inside(turns, system=False))
 
 
-def prefixes(record: dict[str, Any]) -> Iterator[str]:
-    """A conversation up to each of its answers, the whole of it last."""
+def answered(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Of each answer in a conversation (what stands before it, the same with it), the last answer last."""
     turns = record.get("messages")
     if isinstance(turns, list) and "chosen" not in record:
-        for end in range(1, len(turns) + 1):
-            if isinstance(turns[end - 1], dict) and turns[end - 1].get("role") == "assistant":
-                yield "\n".join(_inside(turns[:end], system=False))
+        so_far: list[str] = []
+        for turn in turns:
+            before = "\n".join(so_far)
+            so_far += _inside(turn, system=False)
+            if isinstance(turn, dict) and turn.get("role") == "assistant":
+                yield before, "\n".join(so_far)
 
 
 def _inside(value: Any, *, system: bool) -> Iterator[str]:

@@ -314,8 +314,9 @@ def _in_package(reference: str) -> Source:
     except ValueError:  # a module like __main__
         spec = None
     if spec is None or not spec.submodule_search_locations:
-        known = list(importlib.metadata.packages_distributions())
-        raise SourceError(f'{reference}: no package "{module}" is installed{nearest(module, known)}')
+        close = difflib.get_close_matches(module, importlib.metadata.packages_distributions())
+        advice = f'; did you mean "{close[0]}"?' if close else f"; `pip install --no-deps {module.replace('_', '-')}` may bring it"
+        raise SourceError(f'{reference}: no package "{module}" is installed{advice}')
     folder = Path(next(iter(spec.submodule_search_locations)))
     path = folder / inside
     if not path.resolve().is_relative_to(folder.resolve()) or not path.exists():

@@ -213,6 +213,22 @@ def test_a_recipe_is_run_on_mounted_folders_by_a_user_without_rights_and_without
     assert "runs/quick/quantize" in trained.said
 
 
+def test_a_model_that_is_mounted_is_tuned_without_a_network_by_whoever_owns_the_folders(
+    train: Image, tiny_model: Path, recipe_file: Any, tmp_path: Path
+) -> None:
+    recipe = recipe_file()
+    shutil.copytree(tiny_model, tmp_path / "model")
+    for name in ("runs", "cache"):
+        (tmp_path / name).mkdir()
+    subprocess.run(["chown", "-R", "1234:1234", str(tmp_path)], check=True)
+    for parent in tmp_path.parents[:2]:
+        parent.chmod(0o755)
+    mounts = {"/data": tmp_path, "/runs": tmp_path / "runs", "/cache": tmp_path / "cache"}
+    container = Container(train, mounts, f"data/{recipe.name}", "--set", "model=/data/model", offline=True, who=1234)
+    assert container.wait(300) == 0, container.said
+    assert (tmp_path / "runs" / recipe.stem / "tune" / "bundle.json").stat().st_uid == 1234
+
+
 def test_rows_are_made_by_another_user_in_folders_of_his_own(train: Image, tmp_path: Path) -> None:
     folder = tmp_path / "recipes"
     shutil.copytree(ROOT / "recipes", folder, ignore=shutil.ignore_patterns("*-*"))

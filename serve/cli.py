@@ -9,7 +9,7 @@ import ssl
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -98,9 +98,14 @@ def order(path: str, state: Path | None, url: str | None, **body: Any) -> dict[s
     try:
         # Bringing a model up takes as long as it takes.
         headers = {"authorization": f"Bearer {secret}"}
-        with httpx.Client(timeout=None, headers=headers, verify=trusted, trust_env=bool(url)) as client:
+        waiting = console.status("the endpoint brings it up and asks it its probe") if "bundle" in body else nullcontext()
+        with waiting, httpx.Client(timeout=None, headers=headers, verify=trusted, trust_env=bool(url)) as client:
             reply = client.post(address + path, json=body) if body else client.get(address + path)
             told = reply.json()
+    except KeyboardInterrupt:
+        if "bundle" in body:
+            say("the endpoint goes on with it; `tuner deployments` shows how it ends, and `tuner rollback` undoes it then")
+        raise
     except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
         raise ServeError(f"{address}: no endpoint answers there ({type(error).__name__})") from None
     if not isinstance(told, dict) or not {"name", "names", "error"} & set(told):

@@ -293,6 +293,7 @@ def _alone(folder: Path) -> Iterator[None]:
     """No other endpoint uses this state meanwhile. Raises ServeError where one does."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / "lock").touch(mode=0o600)  # whoever may open it could hold it
         lock: IO[str] = (folder / "lock").open("w")
     except OSError as error:
         raise ServeError(f"{folder}: the endpoint's state cannot be kept there ({error.strerror}); --state names another") from None

@@ -209,7 +209,7 @@ class Engine:
                 failures += 1
                 await self.stop()
                 if failures >= self.care.max_failed_starts:
-                    self.failure = f"{self.name}: gave up after {failures} starts: {error}"
+                    self.failure = f"{self.name}: gave up after it could not be started {failures} times: {error}"
                     self.say(self.failure)
                     return
                 self.say(str(error))
@@ -235,8 +235,8 @@ class Engine:
                 self._guard.communicate()
                 self._guard = None
             self._children, self._process = [], None
-            if well and self._log:
-                self._log.unlink(missing_ok=True)
+            if self._log and self._log.exists() and (well or not self._log.stat().st_size):
+                self._log.unlink()
         await self._close_clients()
 
     async def prove(self, name: str, bundle: Bundle) -> None:
@@ -322,6 +322,8 @@ class Engine:
 
     def _last_words(self) -> str:
         code = self._process.poll() if self._process else None
+        if code == -signal.SIGKILL:  # what it wrote before has nothing to do with it
+            return f" (ended by signal {-code}; log: {self._log})"
         signalled = f" (ended by signal {-code})" if code is not None and code < 0 else ""
         return f"{signalled}: {engines.load(self.kind).error_lines(self._log)} (log: {self._log})" if self._log else signalled
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from serve.errors import ServeError
-from serve.state import Key, State
+from serve.state import NAME, Key, State
 
 PREFIX = "tnr"
 _KEY = TypeAdapter(Key)
@@ -35,6 +35,8 @@ def create(
     """
     if not models and not admin:
         raise ServeError("a key without models may ask nothing; name them with --models, or all with --models '*'")
+    if odd := [each for each in models if each not in ("*", "/metrics") and not NAME.fullmatch(each)]:
+        raise ServeError(f"{odd[0]!r} is no name of a model; '*' by itself stands for all")
     key_id, secret = secrets.token_hex(4), secrets.token_urlsafe(32)
     now = time.time()
     ends = now + seconds(expires) if expires else None
@@ -43,6 +45,7 @@ def create(
         state.add_key(key)
     else:
         try:
+            state.touch(mode=0o600)
             with state.open("a+b") as file:
                 torn = file.tell() and (file.seek(-1, 2), file.read(1))[1] != b"\n"
                 file.write(b"\n" * bool(torn) + json.dumps(asdict(key)).encode() + b"\n")

@@ -4,7 +4,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from tuner.errors import nearest
 
@@ -56,6 +56,9 @@ class Sampling(Form):
         """The texts at which an answer ends."""
         listed = [self.stop] if isinstance(self.stop, str) else self.stop or []
         return [each for each in listed if each]
+
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 class Told(Form):
@@ -121,6 +124,17 @@ class Chat(Generate):
     tools: list[dict[str, Any]] | None = None
     tool_choice: Literal["auto", "none"] | None = None
     parallel_tool_calls: bool | None = None
+
+    @field_validator("messages")
+    @classmethod
+    def _turns_are_somebodys(cls, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        for at, turn in enumerate(messages):
+            if turn.get("role") not in ROLES:
+                raise ValueError(f"the role of turn {at} is {turn.get('role')!r:.40}, expected one of {', '.join(ROLES)}")
+            content = turn.get("content")
+            if not isinstance(content, str | list) and not (content is None and turn["role"] == "assistant"):
+                raise ValueError(f"the content of turn {at} is {content!r:.40}, expected a text or a list of parts")
+        return messages
 
     @model_validator(mode="after")
     def _alternatives_need_logprobs(self) -> "Chat":

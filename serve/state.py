@@ -4,6 +4,7 @@ Every change is one transaction; a reader in another process (`tuner keys`) sees
 """
 
 import json
+import re
 import sqlite3
 import threading
 from collections.abc import Iterator
@@ -23,6 +24,8 @@ CREATE TABLE IF NOT EXISTS keys (
 );
 """
 FORMAT = 1
+# What a client writes into `model`, and a part of a key's scope: no path, no header and no log line can be made of it.
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 # Another process that writes is waited for this long.
 BUSY_S = 10.0
 

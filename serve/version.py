@@ -4,7 +4,6 @@ The same bundle is the same version wherever it lies.
 """
 
 import hashlib
-import re
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -14,12 +13,9 @@ from pathlib import Path
 from serve import engines
 from serve.engine import Engine
 from serve.errors import ServeError
-from serve.state import Placed
+from serve.state import NAME, Placed
 from tuner.bundle import MANIFEST, Bundle, fingerprint, open_bundle, sha256, verify
 from tuner.errors import BundleError
-
-# What a client writes into `model`, and a part of a key's scope: no path, no header and no log line can be made of it.
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 @dataclass
@@ -39,6 +35,8 @@ class Version:
     engine: Engine | None = None
     failure: str | None = None
     """Why it gets no request, once that is known."""
+    tools: bool = True
+    """Its chat template shows them, and its answers can be read for calls."""
     active: int = 0
     """Requests under way."""
     created: float = field(default_factory=time.time)
@@ -95,6 +93,7 @@ def open_version(
     version = Version(f"{name}@{digest[:8]}", name, bundle, digest, sha256(bundle.path / MANIFEST), kind)
     # A model is the same under all its names; of adapters each has its own.
     version.served = version.id if bundle.manifest.kind == "adapter" else model_id(bundle)
+    version.tools = engines.tool_parser(bundle.base() if bundle.manifest.kind == "adapter" else bundle) is not None
     if expected and version.id != expected:
         raise ServeError(f"{path}: is {version.id} now, and {expected} was deployed")
     return version

@@ -13,8 +13,10 @@ All take the same requests: those of vLLM that `serve/gateway` passes on and `se
 """
 
 import importlib
+import json
 import pkgutil
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
@@ -23,6 +25,8 @@ from typing import Any
 from serve.errors import ServeError
 from tuner.bundle import Bundle
 
+# Marks in a chat template around the calls of tools, and what vLLM calls the way to read them.
+TOOL_PARSERS = {"<tool_call>": "hermes", "[TOOL_CALLS]": "mistral", "<|python_tag|>": "llama3_json"}
 # Long enough to chat; a longer one costs memory for the cache of keys and values.
 DEFAULT_MAX_TOKENS = 1024
 
@@ -91,6 +95,18 @@ def longest(model: Bundle, adapters: dict[str, Bundle], max_tokens: int | None) 
     if wanted and most and wanted > most:
         raise ServeError(f"{model.path}: reads {most} tokens at most, --max-tokens {wanted} was asked for")
     return wanted or min(DEFAULT_MAX_TOKENS, most or DEFAULT_MAX_TOKENS)
+
+
+def tool_parser(model: Bundle) -> str | None:
+    """What reads the calls of tools in this model's answers, by the mark that its chat template teaches it; None without one."""
+    with suppress(OSError, ValueError, AttributeError, KeyError):
+        file = model.path / "chat_template.jinja"
+        if file.is_file():
+            template = file.read_text(encoding="utf-8")
+        else:
+            template = json.loads((model.path / "tokenizer_config.json").read_text(encoding="utf-8"))["chat_template"]
+        return next((parser for mark, parser in TOOL_PARSERS.items() if mark in str(template)), None)
+    return None
 
 
 def errors_in(lines: list[str], count: int = 3) -> str:

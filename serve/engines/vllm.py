@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 import sys
-from contextlib import suppress
 from pathlib import Path
 
 from serve import engines
@@ -30,8 +29,6 @@ SERVE_ENVIRONMENT = ".venv-serve"
 
 # Their scan is missing from the CPU build (selective_scan_fwd): healthy, and dead at the first request.
 NOT_ON_CPU = frozenset({"mamba", "falcon_mamba", "jamba"})
-# Marks in a chat template around the calls of tools, and what vLLM calls the way to read them.
-TOOL_PARSERS = {"<tool_call>": "hermes", "[TOOL_CALLS]": "mistral", "<|python_tag|>": "llama3_json"}
 # Its attention on a CPU is written for heads of these sizes.
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 
@@ -68,7 +65,7 @@ def launch(name: str, model: Bundle, adapters: dict[str, Bundle], *, path: Path,
         command += ["--runner", "pooling"]
     else:
         command += WORDS
-        if parser := tool_parser(model):
+        if parser := engines.tool_parser(model):
             command += ["--enable-auto-tool-choice", "--tool-call-parser", parser]
     if not gpu:
         # Compiled bfloat16 gives fluent garbage on a CPU, and compiling takes a minute that eager does not.
@@ -156,18 +153,6 @@ def refusal(bundle: Bundle) -> str | None:
         return f"vLLM's attention on a CPU knows no heads of size {size}"
     if manifest.kind == "adapter":
         rank_bucket(int(manifest.serving["adapter_rank"]))
-    return None
-
-
-def tool_parser(model: Bundle) -> str | None:
-    """What reads the calls of tools in this model's answers, by the mark that its chat template teaches it; None without one."""
-    with suppress(OSError, ValueError, AttributeError, KeyError):
-        file = model.path / "chat_template.jinja"
-        if file.is_file():
-            template = file.read_text(encoding="utf-8")
-        else:
-            template = json.loads((model.path / "tokenizer_config.json").read_text(encoding="utf-8"))["chat_template"]
-        return next((parser for mark, parser in TOOL_PARSERS.items() if mark in str(template)), None)
     return None
 
 

@@ -5,6 +5,7 @@ Everything else is 404: the engine behind has routes that no client should reach
 
 import asyncio
 import json
+import re
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,8 @@ from serve.keys import Keyring
 from serve.state import Key
 from serve.version import Version
 
+# Hosts and origins of this machine, as clients write them.
+LOOPBACK = re.compile(r"(?:https?://)?(?:localhost|127(?:\.\d+){3}|\[::1\])(?::\d+)?", re.IGNORECASE)
 # In a key's scope, where no model can have this name.
 METRICS = "/metrics"
 
@@ -141,6 +144,11 @@ class Gateway:
     def who(self, headers: Any) -> Key | Response | None:
         """The key that a request carries; None where none has ever been made; the refusal where it carries no valid one."""
         if not self.keyring.some:
+            # Then only this machine may ask, and no page of elsewhere that a browser on it has opened.
+            strange = [each for each in (headers.get("host"), headers.get("origin")) if each and not LOOPBACK.fullmatch(each)]
+            if strange:
+                text = f"without keys only this machine may ask, by its own name, and this is from or to {strange[0]!r:.80}"
+                return failure(403, text, "permission_error")
             return None
         kind, _, written = headers.get("authorization", "").partition(" ")
         key = self.keyring.find(written.strip() if kind.lower() == "bearer" else headers.get("x-api-key"))
@@ -256,6 +264,12 @@ class _Forward:
                 return failure(400, str(error), "invalid_request_error")
             except (KeyError, TypeError, AttributeError) as error:
                 return failure(400, f"the body cannot be read ({type(error).__name__}: {error})", "invalid_request_error")
+        if asked.body.get("tools") and asked.body.get("tool_choice") != "none" and not version.tools:
+            text = f"tools: the chat template of {name} does not show them, so they would never be called"
+            return failure(400, text, "invalid_request_error", param="tools")
+        for turn in asked.body.get("messages") or ():
+            if turn.get("role") == "developer":  # OpenAI's newer word, which templates do not know
+                turn["role"] = "system"
         if key and (wait_s := gateway.keyring.take(key)):
             may = [f"{count} {what}" for count, what in ((key.rpm, "requests"), (key.tpm, "tokens")) if count is not None]
             text = f"this key has used what it may in a minute: {', '.join(may)}"

@@ -125,6 +125,7 @@ class Log:
             try:
                 if self.path.exists() and self.path.stat().st_size > LOG_BYTES:
                     self.path.replace(self.path.with_suffix(".old.jsonl"))
+                self.path.touch(mode=0o600)
                 with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:
                     file.write(line + "\n")
                     while not self._lines.empty() and (line := self._lines.get()) is not None:

@@ -307,7 +307,7 @@ def test_a_body_that_does_not_come_is_408_and_headers_that_do_not_come_end_the_c
     monkeypatch.setattr(endpoint, "HEADERS_TIMEOUT_S", 1.5)
     address = (world.url.removeprefix("http://").split(":")[0], int(world.url.rsplit(":", 1)[1]))
     with socket.create_connection(address, timeout=5) as slow:
-        slow.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 10\r\n\r\n{")
+        slow.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 10\r\n\r\n{")
         assert b"408" in slow.recv(1000)
     with socket.create_connection(address, timeout=5) as slow:
         slow.sendall(b"POST /v1/completions HTTP/1.1\r\nhost:")
@@ -352,6 +352,51 @@ def test_a_question_that_the_models_head_cannot_answer_is_400(world: World, head
 
 def bearer(key: str) -> dict[str, str]:
     return {"authorization": f"Bearer {key}"}
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"host": "evil.example"}, 403), ({"host": "localhost.evil.example:8000"}, 403), ({"origin": "https://evil.example"}, 403),
+        ({"origin": "null"}, 403), ({"host": "localhost:1"}, 200), ({"host": "[::1]:8000", "origin": "http://localhost:3000"}, 200),
+    ],
+)  # fmt: skip
+def test_without_keys_no_page_of_elsewhere_may_ask(world: World, headers: dict[str, str], status: int) -> None:
+    """A browser sends such requests without asking: to 127.0.0.1 from any page, or to a name that has come to lead there."""
+    assert world.ask(headers=headers).status_code == status
+    assert world.client.get("/v1/models", headers=headers).status_code == status
+    key = create(State(world.gateway.fleet.state.path), models=["m"])
+    time.sleep(0.15)
+    assert world.ask(headers={**headers, **bearer(key)}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("messages", "said"),
+    [
+        (
+            [{"role": "king", "content": "hi"}],
+            "the role of turn 0 is 'king', expected one of system, developer, user, assistant, tool",
+        ),
+        ([{"role": "user", "content": None}], "the content of turn 0 is None, expected a text or a list of parts"),
+        ([{"role": "user", "content": "a"}, {"content": "b"}], "the role of turn 1 is None"),
+    ],
+)
+def test_turns_are_somebodys_and_say_something(world: World, messages: list[dict[str, Any]], said: str) -> None:
+    reply = world.client.post("/v1/chat/completions", json={"model": "m", "messages": messages})
+    assert (reply.status_code, said in reply.json()["error"]["message"]) == (400, True), reply.text
+    assert world.stand_in.got == []
+
+
+def test_both_engines_hear_of_developers_as_systems_and_of_tools_only_where_templates_show_them(world: World) -> None:
+    body = {"model": "m", "messages": [{"role": "developer", "content": "x"}, {"role": "user", "content": "y"}]}
+    assert world.client.post("/v1/chat/completions", json=body).status_code == 200
+    assert [turn["role"] for turn in world.stand_in.got[0]["messages"]] == ["system", "user"]
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    assert world.client.post("/v1/chat/completions", json={**body, "tools": tools}).status_code == 200
+    next(iter(world.gateway.fleet.versions.values())).tools = False
+    reply = world.client.post("/v1/chat/completions", json={**body, "tools": tools})
+    assert (reply.status_code, "the chat template of m does not show them" in reply.json()["error"]["message"]) == (400, True)
+    assert world.client.post("/v1/chat/completions", json={**body, "tools": tools, "tool_choice": "none"}).status_code == 200
 
 
 def test_once_there_is_a_key_nobody_without_one_is_answered(world: World) -> None:
@@ -430,6 +475,9 @@ def test_keys_from_a_file_are_good_beside_those_of_the_state_and_an_empty_file_l
             Keyring(State(None), file)
     with pytest.raises(ServeError, match="No such file"):
         Keyring(State(None), tmp_path / "none")
+    with pytest.raises(ServeError, match="'demo\\*' is no name of a model; '\\*' by itself stands for all"):
+        create(file, models=["demo*"])
+    assert file.stat().st_mode & 0o777 == 0o600
 
 
 def test_a_key_has_so_many_requests_and_tokens_a_minute(world: World) -> None:

@@ -27,13 +27,13 @@ def _has_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_calls_of_tools_are_read_by_the_mark_in_the_chat_template_where_there_is_one(tmp_path: Path) -> None:
     there = Bundle(tmp_path, bundle().manifest)
-    assert vllm.tool_parser(there) is None
+    assert engines.tool_parser(there) is None
     (tmp_path / "tokenizer_config.json").write_text("{}")
-    assert vllm.tool_parser(there) is None
+    assert engines.tool_parser(there) is None
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ messages }} [TOOL_CALLS]"}))
-    assert vllm.tool_parser(there) == "mistral"
+    assert engines.tool_parser(there) == "mistral"
     (tmp_path / "chat_template.jinja").write_text("<tool_call>")
-    assert vllm.tool_parser(there) == "hermes"
+    assert engines.tool_parser(there) == "hermes"
 
 
 @pytest.mark.parametrize("name", ["vllm", "transformers"])

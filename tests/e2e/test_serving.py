@@ -327,7 +327,7 @@ def test_an_engine_that_does_not_stay_up_is_given_up_and_said(out: Path, tmp_pat
         patch.setattr(vllm, "launch", lambda *arguments, **options: dying)
         asyncio.run(engine.watch())
     assert engine.failure == said[-1]
-    assert "gave up after 2 starts" in said[-1]
+    assert "gave up after it could not be started 2 times" in said[-1]
     assert "ValueError: no such luck" in said[-1]
 
 

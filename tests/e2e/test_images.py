@@ -127,8 +127,8 @@ def built(target: str) -> Any:
     @pytest.fixture(scope="module")
     def fixture(base: str, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Image]:
         image = Image(target, base, tmp_path_factory.mktemp("build"))
-        terminal = request.config.get_terminal_writer()
-        terminal.line(f"\n{target}: {image.bytes / 1e9:.2f} GB unpacked")
+        with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+            sys.stdout.write(f"\n{target}: {image.bytes / 1e9:.2f} GB unpacked\n")
         yield image
         image.remove()
 
@@ -297,8 +297,9 @@ def test_what_kubernetes_is_told_to_start_answers_by_a_key_of_which_it_has_the_h
         (serve.path / name).mkdir()
         mounts[f"/{name}"] = tmp_path / name
         (tmp_path / name).mkdir()
-    subprocess.run(["chown", f"{USER}:{USER}", str(tmp_path / "state")], check=True)
     key = tuner("keys", "create", "--models", "*", "--file", tmp_path / "keys" / "keys.jsonl").stdout.strip()
+    # Kubernetes gives what is mounted to the pod's group.
+    subprocess.run(["chown", "-R", f"{USER}:{USER}", str(tmp_path / "state"), str(tmp_path / "keys")], check=True)
     port = free_port()
     arguments = [each.replace("/runs/demo/", "/runs/quick/") for each in told["args"]]
     environment = {each["name"]: each["value"] for each in told["env"]}

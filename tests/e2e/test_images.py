@@ -73,7 +73,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> str:
         "--include=ca-certificates",
         "bookworm",
         str(folder),
-        "http://deb.debian.org/debian",
     ]
     done = subprocess.run(line, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-2000:]

@@ -103,7 +103,7 @@ def prepare(arguments: list[str], state: Path) -> str | None:
         if target.suffix not in (".yaml", ".yml", ".jsonl") and not (target / MANIFEST).is_file():
             return f"{target}: there is no bundle; a recipe makes one, such as `docker compose run --rm train recipes/demo.yaml`"
     TOLD.write_text(str(state))
-    if _option(arguments, "--keys") or os.environ.get("TUNER_KEYS"):
+    if _option(arguments, "--keys"):
         return None
     try:
         opened = State(state / "state.sqlite")

@@ -4,10 +4,9 @@ The same bundle is the same version wherever it lies.
 """
 
 import hashlib
-import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from serve import engines
@@ -39,7 +38,6 @@ class Version:
     """Its chat template shows them, and its answers can be read for calls."""
     active: int = 0
     """Requests under way."""
-    created: float = field(default_factory=time.time)
 
     @property
     def head(self) -> str:

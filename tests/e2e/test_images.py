@@ -142,9 +142,9 @@ class Container:
 
     def __init__(
         self, image: Image, mounts: dict[str, Path], *arguments: Any, offline: bool = False, shm: str = "1g", files: int | None = None,
-        who: int = USER, environment: dict[str, str] | None = None, read_only: str = "",
+        who: int = USER, read_only: str = "",
     ) -> None:  # fmt: skip
-        inside = [*image.config["Env"], *(f"{key}={value}" for key, value in (environment or {}).items())]
+        inside = image.config["Env"]
         settings = {
             "IMAGE": str(image.path), "MOUNTS": " ".join(f"{folder}:{place}" for place, folder in mounts.items()), "SHM": shm,
             "FILES": str(files or ""), "WHO": str(who), "OFFLINE": "yes" if offline else "", "READ_ONLY": read_only,
@@ -301,9 +301,8 @@ def test_what_kubernetes_is_told_to_start_answers_by_a_key_of_which_it_has_the_h
     subprocess.run(["chown", "-R", f"{USER}:{USER}", str(tmp_path / "state"), str(tmp_path / "keys")], check=True)
     port = free_port()
     arguments = [each.replace("/runs/demo/", "/runs/quick/") for each in told["args"]]
-    environment = {each["name"]: each["value"] for each in told["env"]}
     container = Container(
-        serve, mounts, *arguments, "--port", port, environment=environment, read_only="/runs /keys"
+        serve, mounts, *arguments, "--port", port, read_only="/runs /keys"
     )  # fmt: skip
     try:
         container.wait_for("serving quick-quantize at")

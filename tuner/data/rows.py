@@ -74,9 +74,13 @@ def composed(text: str) -> str:
     return text if text.isascii() else UNSEEN.sub("", unicodedata.normalize("NFKC", text))
 
 
+def _asking(record: dict[str, Any]) -> Any:
+    return record.get("messages", record.get("prompt", record.get("anchor")))
+
+
 def opening(record: dict[str, Any]) -> str:
     """What is asked first; nothing for rows of other kinds."""
-    turns = record.get("messages", record.get("prompt", record.get("anchor")))
+    turns = _asking(record)
     if isinstance(turns, list):
         turns = next((turn for turn in turns if isinstance(turn, dict) and turn.get("role") == "user"), None)
     return "\n".join(_inside(turns, system=False))
@@ -84,7 +88,7 @@ def opening(record: dict[str, Any]) -> str:
 
 def question(record: dict[str, Any]) -> str:
     """What stands before the last answer; nothing for rows of other kinds."""
-    turns = record.get("messages", record.get("prompt", record.get("anchor")))
+    turns = _asking(record)
     if isinstance(turns, list) and not {"chosen", "completion"} & set(record):
         turns = turns[:-1]
     return "\n".join(_inside(turns, system=False))

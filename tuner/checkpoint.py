@@ -191,7 +191,7 @@ def _open(bundle: Bundle, head: str, options: dict[str, Any], storage: str, *, n
     import torch
     import transformers
 
-    from tuner import scan
+    from tuner import attention, scan
 
     module = kinds.load("heads", head)
     opener = getattr(transformers, module.AUTO)
@@ -217,6 +217,7 @@ def _open(bundle: Bundle, head: str, options: dict[str, Any], storage: str, *, n
     if adjust := getattr(module, "opened", None):
         adjust(model)
     scan.use(model)
+    attention.use(model)
     if storage in ROUNDED:
         for parameter in model.parameters():
             if parameter.is_floating_point():

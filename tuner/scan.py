@@ -8,8 +8,7 @@ state_t = exp(delta_t A) state_(t-1) + delta_t B_t u_t,   out_t = C_t state_t, f
 
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -17,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu, softplus
 
-# Where the documents of a packed batch begin, (B, T); set while such a batch is computed.
-_starts: Tensor | None = None
+from tuner.documents import now
+
 # The decay of one row is held for this many numbers at a time, 64 MB in float32.
 MOST_NUMBERS = 2**24
 
@@ -50,20 +49,10 @@ def paths(model: Any, kernels: frozenset[str]) -> list[str]:
     return [f"recurrent layers: fused kernels where transformers finds them ({said}), else torch, many times slower"]
 
 
-@contextmanager
-def documents(starts_BT: Tensor | None) -> Iterator[None]:
-    """A block in which state and convolution begin anew wherever `starts_BT` is true."""
-    global _starts
-    before, _starts = _starts, starts_BT
-    try:
-        yield
-    finally:
-        _starts = before
-
-
-def computed_again() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """For torch.utils.checkpoint's `context_fn`: the second computation of a block of layers has the documents of the first."""
-    return nullcontext(), documents(_starts)
+def _starts() -> Tensor | None:
+    """Where the documents of a packed batch begin, (B, T)."""
+    packed = now()
+    return None if packed is None else packed.starts_BT
 
 
 def selective_scan(
@@ -195,7 +184,7 @@ def _on_a_cpu(theirs: Callable[..., Any]) -> Callable[..., Any]:
         delta = dt.to(dtype) if delta_bias is None else dt.to(dtype) + delta_bias.to(dtype)[:, None]
         delta = softplus(delta) if delta_softplus else delta
         u = hidden_states.to(dtype)
-        out = selective_scan(u, delta, A.to(dtype), B.to(dtype).transpose(1, 2), C.to(dtype).transpose(1, 2), _starts)
+        out = selective_scan(u, delta, A.to(dtype), B.to(dtype).transpose(1, 2), C.to(dtype).transpose(1, 2), _starts())
         out = out if D is None else out + u * D.to(dtype)[:, None]
         out = out if z is None else out * silu(z.to(dtype))
         return out.to(hidden_states.dtype)
@@ -210,11 +199,12 @@ def _within_documents(theirs: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def convolve(
         hidden_states: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None, **rest: Any
     ) -> Tensor:
-        if _starts is None:
+        starts_BT = _starts()
+        if starts_BT is None:
             return theirs(hidden_states, weight, bias, activation, **rest)
         from transformers.activations import ACT2FN
 
-        number_BT = _starts.cumsum(-1)
+        number_BT = starts_BT.cumsum(-1)
         reach, length = weight.shape[-1], hidden_states.shape[-1]
         out = hidden_states * weight[:, -1, None]
         for back in range(1, min(reach, length)):

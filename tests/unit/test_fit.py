@@ -214,9 +214,10 @@ def test_gradient_checkpointing_changes_nothing(tiny_model: Path, tokenizer: Any
         nonlocal recomputed
         recomputed += 1
 
+    objectives = NextTokenLoss(plain, 0), NextTokenLoss(spared, 0)
     spared.get_base_model().model.layers[1].mlp.register_forward_pre_hook(count)
-    for name, model in (("a", plain), ("b", spared)):
-        fit(NextTokenLoss(model, 0), rows, SCHEDULE, layers=lora.layers(model), work=tmp_path / name)
+    for name, model, objective in zip("ab", (plain, spared), objectives, strict=True):
+        fit(objective, rows, SCHEDULE, layers=lora.layers(model), work=tmp_path / name)
     # Six steps of two micro-batches, one of four rows in the last of an epoch: twice each.
     assert recomputed == 2 * (2 * 6 - 2)
     for name, tensor in trained(spared).items():

@@ -41,7 +41,6 @@ FAMILY = Family(
             attention=frozenset({"q_proj", "k_proj", "v_proj", "out_proj"}),
             live_adapter=True,
             lacks=frozenset({"token"}),
-            not_packed="transformers makes its attention mask without looking at where documents begin",
         ),
         "gpt_neox": Architecture(
             linears=frozenset({"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}),

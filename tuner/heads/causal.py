@@ -4,16 +4,17 @@ Shapes: B batch, T tokens, D hidden, V vocabulary, N supervised positions.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tuner import likelihood
 from tuner.data.example import IGNORE, Example, Packed, Tagged
+from tuner.documents import Documents, documents
 from tuner.objective import Objective
 from tuner.progress import track
-from tuner.scan import documents
 
 AUTO = "AutoModelForCausalLM"
 # A step of generation costs hardly more for four times the rows: its time goes into reading the weights.
@@ -56,6 +57,10 @@ class NextTokenLoss(Objective):
     Documents that share a row read themselves alone.
     """
 
+    def __init__(self, model: Any, pad_id: int) -> None:
+        super().__init__(model, pad_id)
+        self._layer = (likelihood.plain_output(model),)  # a tuple, or it would be registered as one more module
+
     def collate(self, examples: Sequence[Example | Packed], device: str | torch.device = "cpu") -> dict[str, Tensor]:
         """The batch that `forward` takes: of examples, or of packed rows."""
         packed = [each for each in examples if isinstance(each, Packed)]
@@ -65,23 +70,35 @@ class NextTokenLoss(Objective):
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         """A scalar."""
-        log_likelihood_N, _ = supervised_log_likelihood(self.model, batch)
-        return -log_likelihood_N.sum()
+        (layer,) = self._layer
+        if layer is None:
+            log_likelihood_N, _ = supervised_log_likelihood(self.model, batch)
+            return -log_likelihood_N.sum()
+        with likelihood.hidden_instead(layer):
+            hidden_ND, targets_N = _supervised(self.model, batch)
+        return likelihood.loss_sum(hidden_ND, layer, targets_N)
 
 
 def supervised_log_likelihood(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """(log-likelihood (N,) of each supervised token, logits (N, V) it was computed from), in float32, row by row."""
+    logits_NV, targets_N = _supervised(model, batch)
+    logits_NV = logits_NV.float()
+    return -nn.functional.cross_entropy(logits_NV, targets_N, reduction="none"), logits_NV
+
+
+def _supervised(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """(what the model gives (N, ...) where the next token is supervised, that token (N,)), row by row."""
     labels_BT = batch["labels"][:, 1:]
     keep_BT = labels_BT != IGNORE
     # Columns that no row of the batch supervises need no logits; transformers' own `logits_to_keep` leaves them out, and
     # keeps whatever else the architecture does to its logits (scaling, soft caps).
     columns = keep_BT.any(dim=0).nonzero().squeeze(-1)
-    given = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
-    with documents(batch["position_ids"] == 0) if "position_ids" in batch else nullcontext():
+    # A causal model reads nothing of the padding behind a row, so it needs no mask, without which attention is faster.
+    given = {name: batch[name] for name in ("input_ids", "position_ids") if name in batch}
+    with documents(Documents(batch["position_ids"] == 0) if "position_ids" in batch else None):
         output = model(**given, logits_to_keep=columns, use_cache=False)
-    logits_NV = output.logits[keep_BT[:, columns]].float()
-    targets_N = labels_BT[:, columns][keep_BT[:, columns]]
-    return -nn.functional.cross_entropy(logits_NV, targets_N, reduction="none"), logits_NV
+    kept = keep_BT[:, columns]
+    return output.logits[kept], labels_BT[:, columns][kept]
 
 
 def record(model: Any, tokenizer: Any, questions: list[dict[str, Any]], answer_tokens: int) -> list[dict[str, Any]]:

@@ -69,6 +69,8 @@ def prepare(
     """
     from peft import LoraConfig, get_peft_model
 
+    from tuner import fused
+
     names = targets(model, options.targets, family, architecture)
     known = block_linears(model, architecture.linears | set(architecture.left_out))
     last = {name.rsplit(".", 1)[-1] for name in names}
@@ -93,6 +95,7 @@ def prepare(
     reached = len(layers(adapted)) - len(fresh)
     if reached != len(names):
         raise RecipeError(f"the adapter was meant for {len(names)} linears and reached {reached}")
+    fused.use(adapted)
     rows = f", and the embeddings of {len(new_tokens)} new tokens" if new_tokens else ""
     say(f"adapter: {reached} of {len(known)} linears{rows}")
     return adapted
@@ -165,11 +168,15 @@ def reopen(bundle: Bundle) -> Any:
     """The adapter from its files, on the base kept and computed as it was in training."""
     from peft import PeftModel
 
+    from tuner import fused
+
     model, fresh = open_base(
         bundle.base(), str(bundle.manifest.head), storage=bundle.manifest.serving["storage"], **head_options(bundle)
     )
     _in_float32(model, fresh)
-    return PeftModel.from_pretrained(model, bundle.path.resolve()).eval()
+    model = PeftModel.from_pretrained(model, bundle.path.resolve()).eval()
+    fused.use(model)
+    return model
 
 
 def _in_float32(model: Any, fresh: list[str]) -> None:

@@ -238,6 +238,7 @@ def _model(job: Job, tokenizer: Any) -> tuple[Any, dict[str, Any]]:
     """The base as the method trains it, and what whoever opens the result has to know of its head."""
     from tuner import scan
     from tuner.checkpoint import device, open_base
+    from tuner.documents import computed_again
     from tuner.progress import say
 
     options, base = job.options, job.parent
@@ -265,7 +266,7 @@ def _model(job: Job, tokenizer: Any) -> tuple[Any, dict[str, Any]]:
         if not model.supports_gradient_checkpointing:
             message = f"transformers has no gradient checkpointing for {base.manifest.model_type}"
             raise job.recipe.error(message, "stages", job.index, "tune", "gradient_checkpointing")
-        model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": scan.computed_again})
+        model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": computed_again})
     try:
         new_tokens = range(*base.manifest.serving.get("new_tokens", (0, 0)))
         return method.prepare(model, options.method, family, architecture, fresh, new_tokens), head

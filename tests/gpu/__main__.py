@@ -1,0 +1,292 @@
+"""`python -m tests.gpu` checks and measures training on one GPU, beside TRL in the same process; prints a table in Markdown.
+
+Checked: a recipe run on the GPU and on the CPU ends at the same held-out loss, with float32, bfloat16 and 4-bit weights.
+Measured: LoRA and QLoRA of a Llama of 1.2 billion random weights on rows of 2,048 tokens. `--toy` does the same at a size for a CPU.
+"""
+
+import argparse
+import gc
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tuner import kinds
+from tuner.bundle import Bundle
+from tuner.checkpoint import device, open_base
+from tuner.data.example import Example, Packed
+from tuner.families import family_of
+from tuner.fit import Schedule, fit
+from tuner.source import base_bundle, find
+
+# Losses of ten steps of the small case, on the GPU and on the CPU (nats): sums in another order, in float32 and in the 8 bits of bfloat16.
+SAME = {"fp32": 2.0e-3, "bf16": 2.0e-2, "nf4": 5.0e-2}
+
+
+@dataclass(frozen=True)
+class Size:
+    """What is measured: the shape of a Llama, rows a step, tokens a row, tokens of a packed document, steps."""
+
+    config: dict[str, Any]
+    rows: int
+    length: int
+    document: int
+    steps: int
+    matrix: int
+
+
+LARGE = Size(
+    {
+        "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 128_256, "max_position_embeddings": 8192, "tie_word_embeddings": True,
+    },
+    rows=4, length=2048, document=256, steps=10, matrix=8192,
+)  # fmt: skip
+TUNE = {"task": {"kind": "sft", "max_tokens": 64}, "steps": 10, "learning_rate": 1.0e-2}
+TOY = Size(
+    {
+        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": 512, "max_position_embeddings": 256, "tie_word_embeddings": True,
+    },
+    rows=2, length=64, document=16, steps=2, matrix=256,
+)  # fmt: skip
+
+
+def matrix_rate(size: int) -> float:
+    """Operations a second of a bfloat16 product of square matrices, the median of ten."""
+    left, right = (torch.randn(size, size, dtype=torch.bfloat16, device=device()) for _ in range(2))
+    took = []
+    for _ in range(13):
+        wait()
+        start = time.perf_counter()
+        _ = left @ right
+        wait()
+        took.append(time.perf_counter() - start)
+    return 2 * size**3 / sorted(took[3:])[5]
+
+
+def wait() -> None:
+    """Until what the GPU was given is done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def checkpoint(size: Size, folder: Path) -> Bundle:
+    """A Llama of this shape with random weights, and a tokenizer that nothing here reads."""
+    from tokenizers import Tokenizer, models
+    from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+
+    torch.manual_seed(0)
+    with torch.device(device()):
+        model = AutoModelForCausalLM.from_config(LlamaConfig(**size.config), dtype=torch.bfloat16)
+    model.save_pretrained(folder / "model")
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1}, unk_token="<unk>"))
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="</s>").save_pretrained(folder / "model")
+    return base_bundle(find(str(folder / "model")), folder)
+
+
+def ids(size: Size, seed: int, length: int) -> list[int]:
+    draw = random.Random(seed)
+    return [draw.randrange(2, size.config["vocab_size"]) for _ in range(length)]
+
+
+def ours(
+    size: Size, base: Bundle, folder: Path, storage: str, *, packed: bool = False, again: bool = False, compiled: bool = False
+) -> tuple[float, float]:
+    """(tokens/s, peak bytes) of our loop."""
+    lora, task = kinds.load("methods", "lora"), kinds.load("tasks", "pretrain")
+    family, architecture = family_of("llama")
+    model, fresh = open_base(base, "causal", {}, storage)
+    if again:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model = lora.prepare(model, lora.Options(rank=16, storage=storage), family, architecture, fresh)
+    for block in model.modules() if compiled else []:
+        if type(block).__name__.endswith("DecoderLayer"):
+            block.compile()
+    count = size.rows * size.steps
+    if packed:
+        number = size.length // size.document
+        documents = [[ids(size, 1000 * row + at, size.document) for at in range(number)] for row in range(count)]
+        rows: list[Any] = [Packed([Example(each, each) for each in row]) for row in documents]
+    else:
+        rows = [Example(each, each) for each in (ids(size, seed, size.length) for seed in range(count))]
+    objective = task.objective(model, _Pad, task.Options())
+    told: dict[str, Any] = {
+        "batch_size": size.rows, "micro_batch_size": size.rows, "learning_rate": 1e-4, "warmup_fraction": 0.0, "decay": "constant",
+        "weight_decay": 0.0, "max_grad_norm": 1.0, "checkpoint_every_steps": 10_000, "seed": 0,
+    }  # fmt: skip
+    for steps, place in ((2, "warm"), (size.steps, "run")):
+        fresh_peak()
+        work = folder / f"{storage}-{packed}-{again}-{compiled}-{place}"
+        measured = fit(objective, rows, Schedule(steps=steps, **told), layers=lora.layers(model), work=work)
+    return measured["tokens_per_s"], peak()
+
+
+class _Pad:
+    pad_token_id = 1
+
+
+def trl(size: Size, base: Bundle, folder: Path, storage: str, *, again: bool = False) -> tuple[float, float]:
+    """(tokens/s, peak bytes) of TRL's trainer with the same model, rows and adapter."""
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    options: dict[str, Any] = {}
+    if storage == "nf4":
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16
+        )
+    model = AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.bfloat16, device_map={"": device()}, **options)
+    data = Dataset.from_list([{"input_ids": ids(size, seed, size.length)} for seed in range(size.rows * (size.steps + 2))])
+    clock: list[float] = []
+
+    class Clock(TrainerCallback):  # type: ignore[misc]
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            wait()
+            if len(clock) == 2:
+                fresh_peak()
+            clock.append(time.perf_counter())
+
+    config = SFTConfig(
+        output_dir=str(folder / "trl"), per_device_train_batch_size=size.rows, max_steps=size.steps + 2, learning_rate=1e-4,
+        bf16=torch.cuda.is_available(), use_cpu=not torch.cuda.is_available(), max_length=size.length, gradient_checkpointing=again,
+        logging_strategy="no", save_strategy="no", report_to="none", disable_tqdm=True, lr_scheduler_type="constant",
+    )  # fmt: skip
+    tokenizer = AutoTokenizer.from_pretrained(base.path)
+    tokenizer.pad_token = tokenizer.eos_token
+    adapter = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    trainer = SFTTrainer(
+        model=model, args=config, train_dataset=data, processing_class=tokenizer, peft_config=adapter, callbacks=[Clock()]
+    )
+    trainer.train()
+    wait()
+    clock.append(time.perf_counter())
+    return size.rows * size.length * size.steps / (clock[-1] - clock[2]), peak()
+
+
+def fresh_peak() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak() -> float:
+    """Bytes of the GPU that were held at a time; nothing is known of a CPU here, where both share one process."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else float("nan")
+
+
+def work_of_a_token(size: Size) -> float:
+    """Operations of LoRA's forward and backward pass through frozen weights: two products each, output layer included."""
+    shape = size.config
+    hidden, inner, width = shape["hidden_size"], shape["intermediate_size"], shape["hidden_size"] // shape["num_attention_heads"]
+    block = hidden * (2 * hidden + 2 * width * shape["num_key_value_heads"]) + 3 * hidden * inner
+    return 4.0 * (shape["num_hidden_layers"] * block + hidden * shape["vocab_size"])
+
+
+def same_losses(folder: Path) -> list[tuple[str, float, float]]:
+    """(storage, held-out loss on this device, on the CPU) of a recipe that `tuner run` ran on both."""
+    draw = random.Random(0)
+    sums = [(draw.randrange(100), draw.randrange(100)) for _ in range(600)]
+    lines = [json.dumps({"prompt": f"{a} + {b} = ", "completion": str(a + b)}) for a, b in sums]
+    (folder / "train.jsonl").write_text("\n".join(lines[:500]))
+    (folder / "heldout.jsonl").write_text("\n".join(lines[500:]))
+    found = []
+    for storage in SAME:
+        losses = []
+        for place, hidden in (("here", None), ("cpu", "")):
+            out = folder / f"{storage}-{place}"
+            recipe = {
+                "data": {"train": "train.jsonl", "heldout": "heldout.jsonl", "on_bad_row": "skip"},
+                "stages": [
+                    {"tokenizer": {"vocab_size": 300}},
+                    {"init": {"config": {"model_type": "llama", **TOY.config, "vocab_size": 300}}},
+                    {"tune": TUNE | {"method": {"kind": "lora", "storage": storage}}},
+                ],
+                "evaluate": {"rows": 1},
+            }
+            del recipe["stages"][1]["init"]["config"]["vocab_size"]  # type: ignore[index]
+            (folder / "recipe.yaml").write_text(json.dumps(recipe))
+            environment = {**os.environ, **({} if hidden is None else {"CUDA_VISIBLE_DEVICES": hidden})}
+            command = [
+                sys.executable,
+                "-c",
+                "from tuner.cli import main; main()",
+                "run",
+                str(folder / "recipe.yaml"),
+                "--out",
+                str(out),
+            ]
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise SystemExit(f"{storage} on {place}: {done.stderr[-3000:]}")
+            losses.append(json.loads((out / "tune/bundle.json").read_text())["metrics"]["heldout_loss"])
+        found.append((storage, *losses))
+    return found
+
+
+def main(arguments: list[str]) -> int:
+    """Check, measure, print; 1 where the GPU does not learn what the CPU does."""
+    parser = argparse.ArgumentParser(prog="python -m tests.gpu")
+    parser.add_argument("--toy", action="store_true")
+    parser.add_argument("--only", default="")
+    told = parser.parse_args(arguments)
+    size = TOY if told.toy else LARGE
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "a CPU"
+    import peft
+    import transformers
+
+    print(f"{name}; torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}\n")
+    failed = 0
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        if told.only in ("", "losses"):
+            print("| weights | held-out loss here | on the CPU | apart, allowed |\n|---|---|---|---|")
+            for storage, here, there in same_losses(folder):
+                failed += abs(here - there) > SAME[storage]
+                print(f"| {storage} | {here:.5f} | {there:.5f} | {abs(here - there):.5f}, {SAME[storage]} |", flush=True)
+        if told.only in ("", "speed"):
+            speed(size, folder)
+    return int(failed > 0)
+
+
+def speed(size: Size, folder: Path) -> None:
+    """Print the table of tokens/s and memory."""
+    rate = matrix_rate(size.matrix)
+    print(f"\nbfloat16 products of {size.matrix} x {size.matrix}: {rate / 1e12:.0f} TFLOP/s")
+    base = checkpoint(size, folder)
+    print(f"{size.rows} rows of {size.length} tokens a step, {size.steps} steps after 2 that do not count\n")
+    print("| job | tokens/s | of the products' rate | peak memory, GB |\n|---|---|---|---|")
+    jobs: list[tuple[str, Callable[[], tuple[float, float]]]] = []
+    for storage, kind in (("bf16", "LoRA"), ("nf4", "QLoRA")):
+        jobs += [
+            (f"{kind}, Tuner", lambda storage=storage: ours(size, base, folder, storage)),
+            (f"{kind}, TRL", lambda storage=storage: trl(size, base, folder, storage)),
+            (f"{kind}, Tuner, gradient checkpointing", lambda storage=storage: ours(size, base, folder, storage, again=True)),
+            (f"{kind}, TRL, gradient checkpointing", lambda storage=storage: trl(size, base, folder, storage, again=True)),
+        ]
+    jobs.append(("LoRA, Tuner, torch.compile", lambda: ours(size, base, folder, "bf16", compiled=True)))
+    jobs.append((f"LoRA, Tuner, packed documents of {size.document}", lambda: ours(size, base, folder, "bf16", packed=True)))
+    for title, job in jobs:
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        try:
+            tokens, held = job()
+        except torch.OutOfMemoryError:
+            print(f"| {title} | out of memory | | |", flush=True)
+            continue
+        print(f"| {title} | {tokens:,.0f} | {tokens * work_of_a_token(size) / rate:.1%} | {held / 1e9:.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

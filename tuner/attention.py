@@ -1,0 +1,176 @@
+"""Attention in training: on a CPU by matrix products, on a GPU by the kernel for rows of several documents.
+
+torch's own kernel for a CPU reaches a tenth of what the processor's matrix products do in bfloat16. Here the scores of a few
+queries at a time are one product, and what is kept for the backward pass is only what went in.
+
+Shapes: B batch, H heads, K heads of keys and values, G = H / K, T tokens, D channels of a head.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tuner.documents import Documents, now
+
+NAME = "tuner"
+# Scores (B x H x queries x keys) that are held at a time; they stay in the processor's cache.
+MOST_SCORES = 2**19
+# What transformers passes to some models' attention and only other kernels understand.
+OTHERS = ("position_bias", "s_aux", "softcap")
+
+
+def use(model: Any) -> None:
+    """Let the model attend with this module where it would call torch's `scaled_dot_product_attention`."""
+    if model.config._attn_implementation != "sdpa" or not model._can_set_attn_implementation():
+        return
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface
+
+    AttentionInterface.register(NAME, attend)
+    AttentionMaskInterface.register(NAME, _mask)
+    model.set_attn_implementation(NAME)
+
+
+def _mask(*given: Any, local_size: int | None = None, **rest: Any) -> Tensor | None:
+    """What transformers makes for sdpa: None or (B, 1, T, T), true where a key is read; None where documents say it all."""
+    from transformers.masking_utils import sdpa_mask
+
+    if now() is not None and local_size is None and rest.get("q_length") == rest.get("kv_length"):
+        return None
+    mask: Tensor | None = sdpa_mask(*given, local_size=local_size, **rest)
+    return mask
+
+
+def attend(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **rest: Any,
+) -> tuple[Tensor, None]:
+    """transformers' interface: query (B, H, T, D), key and value (B, K, T, D) to (B, T, H, D)."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    packed = now() if attention_mask is None else None
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    short = query.dtype in (torch.bfloat16, torch.float16)
+    whole = query.shape[2:] == key.shape[2:] and key.shape == value.shape  # no answers that grow token by token
+    if whole and not dropout and all(rest.get(name) is None for name in OTHERS):
+        if query.device.type == "cpu" and (short or packed):
+            return _by_products(query, key, value, attention_mask, scale, causal, packed), None
+        if query.device.type == "cuda" and short and packed and causal:
+            return _by_varlen(query, key, value, scale, packed), None
+    if packed is not None:
+        attention_mask = packed.mask
+    given = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **rest}
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **given)  # type: ignore[no-any-return]
+
+
+def _by_varlen(query: Tensor, key: Tensor, value: Tensor, scale: float, packed: Documents) -> Tensor:
+    """FlashAttention over documents that lie behind each other (Dao 2023, arXiv:2307.08691)."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    rows, _, length, _ = query.shape
+    group = query.shape[1] // key.shape[1]
+    key, value = (each if group == 1 else each.repeat_interleave(group, 1) for each in (key, value))
+    query, key, value = (each.transpose(1, 2).flatten(0, 1) for each in (query, key, value))
+    bounds, most = packed.bounds, max(packed.lengths)
+    found: Any = varlen_attn(query, key, value, bounds, bounds, most, most, scale=scale, window_size=(-1, 0))
+    return found.unflatten(0, (rows, length))  # type: ignore[no-any-return]
+
+
+def _by_products(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, causal: bool, packed: Documents | None
+) -> Tensor:
+    rows, heads, length, width = query.shape
+    if packed is None:
+        return _grouped(query, key, value, mask, scale, causal=causal and mask is None)
+    # Documents behind each other in one row of all tokens, each attended to by itself.
+    flat = [each.transpose(0, 1).reshape(1, each.shape[1], rows * length, width) for each in (query, key, value)]
+    parts = (torch.split(each, packed.lengths, dim=2) for each in flat)
+    found = [_grouped(q, k, v, None, scale, causal=True) for q, k, v in zip(*parts, strict=True)]
+    return torch.cat(found, dim=1).view(rows, length, heads, width)
+
+
+def _grouped(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, *, causal: bool) -> Tensor:
+    """(B, T, H, D): the G queries that share a head of keys lie in one product with it."""
+    rows, heads, length, width = query.shape
+    groups = key.shape[1]
+    query = query.reshape(rows * groups, heads // groups, length, width)
+    key, value = (each.reshape(rows * groups, length, width) for each in (key, value))
+    bias = None
+    if mask is not None:
+        # One for all heads, or for each; rows that may read nothing read everything, and nothing is learned of them.
+        kept = mask if mask.dtype != torch.bool else torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, LEAST)
+        bias = kept.to(query.dtype).expand(rows, heads if kept.shape[1] > 1 else groups, length, length)
+        bias = bias.reshape(rows * groups, -1, length, length)
+    apply: Any = _Attention.apply
+    found: Tensor = apply(query, key, value, bias, scale, causal)
+    return found.view(rows, heads, length, width).transpose(1, 2)
+
+
+# Low enough for a softmax of zero, and no infinity: a row of them alone would have no softmax.
+LEAST = -1.0e4
+
+
+class _Attention(torch.autograd.Function):
+    """query (N, G, T, D), key and value (N, T, D), bias None or (N, 1 or G, T, T); N counts rows times groups."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float, causal: bool) -> Tensor:
+        ctx.save_for_backward(query, key, value, bias)
+        ctx.scale, ctx.causal = scale, causal
+        out = torch.empty_like(query)
+        for rows, queries, end in _blocks(query, causal):
+            weights = _weights(query, key, bias, scale, causal, rows, queries, end)
+            out[rows, :, queries] = torch.bmm(weights, value[rows, :end]).view(out[rows, :, queries].shape)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        query, key, value, bias = ctx.saved_tensors
+        g_out = gradients[0]
+        g_query = torch.empty_like(query)
+        g_key, g_value = torch.zeros_like(key), torch.zeros_like(value)
+        for rows, queries, end in _blocks(query, ctx.causal):
+            weights = _weights(query, key, bias, ctx.scale, ctx.causal, rows, queries, end)
+            g = g_out[rows, :, queries].flatten(1, 2)
+            g_value[rows, :end] += torch.bmm(weights.transpose(1, 2), g)
+            g_weights = torch.bmm(g, value[rows, :end].transpose(1, 2))
+            g_scores = torch._softmax_backward_data(g_weights, weights, -1, weights.dtype).mul_(ctx.scale)
+            g_query[rows, :, queries] = torch.bmm(g_scores, key[rows, :end]).view(g_query[rows, :, queries].shape)
+            g_key[rows, :end] += torch.bmm(g_scores.transpose(1, 2), query[rows, :, queries].flatten(1, 2))
+        return g_query, g_key, g_value, None, None, None
+
+
+def _blocks(query: Tensor, causal: bool) -> list[tuple[slice, slice, int]]:
+    """(rows, queries, how many keys they read) for each product of at most about MOST_SCORES scores."""
+    number, group, length, _ = query.shape
+    queries = max(1, min(length, max(64, MOST_SCORES // (group * length))))
+    rows = max(1, MOST_SCORES // (group * queries * length))
+    return [
+        (slice(row, row + rows), slice(at, at + queries), min(at + queries, length) if causal else length)
+        for row in range(0, number, rows)
+        for at in range(0, length, queries)
+    ]
+
+
+def _weights(
+    query: Tensor, key: Tensor, bias: Tensor | None, scale: float, causal: bool, rows: slice, queries: slice, end: int
+) -> Tensor:
+    """softmax(scale q k + bias) of a block: (rows, G x queries, keys)."""
+    some = query[rows, :, queries]
+    number, group, count, _ = some.shape
+    scores = torch.bmm(some.flatten(1, 2), key[rows, :end].transpose(1, 2)).mul_(scale)
+    if causal:
+        later = scores.new_full((count, count), LEAST).triu_(1)
+        scores.view(number, group, count, end)[..., queries.start :].add_(later)
+    if bias is not None:
+        scores.view(number, group, count, end).add_(bias[rows, :, queries, :end])
+    return scores.softmax(-1)

@@ -1,0 +1,91 @@
+"""The next-token loss without the logits: the output layer runs on a few positions at a time, forward and backward at once.
+
+With a vocabulary of V tokens the logits of N positions and their gradient are 2 N V numbers, most of what training a small model
+would hold. The gradient of a sum of losses is known as soon as the logits are (softmax minus one-hot), so nothing of them is kept
+(as in Liger Kernel, arXiv:2410.10989, section 3.2).
+
+Shapes: N positions, D hidden, V vocabulary.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+# Logits that are held at a time, on a CPU and on a GPU: 16 MB, and half a gigabyte, in float32.
+MOST_LOGITS = {"cpu": 2**22, "cuda": 2**27}
+
+
+def plain_output(model: Any) -> nn.Linear | None:
+    """The model's output layer, where its logits are what this layer makes of the hidden states and nothing else; else None.
+
+    Some architectures scale or cap their logits. Rather than knowing which, three tokens are asked both ways.
+    """
+    layer = model.get_output_embeddings()
+    if type(layer) is not nn.Linear:
+        return None
+    ids = torch.arange(3, device=model.device)[None]
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        logits = model(input_ids=ids, use_cache=False).logits
+        with hidden_instead(layer):
+            hidden = model(input_ids=ids, use_cache=False).logits
+        same = hidden.shape[-1] == layer.in_features and torch.equal(layer(hidden.to(layer.weight.dtype)).to(logits.dtype), logits)
+    model.train(training)
+    return layer if same else None
+
+
+@contextmanager
+def hidden_instead(layer: nn.Linear) -> Iterator[None]:
+    """A block in which the model gives the hidden states before this layer in place of logits."""
+    layer.forward = lambda input: input  # type: ignore[method-assign]  # noqa: A006 - torch's name
+    try:
+        yield
+    finally:
+        del layer.forward
+
+
+def loss_sum(hidden_ND: Tensor, layer: nn.Linear, targets_N: Tensor) -> Tensor:
+    """The sum of the targets' negative log-likelihoods (nats), a scalar, in float32."""
+    apply: Any = _LossSum.apply
+    found: Tensor = apply(hidden_ND.to(layer.weight.dtype), layer.weight, layer.bias, targets_N)
+    return found
+
+
+class _LossSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_N: Tensor) -> Tensor:
+        wanted = ctx.needs_input_grad
+        g_hidden = torch.empty_like(hidden_ND) if wanted[0] else None
+        g_weight = torch.zeros_like(weight_VD, dtype=torch.float32) if wanted[1] else None
+        g_bias = torch.zeros_like(bias_V, dtype=torch.float32) if bias_V is not None and wanted[2] else None
+        total = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
+        count = max(1, MOST_LOGITS[hidden_ND.device.type] // len(weight_VD))
+        for at in range(0, len(targets_N), count):
+            hidden, targets = hidden_ND[at : at + count], targets_N[at : at + count, None]
+            logits = linear(hidden, weight_VD, bias_V).float()
+            log_sum = logits.logsumexp(-1, keepdim=True)
+            total += (log_sum - logits.gather(-1, targets)).sum()
+            if not any(wanted):
+                continue
+            slope = logits.sub_(log_sum).exp_()
+            slope.scatter_add_(-1, targets, slope.new_full(targets.shape, -1.0))
+            if g_bias is not None:
+                g_bias += slope.sum(0)
+            short = slope.to(hidden.dtype)
+            if g_hidden is not None:
+                torch.mm(short, weight_VD, out=g_hidden[at : at + count])
+            if g_weight is not None:
+                g_weight += short.t() @ hidden
+        ctx.save_for_backward(g_hidden, g_weight, g_bias)
+        ctx.types = (hidden_ND.dtype, weight_VD.dtype, None if bias_V is None else bias_V.dtype)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        found = zip(ctx.saved_tensors, ctx.types, strict=True)
+        return *(None if each is None else (each * gradients[0]).to(dtype) for each, dtype in found), None

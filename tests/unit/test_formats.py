@@ -598,6 +598,48 @@ def test_functions_in_two_folders_import_what_lies_beside_each(tmp_path: Path) -
         assert [row.record for row in formats.rows(part)] == [{"text": name}]
 
 
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import helper\ndef rows():\n    for _ in range(3):\n        yield {'text': helper.WHO}\n",
+        "def rows():\n    for _ in range(3):\n        from helper import WHO\n        yield {'text': WHO}\n",
+        "def rows():\n    for _ in range(3):\n        from space.inner import WHO\n        yield {'text': WHO}\n",
+    ],
+)
+def test_functions_that_are_read_by_turns_keep_their_own_helpers(tmp_path: Path, code: str) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name / "space").mkdir(parents=True)
+        (tmp_path / name / "helper.py").write_text(f"WHO = {name!r}\n")
+        (tmp_path / name / "space" / "inner.py").write_text(f"WHO = {name!r}\n")
+        (tmp_path / name / "my.py").write_text(code)
+    readers = [formats.rows(parts(Source(function=f"{tmp_path}/{name}/my.py:rows"))[0][0]) for name in ("a", "b")]
+    assert [[row.record["text"] for row in turn if not isinstance(row, DataError)] for turn in zip(*readers, strict=True)] == [
+        ["a", "b"]
+    ] * 3
+
+
+@pytest.mark.parametrize(
+    ("raised", "said"),
+    [
+        ("class Panic(BaseException): pass\n    raise Panic('gone')", "my.py:3: rows failed at row 1: Panic: gone"),
+        ("class Mute(Exception):\n        def __str__(self): raise ValueError\n    raise Mute", "rows failed at row 1: Mute"),
+        ("raise MemoryError", "my.py:2: rows failed at row 1: MemoryError"),
+        ("raise ValueError('one\\ntwo')", "ValueError: one two"),
+    ],
+)
+def test_whatever_a_function_raises_is_one_sentence(tmp_path: Path, raised: str, said: str) -> None:
+    (tmp_path / "my.py").write_text(f"def rows():\n    {raised}\n    yield\n")
+    with pytest.raises(DataError) as error:
+        list(formats.rows(parts(Source(function=f"{tmp_path}/my.py:rows"))[0][0]))
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_header_with_a_mark_of_byte_order_in_the_middle_is_no_row(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("\ufeffprompt,completion\nq one,a\n\ufeffprompt,completion\nq two,b\n")
+    with pytest.raises(DataError, match=r"a\.csv:3: the columns' names once more"):
+        records(tmp_path / "a.csv")
+
+
 def test_a_link_that_leads_nowhere_is_said(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").symlink_to(tmp_path / "gone.jsonl")
     with pytest.raises(DataError, match="is a link that leads nowhere"):

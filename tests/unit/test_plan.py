@@ -160,11 +160,26 @@ def test_a_tokenizer_alone_is_trained_on_text(recipe_file: Callable[..., Path], 
     assert make_plan(read_recipe(recipe), tmp_path / "out").result == "tokenizer"
 
 
-@pytest.mark.parametrize("value", ["64", 2.5, None, [1]])
-def test_settings_of_any_type_are_no_crash(recipe_file: Callable[..., Path], tmp_path: Path, value: Any) -> None:
-    config = {"model_type": "llama", "hidden_size": value}
-    recipe = recipe_file(lambda tree: (tree.pop("model"), tree.update(stages=[{"tokenizer": None}, {"init": {"config": config}}])))
-    assert make_plan(read_recipe(recipe), tmp_path / "out").result == "model"
+@pytest.mark.parametrize(
+    "config",
+    [
+        *({"hidden_size": value} for value in ("64", 2.5, None, [1], -16)),
+        {"hidden_size": 15, "num_attention_heads": 2},
+        {"hidden_act": "nope"},
+    ],
+)
+def test_settings_that_make_no_model_are_refused_at_once(
+    recipe_file: Callable[..., Path], tmp_path: Path, config: dict[str, Any]
+) -> None:
+    stages = [{"tokenizer": None}, {"init": {"config": {"model_type": "llama", **config}}}]
+    said = refused(recipe_file, tmp_path, lambda tree: (tree.pop("model"), tree.update(stages=stages)))
+    assert "stages.1.init.config: no model can be made from it: " in said and "\n" not in said
+
+
+def test_a_setting_that_the_architecture_has_not_is_refused_at_once(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
+    stages = [{"tokenizer": None}, {"init": {"config": {"model_type": "llama", "hiden_size": 64}}}]
+    said = refused(recipe_file, tmp_path, lambda tree: (tree.pop("model"), tree.update(stages=stages)))
+    assert 'llama has no setting "hiden_size"; did you mean "hidden_size"?' in said
 
 
 def test_an_unknown_architecture_is_named_where_it_stands(recipe_file: Callable[..., Path], tmp_path: Path) -> None:

@@ -327,6 +327,47 @@ def test_texts_that_look_alike_are_alike(examined: Any) -> None:
     assert examined([{"text": bare}], heldout=[{"text": pointed}]).leaks.count == 1
 
 
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (
+            "\u05e9\u05dc\u05d5\u05dd \u05e2\u05d5\u05dc\u05dd",
+            "\u05e9\u05c1\u05b8\u05dc\u05d5\u05b9\u05dd \u05e2\u05d5\u05b9\u05dc\u05b8\u05dd",
+        ),
+        ("\u0643\u062a\u0628", "\u0643\u062a\u0628\u06d6\u061c"),
+        ("a heart \u2764 for you", "a heart \u2764\ufe0f for you"),
+        ("caf\u00e9 cr\u00e8me", "cafe\u200b\u0301 cre\u034f\u0300me"),
+    ],
+)
+def test_marks_that_change_no_word_hide_no_leak(examined: Any, one: str, other: str) -> None:
+    assert examined([{"text": one}], heldout=[{"text": other}]).leaks.count == 1
+    assert examined([{"text": one}], heldout=[{"text": one + " and more than that"}]).leaks.count == 0
+
+
+def test_who_said_a_message_when_is_not_what_it_says(examined: Any) -> None:
+    def row(**more: str) -> dict[str, Any]:
+        return {"messages": [{"role": "user", "content": "which day is it?", **more}, {"role": "assistant", "content": "monday"}]}
+
+    quality = examined([row(timestamp="2024-01"), row(timestamp="2024-02")], heldout=[row(name="bob")])
+    assert quality.duplicates.count == 1 and quality.leaks.count == 1
+
+
+def test_a_pair_of_sentences_says_the_same_both_ways(examined: Any) -> None:
+    pair = {"sentence1": "a cat sits on a mat", "sentence2": "there is a cat on the mat", "score": 0.9}
+    turned = {**pair, "sentence1": pair["sentence2"], "sentence2": pair["sentence1"]}
+    assert examined([pair], heldout=[turned]).leaks.count == 1
+
+
+def test_a_first_question_of_training_is_found_in_a_longer_held_out_conversation(examined: Any) -> None:
+    def row(*said: str) -> dict[str, Any]:
+        return {"messages": [{"role": role, "content": text} for role, text in zip(("user", "assistant") * 2, said, strict=False)]}
+
+    quality = examined(
+        [row("where is the station?", "over there")], heldout=[row("where is the station?", "here", "and the bus?", "gone")]
+    )
+    assert quality.asked.count == 1
+
+
 def test_a_conversation_that_goes_on_in_another_row_is_found_on_both_sides(examined: Any) -> None:
     def row(number: int, turns: int) -> dict[str, Any]:
         said = [

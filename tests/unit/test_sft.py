@@ -112,6 +112,39 @@ def test_a_text_that_begins_twice_is_refused(tokenizer: Any) -> None:
         encode({"prompt": "<|im_start|>list vm", "completion": " az"}, own)
 
 
+@pytest.mark.parametrize("marks", [True, False])
+@pytest.mark.parametrize("left_out", [2, 4])
+def test_an_answer_of_weight_0_is_read_and_not_learned(tokenizer: Any, marks: bool, left_out: int) -> None:
+    """As in OpenAI's rows for fine-tuning."""
+    import copy
+
+    own = copy.deepcopy(tokenizer)
+    if marks:
+        own.chat_template = MARKED.replace("END", "<|im_end|>").replace("REST", "")
+    rows = [{**turn, **({"weight": int(at != left_out)} if turn["role"] == "assistant" else {})} for at, turn in enumerate(TURNS)]
+    example, whole = encode({"messages": rows}, own), encode({"messages": TURNS}, own)
+    assert example.ids == whole.ids
+    assert learned(example, own) == ("az vnet show<|im_end|>" if left_out == 2 else "az vm list<|im_end|>")
+    assert "weight" not in str(sft.question({"messages": rows}, own, sft.Options())["messages"])
+
+
+@pytest.mark.parametrize(("at", "weight"), [(2, 0.5), (2, "0"), (1, 0)])
+def test_another_weight_is_refused(tokenizer: Any, at: int, weight: Any) -> None:
+    turns = [{**turn, **({"weight": weight} if at == index else {})} for index, turn in enumerate(TURNS)]
+    with pytest.raises(DataError, match=rf"messages\[{at}\]: the weight is .*, expected 0 or 1, of an assistant's message"):
+        sft.check_row({"messages": turns}, sft.Options())
+
+
+@pytest.mark.parametrize("template", ["{{ 'a' * (10**14) }}", "{{ '\\ud800' }}"])
+def test_a_template_that_makes_no_text_is_one_sentence(tokenizer: Any, template: str) -> None:
+    import copy
+
+    own = copy.deepcopy(tokenizer)
+    own.chat_template = template
+    with pytest.raises(DataError, match="refuses this conversation"):
+        encode({"messages": TURNS}, own)
+
+
 SAID = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=30).filter(str.strip)
 
 

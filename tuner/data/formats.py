@@ -281,7 +281,7 @@ def _csv(part: Part, file: IO[bytes], delimiter: str | None) -> Iterator[Row | D
                 raise DataError(f"{place}: {what}, expected the columns' names in the first line")
         elif len(taken) > 1 and delimiter == "\t" and all(each.count("\t") >= len(names) - 1 > 0 for each in taken):
             yield bad(place, f'{len(taken)} lines with all fields each in one row; a stray quote (") does this', "broken")
-        elif [each.strip() for each in fields] == names:
+        elif [each.strip("\ufeff \t\r\n") for each in fields] == names:
             yield bad(place, "the columns' names once more, expected a row", "broken")
         elif fields and len(fields) != len(names):
             shown = ", ".join(names)[:80]

@@ -3,6 +3,7 @@
 import hashlib
 import importlib.util
 import json
+import os
 import sys
 import traceback
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from datetime import date, time
 from decimal import Decimal
 from itertools import islice
 from pathlib import Path, PurePath
+from types import ModuleType
 from typing import IO, Any
 from uuid import UUID, uuid4
 
@@ -19,10 +21,13 @@ from tuner.data.rows import Row
 from tuner.errors import DataError, disk_errors, nearest
 from tuner.progress import counted
 
-# Folders of functions, and the modules that they have imported from there.
-_BESIDE: dict[Path, set[str]] = {}
+# Folders of functions that are not being called now, and the modules that were imported from there.
+_BESIDE: dict[Path, dict[str, ModuleType]] = {}
+# The folder whose modules can be imported now, and what could be imported before.
+_here: tuple[Path, set[str]] | None = None
 # Of a function that draws by chance these many rows are never the same twice.
 DRAWN_AGAIN = 100
+END = object()
 
 
 class Kept:
@@ -102,17 +107,21 @@ def rows(source: Source) -> Iterator[Row]:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     beside = Path(file).resolve().parent
-    _only_beside(beside)
-    before = set(sys.modules)
     number, started = 0, False
     sys.modules[spec.name] = module  # dataclasses look there
     try:
+        _only_beside(beside)
         spec.loader.exec_module(module)
         if not callable(getattr(module, name, None)):
             known = [each for each in vars(module) if callable(getattr(module, each)) and not each.startswith("_")]
             raise DataError(f'{file}: there is no function "{name}"{nearest(name, known)}')
         started = True
-        for record in getattr(module, name)(**source.args):
+        given = iter(getattr(module, name)(**source.args))
+        while True:
+            _only_beside(beside)  # another one may have been called since the last row
+            record = next(given, END)
+            if record is END:
+                break
             number += 1
             if not isinstance(record, dict):
                 raise DataError(f"{file}:{name}: row {number} is a {type(record).__name__}, expected a mapping")
@@ -125,39 +134,55 @@ def rows(source: Source) -> Iterator[Row]:
                 raise DataError(f"{place}: {error}, expected text, numbers, and lists and mappings of them") from None
     except (DataError, GeneratorExit):
         raise
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # libraries written in Rust panic with one that is no Exception
         own = Path(file).resolve()
         inside = [each.lineno for each in traceback.extract_tb(error.__traceback__) if Path(each.filename).resolve() == own]
         line = inside[-1] if inside else 1
         if isinstance(error, SyntaxError) and Path(error.filename or "").resolve() == own:
             line = error.lineno or line
         what = f"{name} failed at row {number + 1}" if started else "cannot be imported"
-        raise DataError(f"{file}:{line}: {what}: {type(error).__name__}: {error}") from None
-    finally:
-        _remember(beside, before)
+        raise DataError(f"{file}:{line}: {what}: {_said(error)}") from None
     if not number:
         raise DataError(f"{file}:{name}: gives no rows")
 
 
+def _said(error: BaseException) -> str:
+    """An exception in one line; one that cannot even say what it is has its name."""
+    try:
+        text = " ".join(str(error).split())
+    except Exception:  # the user's own __str__
+        text = ""
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
 def _only_beside(folder: Path) -> None:
     """Let what lies in this folder be imported, and not what the function of another folder found in its own."""
-    for other, names in _BESIDE.items():
-        if other != folder:
-            for name in names:
-                sys.modules.pop(name, None)
-            sys.path[:] = [each for each in sys.path if each != str(other)]
-    _BESIDE.setdefault(folder, set())
+    global _here
+    if _here and _here[0] == folder:
+        return
+    if _here:
+        other, before = _here
+        _BESIDE[other] = {name: sys.modules.pop(name) for name in _imported_from(other, before)}
+        sys.path[:] = [each for each in sys.path if each != str(other)]
+    _here = folder, {name.partition(".")[0] for name in sys.modules}
+    sys.modules.update(_BESIDE.pop(folder, {}))
     if str(folder) not in sys.path:
         sys.path.append(str(folder))  # last, so that nothing there takes a library's place
 
 
-def _remember(folder: Path, before: set[str]) -> None:
-    """Which modules a function has imported from its folder."""
-    for name in set(sys.modules) - before:
-        file, first = Path(getattr(sys.modules[name], "__file__", None) or "/").resolve(), name.partition(".")[0]
+def _imported_from(folder: Path, before: set[str]) -> list[str]:
+    """Names of the modules that were imported from a folder; packages `before` it are others'."""
+    found = []
+    for name, module in list(sys.modules.items()):
+        first, known = name.partition(".")[0], getattr(module, "__dict__", {})  # some modules import what they are asked for
+        place = known.get("__file__") or next(iter(known.get("__path__") or []), None)
+        inside = first not in before and str(place).startswith(f"{folder}{os.sep}")
         # Not a library's, though its environment may lie in this folder, too.
-        if file.is_relative_to(folder) and file.relative_to(folder).parts[0] in (first, f"{first}.py"):
-            _BESIDE[folder].add(name)
+        if inside and Path(str(place)).relative_to(folder).parts[0] in (first, f"{first}.py"):
+            found.append(name)
+    return found
 
 
 def _plain(value: Any) -> Any:

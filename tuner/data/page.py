@@ -1,10 +1,11 @@
 """What `tuner data` shows, as one HTML page that needs nothing else: no script, no font, no picture from anywhere."""
 
-from html import escape
+import html
 
 from tuner.data.quality import LISTED, Quality
 from tuner.data.reading import not_read
 from tuner.data.show import Pictured, bins
+from tuner.errors import visible
 
 PAGE_EXAMPLES = 20
 STYLE = """
@@ -20,6 +21,11 @@ td.number { text-align: right; font-variant-numeric: tabular-nums }
 .token { outline: 1px dotted var(--line) } .name { font: 600 13px system-ui, sans-serif }
 .found { color: #b3261e; font-weight: 600 } li { overflow-wrap: anywhere }
 """
+
+
+def escape(text: str) -> str:
+    """The text for a page: neither marks of HTML nor what turns the direction of writing do anything."""
+    return html.escape(visible(text))
 
 
 def page(title: str, tasks: list[Pictured], quality: Quality, remark: str = "") -> str:

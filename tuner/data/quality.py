@@ -285,10 +285,10 @@ class _Questions:
         if side == "train" and not self._asked:
             return
         turns = [(plain(before), plain(with_it)) for before, with_it in answered(record)]
-        # The whole of one is compared with every part of the other, and what is asked last with all that is answered in training.
+        # The whole of one is compared with every part of the other, and all that is asked with all that is answered in training.
         whole, part = ("whole", "part") if side == "heldout" else ("part", "whole")
         keys = {f"{whole} {turns[-1][1]}", *(f"{part} {with_it}" for _, with_it in turns)} if turns else set()
-        asked = [before for before, _ in turns] if turns and side == "train" else [plain(question(record))]
+        asked = [*(before for before, _ in turns), *([] if turns and side == "train" else [plain(question(record))])]
         keys |= {f"question {each}" for each in asked if each}
         for key in map(_number, keys):
             if side == "heldout":

@@ -22,8 +22,11 @@ MOST_ROW_BYTES = 32_000_000
 # Half of a surrogate pair is no character at all.
 CONTROL = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f\ud800-\udfff]")
 
-# The soft hyphen, Arabic's and Hebrew's points, and what has no width.
-UNSEEN = re.compile("[\u00ad\u0591-\u05bd\u0610-\u061a\u0640\u064b-\u065f\u0670\u200b-\u200f\u2060-\u2064\ufeff]")
+# The soft hyphen, Arabic's and Hebrew's points and marks, what has no width, and how an emoji is drawn.
+UNSEEN = re.compile(
+    "[\u00ad\u034f\u0591-\u05bd\u05bf\u05c1\u05c2\u05c4\u05c5\u05c7\u0610-\u061a\u061c\u0640\u064b-\u065f\u0670"
+    "\u06d6-\u06dc\u06df-\u06e4\u06e7\u06e8\u06ea-\u06ed\u200b-\u200f\u2060-\u2064\ufe00-\ufe0f\ufeff]"
+)
 
 BESIDE_SIGN = re.compile(r" ?([^\w\s]) ?")
 
@@ -34,6 +37,8 @@ SPEAKING = (
 )  # fmt: skip
 # Keys whose text says what a row is, not what it says.
 MARKS = frozenset({"role", "label", "labels", "tags", "score", "id", "type", "tools", "tool_call_id"})
+# Keys of a message whose text is compared.
+SAID = frozenset({"content", "tool_calls"})
 
 Choice = Literal["error", "skip"]
 
@@ -61,6 +66,8 @@ def words_of(record: dict[str, Any], *, system: bool = False) -> str:
     That is what stands under the keys that tasks read, or under all where there are none of those.
     """
     read = {key: record[key] for key in SPEAKING if key in record}
+    if isinstance(read.get("sentence1"), str) and isinstance(read.get("sentence2"), str):
+        read["sentence1"], read["sentence2"] = sorted((read["sentence1"], read["sentence2"]))  # a pair says the same both ways
     return "\n".join(_inside(read or record, system=system))
 
 
@@ -71,7 +78,7 @@ def plain(text: str) -> str:
 
 def composed(text: str) -> str:
     """In Unicode's form NFKC, without vowel points of Arabic and Hebrew, and without characters that show nothing."""
-    return text if text.isascii() else UNSEEN.sub("", unicodedata.normalize("NFKC", text))
+    return text if text.isascii() else UNSEEN.sub("", unicodedata.normalize("NFKC", UNSEEN.sub("", text)))
 
 
 def _asking(record: dict[str, Any]) -> Any:
@@ -111,7 +118,8 @@ def _inside(value: Any, *, system: bool) -> Iterator[str]:
         yield value
     elif isinstance(value, dict) and (system or value.get("role") != "system"):
         for key, each in value.items():
-            if key not in MARKS:
+            # Of a message what is said in it; who said it when is not.
+            if key in SAID if "role" in value else key not in MARKS:
                 yield from _inside(each, system=system)
     elif isinstance(value, list):
         for each in value:

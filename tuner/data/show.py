@@ -70,7 +70,7 @@ def show(tasks: list[Pictured], quality: Quality, remark: str = "") -> None:
             f"{task.skipped_rows} rows left out, {task.cut_rows} cut"
         )
         for said in task.told:
-            console.print(said, markup=False, soft_wrap=True)
+            console.print(visible(said), markup=False, soft_wrap=True)
         _print_some(console, task.skipped, task.skipped_rows)
         _print_bars(console, bins(task.lengths))
     if remark:
@@ -82,7 +82,7 @@ def show(tasks: list[Pictured], quality: Quality, remark: str = "") -> None:
     rows = ", ".join(f"{count} {side} rows" for side, count in quality.rows.items())
     console.print(f"{rows}: {told(quality.shapes)}", markup=False, soft_wrap=True)
     for said in not_read(quality.passed_over):
-        console.print(said, markup=False, soft_wrap=True)
+        console.print(visible(said), markup=False, soft_wrap=True)
     for side, bad in quality.bad.items():
         if bad["skipped_rows"]:
             console.print(f"{bad['skipped_rows']} {side} rows cannot be used", style="bold red", markup=False)
@@ -90,7 +90,7 @@ def show(tasks: list[Pictured], quality: Quality, remark: str = "") -> None:
     for name, counts in (("labels", quality.labels), ("languages of rows drawn by chance", quality.languages)):
         if counts:
             most = ", ".join(f"{each} {count / sum(counts.values()):.1%}" for each, count in counts.most_common(12))
-            console.print(f"{name}: {most}{', ...' if len(counts) > 12 else ''}", markup=False, soft_wrap=True)
+            console.print(f"{name}: {visible(most)}{', ...' if len(counts) > 12 else ''}", markup=False, soft_wrap=True)
     for name, found in quality.lines():
         if found.count:
             console.print(f"{found.count} {name}", style="bold red", markup=False)

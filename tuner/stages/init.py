@@ -1,16 +1,21 @@
 """Make a model with random weights from a configuration and the tokenizer that came before: the start of pretraining."""
 
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 from pydantic import field_validator
 
 from tuner import kinds
 from tuner.bundle import Manifest
-from tuner.errors import RecipeError, SourceError, nearest
+from tuner.errors import SourceError, nearest
 from tuner.families import family_of
 from tuner.kinds import Options as BaseOptions
 from tuner.source import Facts, describe_model
 from tuner.stages import Job
+
+if TYPE_CHECKING:
+    from tuner.plan import Plan, Step
 
 TAKES = frozenset({"tokenizer"})
 RESULT = "untrained"
@@ -56,39 +61,65 @@ def _head(model_type: str) -> str:
     return "causal" if "causal" in heads else "masked"
 
 
+def check(plan: "Plan", step: "Step") -> None:
+    """Raises RecipeError for a setting that the architecture has not, and for settings that make no model. Makes no weights."""
+    import torch
+
+    with torch.device("meta"):
+        _made(plan.recipe, step.index, step.options.config, dict.fromkeys(FROM_TOKENIZER, 0) | {"vocab_size": 8})
+
+
+def _made(recipe: Any, index: int, config: dict[str, Any], from_tokenizer: dict[str, Any]) -> Any:
+    """A model with random weights. Raises RecipeError."""
+    import torch
+    import transformers
+    from transformers import AutoConfig
+
+    from tuner.checkpoint import quiet
+
+    quiet()
+    kind = config["model_type"]
+    known = AutoConfig.for_model(kind)
+    names = set(known.to_dict()) | set(known.attribute_map)
+    for key in config:
+        if key not in names:
+            raise recipe.error(f'{kind} has no setting "{key}"{nearest(key, names)}', "stages", index, "init", "config", key)
+    ids = {name: value for name, value in from_tokenizer.items() if name in names}
+    opener = getattr(transformers, kinds.load("heads", _head(kind)).AUTO)
+    with _refusals(recipe, index):
+        return opener.from_config(AutoConfig.for_model(**{**config, **ids}), dtype=torch.float32)
+
+
+@contextmanager
+def _refusals(recipe: Any, index: int) -> Iterator[None]:
+    """What a model of these settings fails at is the recipe's mistake. Raises RecipeError."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, ArithmeticError, RuntimeError, StrictDataclassError) as error:
+        said = f"transformers knows no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+        raise recipe.error(f"no model can be made from it: {said}", "stages", index, "init", "config") from None
+
+
 def gives(options: Options) -> str:  # noqa: ARG001 - a stage's common signature
     """A model."""
     return "model"
 
 
 def run(job: Job) -> Manifest:
-    """Build the model with the recipe's seed; raises RecipeError for a key that the configuration does not have."""
+    """Build the model with the recipe's seed; raises RecipeError where its configuration makes none that computes."""
     import torch
-    import transformers
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig
 
     from tuner.checkpoint import load_tokenizer
 
     assert job.parent is not None
     tokenizer = load_tokenizer(job.parent.path)
-    values = dict(job.options.config)
-    known = AutoConfig.for_model(values["model_type"])
-    names = set(known.to_dict()) | set(known.attribute_map)
-    for key in values:
-        if key not in names:
-            raise job.recipe.error(
-                f'{values["model_type"]} has no setting "{key}"{nearest(key, names)}', "stages", job.index, "init", "config", key
-            )
-    ids = {name: len(tokenizer) if name == "vocab_size" else getattr(tokenizer, name) for name in FROM_TOKENIZER & names}
-    opener = getattr(transformers, kinds.load("heads", _head(values["model_type"])).AUTO)
+    ids = {name: len(tokenizer) if name == "vocab_size" else getattr(tokenizer, name) for name in FROM_TOKENIZER}
     torch.manual_seed(job.recipe.seed)
-    try:
-        model = opener.from_config(AutoConfig.for_model(**{**values, **ids}), dtype=torch.float32)
-    except (ValueError, TypeError, RuntimeError, StrictDataclassError) as error:
-        raise RecipeError(
-            f"{job.recipe.at('stages', job.index, 'init', 'config')}: no model can be made from it: {error}"
-        ) from None
+    model = _made(job.recipe, job.index, job.options.config, ids)
+    with _refusals(job.recipe, job.index), torch.no_grad():
+        model(input_ids=torch.zeros(1, 2, dtype=torch.long))
     model.save_pretrained(job.folder)
     tokenizer.save_pretrained(job.folder)
     return describe_model(job.folder, stage="init", fingerprint=job.fingerprint, recipe=job.told())

@@ -5,7 +5,7 @@ Learned are the assistant's words and the token that ends its turn; everything e
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from functools import cache
 from typing import Any, Literal
@@ -26,12 +26,14 @@ __all__ = ["HEAD", "KEYS", "SHAPES", "Options", "check_row", "examples", "object
 HEAD = "causal"
 # What a message may hold; `tools` are the functions that the model may call.
 SPOKEN = frozenset(
-    {"messages", "messages.role", "messages.content", "messages.tool_calls", "messages.tool_call_id", "messages.name"}
+    {"messages", *(f"messages.{each}" for each in ("role", "content", "tool_calls", "tool_call_id", "name", "weight"))}
 )
 KEYS = SPOKEN | {"prompt", "completion", "tools", "tools.type", "tools.function"}
 PLAIN = "prompt and completion"
 # Of rows as tuner/data/shapes.py names them: those that this task reads, with the options that they want.
 SHAPES: dict[str, dict[str, Any]] = {"messages": {}, "ShareGPT": {}, "Alpaca": {}, PLAIN: {}}
+# What an expression in a chat template can raise beside jinja's own errors.
+FAILS = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError, MemoryError)
 ROLES = ("system", "user", "assistant", "tool")
 
 
@@ -91,6 +93,7 @@ def question(record: dict[str, Any], tokenizer: Any, options: Options) -> dict[s
 
 def _sent(message: dict[str, Any]) -> dict[str, Any]:
     """A message as a client of OpenAI's sends it: the arguments of its calls are text."""
+    message = {key: value for key, value in message.items() if key != "weight"}  # it is for training alone
     if not message.get("tool_calls"):
         return message
     calls = [
@@ -143,6 +146,9 @@ def encode(record: dict[str, Any], tokenizer: Any) -> Example:
         ids, learned = _by_markers(messages, tools, tokenizer)
     else:
         ids, learned = _by_prefixes(messages, render, tokenizer)
+    if unlearned := {index for index, message in enumerate(messages) if message.get("weight") == 0}:
+        _, others = _by_prefixes(messages, render, tokenizer, left_out=unlearned)
+        learned = [wanted and other for wanted, other in zip(learned, others, strict=True)]
     prompt = list(tokenizer(render(len(messages) - 1, True), add_special_tokens=False)["input_ids"])
     if ids[: len(prompt)] != prompt:
         raise DataError("the chat template joins the question and the answer into one token, which no server would send")
@@ -188,16 +194,16 @@ def _by_markers(messages: list[dict[str, Any]], tools: Any, tokenizer: Any) -> t
 
 
 def _by_prefixes(
-    messages: list[dict[str, Any]], render: Callable[[int, bool], str], tokenizer: Any
+    messages: list[dict[str, Any]], render: Callable[[int, bool], str], tokenizer: Any, left_out: Collection[int] = ()
 ) -> tuple[list[int], list[bool]]:
     """(ids, which of them are learned): what each answer adds to the rendering of all that came before it.
 
-    `render` gives so many of the messages as text, asking for an answer or not.
+    `render` gives so many of the messages as text, asking for an answer or not. Of answers that are `left_out` nothing is learned.
     """
     text = render(len(messages), False)
     spans = []
     for index, message in enumerate(messages):
-        if message["role"] == "assistant":
+        if message["role"] == "assistant" and index not in left_out:
             start, end = render(index, True), render(index + 1, False)
             if not (text.startswith(start) and text.startswith(end)):
                 raise DataError(
@@ -251,13 +257,24 @@ def _render(messages: list[dict[str, Any]], tokenizer: Any, tools: Any, *, add_g
     from jinja2.exceptions import TemplateError, TemplateSyntaxError
 
     try:
-        return str(
+        text = str(
             tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt)
         )
+        text.encode()  # half of a surrogate pair is no character
     except TemplateSyntaxError as error:
         raise SourceError(f"the model's chat template cannot be read: {error}, in its line {error.lineno}") from None
-    except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError) as error:
-        raise DataError(f"the model's chat template refuses this conversation: {error}", "turns") from None
+    except (
+        TemplateError,
+        TypeError,
+        ValueError,
+        ArithmeticError,
+        LookupError,
+        AttributeError,
+        RecursionError,
+        MemoryError,
+    ) as error:
+        raise DataError(f"the model's chat template refuses this conversation: {error or type(error).__name__}", "turns") from None
+    return text
 
 
 def _check_tools_are_shown(messages: list[dict[str, Any]], tools: Any, text: str, tokenizer: Any) -> None:
@@ -286,6 +303,9 @@ def _check_messages(messages: Any) -> None:
             raise DataError(f'messages[{index}]: the role is "{role}", expected {" or ".join(expected)} here', "turns")
         calls = message.get("tool_calls") or []
         _check_calls(calls, index, role)
+        weight = message.get("weight")
+        if weight is not None and (role != "assistant" or weight not in (0, 1)):
+            raise DataError(f"messages[{index}]: the weight is {_shown(weight)}, expected 0 or 1, of an assistant's message")
         if not isinstance(content, str) or (role in ("user", "assistant") and not content.strip() and not calls):
             raise DataError(f"messages[{index}]: the content is {_shown(content)}, expected text", lacking(content))
         expected = after.get(role) or (("tool",) if calls else ("user",))

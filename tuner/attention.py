@@ -42,6 +42,7 @@ def _mask(*given: Any, local_size: int | None = None, **rest: Any) -> Tensor | N
     return mask
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # documents are others with every batch
 def attend(
     module: Any,
     query: Tensor,

@@ -176,7 +176,8 @@ def _look(watch: Watch, objective: Objective, state: dict[str, Any], work: Path,
 
 def _figures(watch: Watch) -> tuple[dict[str, float], str]:
     """What is measured now, and how to say it."""
-    figures = watch.measure()
+    with torch.compiler.set_stance("force_eager"):  # answers grow token by token, and each length would be compiled
+        figures = watch.measure()
     if watch.by not in figures:
         raise GateError(f'watch.by is "{watch.by}", and what is measured is {", ".join(figures)}')
     return figures, ", ".join(f"{name} {value:.4g}" for name, value in figures.items())

@@ -8,7 +8,8 @@ float32, are cast once. What is kept is the input, which linears that share it s
 Shapes: M tokens, I inputs, O outputs, R rank.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,6 +24,21 @@ def use(model: Any) -> None:
     for module in model.modules():
         if isinstance(module, LoraLayer) and type(module.base_layer).__name__ in ("Linear", "Linear4bit"):
             module.forward = _forward(module, module.forward)
+
+
+@contextmanager
+def compiled(model: Any) -> Iterator[None]:
+    """While it lasts the model's blocks of layers are compiled by torch as they are called for the first time."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    for block in blocks:
+        block.compile()
+    try:
+        yield
+    finally:
+        for block in blocks:
+            block._compiled_call_impl = None
 
 
 def _forward(module: Any, theirs: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -14,13 +14,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tuner import kinds
+from tuner import fused, kinds
 from tuner.bundle import Bundle
 from tuner.checkpoint import device, open_base
 from tuner.data.example import Example, Packed
@@ -100,7 +101,15 @@ def ids(size: Size, seed: int, length: int) -> list[int]:
 
 
 def ours(
-    size: Size, base: Bundle, folder: Path, storage: str, *, packed: bool = False, again: bool = False, compiled: bool = False
+    size: Size,
+    base: Bundle,
+    folder: Path,
+    storage: str,
+    *,
+    packed: bool = False,
+    again: bool = False,
+    compiled: bool = False,
+    profiled: bool = False,
 ) -> tuple[float, float]:
     """(tokens/s, peak bytes) of our loop."""
     lora, task = kinds.load("methods", "lora"), kinds.load("tasks", "pretrain")
@@ -109,9 +118,6 @@ def ours(
     if again:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model = lora.prepare(model, lora.Options(rank=16, storage=storage), family, architecture, fresh)
-    for block in model.modules() if compiled else []:
-        if type(block).__name__.endswith("DecoderLayer"):
-            block.compile()
     count = size.rows * size.steps
     if packed:
         number = size.length // size.document
@@ -124,11 +130,20 @@ def ours(
         "batch_size": size.rows, "micro_batch_size": size.rows, "learning_rate": 1e-4, "warmup_fraction": 0.0, "decay": "constant",
         "weight_decay": 0.0, "max_grad_norm": 1.0, "checkpoint_every_steps": 10_000, "seed": 0,
     }  # fmt: skip
-    for steps, place in ((2, "warm"), (size.steps, "run")):
+
+    def run(steps: int, place: str) -> Any:
         fresh_peak()
         work = folder / f"{storage}-{packed}-{again}-{compiled}-{place}"
-        measured = fit(objective, rows, Schedule(steps=steps, **told), layers=lora.layers(model), work=work)
-    return measured["tokens_per_s"], peak()
+        with fused.compiled(model) if compiled else nullcontext():
+            return fit(objective, rows, Schedule(steps=steps, **told), layers=lora.layers(model), work=work)
+
+    run(2, "warm")
+    if profiled:
+        with torch.profiler.profile() as profile:
+            run(2, "profiled")
+        by = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+        print(profile.key_averages().table(sort_by=by, row_limit=25, max_name_column_width=70), file=sys.stderr)
+    return run(size.steps, "run")["tokens_per_s"], peak()
 
 
 class _Pad:
@@ -169,7 +184,8 @@ def trl(size: Size, base: Bundle, folder: Path, storage: str, *, again: bool = F
     trainer = SFTTrainer(
         model=model, args=config, train_dataset=data, processing_class=tokenizer, peft_config=adapter, callbacks=[Clock()]
     )
-    trainer.train()
+    with redirect_stdout(sys.stderr):
+        trainer.train()
     wait()
     clock.append(time.perf_counter())
     return size.rows * size.length * size.steps / (clock[-1] - clock[2]), peak()
@@ -239,6 +255,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.gpu")
     parser.add_argument("--toy", action="store_true")
     parser.add_argument("--only", default="")
+    parser.add_argument("--profile", action="store_true", help="where two steps of ours spend their time, on standard error")
     told = parser.parse_args(arguments)
     size = TOY if told.toy else LARGE
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "a CPU"
@@ -255,11 +272,11 @@ def main(arguments: list[str]) -> int:
                 failed += abs(here - there) > SAME[storage]
                 print(f"| {storage} | {here:.5f} | {there:.5f} | {abs(here - there):.5f}, {SAME[storage]} |", flush=True)
         if told.only in ("", "speed"):
-            speed(size, folder)
+            speed(size, folder, profiled=told.profile)
     return int(failed > 0)
 
 
-def speed(size: Size, folder: Path) -> None:
+def speed(size: Size, folder: Path, *, profiled: bool) -> None:
     """Print the table of tokens/s and memory."""
     rate = matrix_rate(size.matrix)
     print(f"\nbfloat16 products of {size.matrix} x {size.matrix}: {rate / 1e12:.0f} TFLOP/s")
@@ -269,12 +286,15 @@ def speed(size: Size, folder: Path) -> None:
     jobs: list[tuple[str, Callable[[], tuple[float, float]]]] = []
     for storage, kind in (("bf16", "LoRA"), ("nf4", "QLoRA")):
         jobs += [
-            (f"{kind}, Tuner", lambda storage=storage: ours(size, base, folder, storage)),
+            (f"{kind}, Tuner", lambda storage=storage: ours(size, base, folder, storage, profiled=profiled)),
             (f"{kind}, TRL", lambda storage=storage: trl(size, base, folder, storage)),
             (f"{kind}, Tuner, gradient checkpointing", lambda storage=storage: ours(size, base, folder, storage, again=True)),
             (f"{kind}, TRL, gradient checkpointing", lambda storage=storage: trl(size, base, folder, storage, again=True)),
         ]
-    jobs.append(("LoRA, Tuner, torch.compile", lambda: ours(size, base, folder, "bf16", compiled=True)))
+    for storage, kind in (("bf16", "LoRA"), ("nf4", "QLoRA")):
+        jobs.append(
+            (f"{kind}, Tuner, compile", lambda storage=storage: ours(size, base, folder, storage, compiled=True, profiled=profiled))
+        )
     jobs.append((f"LoRA, Tuner, packed documents of {size.document}", lambda: ours(size, base, folder, "bf16", packed=True)))
     for title, job in jobs:
         gc.collect()

@@ -1,0 +1,144 @@
+"""What training computes in its own way is what torch, peft and transformers compute: values and gradients, in float32 and bfloat16."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.grid.architectures import SMALL
+from tests.grid.conftest import checkpoints, tokenizer  # noqa: F401 - fixtures
+from tuner import attention, fused, likelihood
+from tuner.attention import attend
+from tuner.checkpoint import load_model
+from tuner.documents import Documents, documents
+from tuner.families import family_of
+from tuner.heads.causal import NextTokenLoss, supervised_log_likelihood
+
+
+class _Layer:
+    is_causal = True
+    num_key_value_groups = 3
+
+
+def heads(rows: int, length: int, dtype: torch.dtype) -> list[Tensor]:
+    draw = torch.Generator().manual_seed(length)
+    shapes = ((rows, 6, length, 16), (rows, 2, length, 16), (rows, 2, length, 16))
+    return [torch.randn(shape, generator=draw).to(dtype).requires_grad_() for shape in shapes]
+
+
+def exact(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """softmax(scale q k) v in float64, as in Vaswani et al. 2017, equation 1."""
+    key, value = (each.repeat_interleave(3, 1) for each in (key, value))
+    scores = scale * query @ key.transpose(-1, -2)
+    causal = torch.ones(scores.shape[-2:], dtype=torch.bool).tril() if mask is None else mask
+    return (scores.masked_fill(~causal, float("-inf")).softmax(-1) @ value).transpose(1, 2)
+
+
+@pytest.mark.parametrize("most", [2**19, 2000])
+@pytest.mark.parametrize("length", [1, 7, 200])
+@pytest.mark.parametrize("masked", ["causal", "window", "both ways"])
+def test_attention_is_attention(length: int, masked: str, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "MOST_SCORES", most)
+    inputs = heads(2, length, torch.bfloat16)
+    mask = None
+    if masked != "causal":
+        mask = torch.ones(2, 1, length, length, dtype=torch.bool)
+        mask = mask.tril().triu(-3) if masked == "window" else mask
+        mask[1, :, :, length - length // 3 :] &= torch.eye(length, dtype=torch.bool)[:, length - length // 3 :]  # a padded row
+    found, _ = attend(_Layer(), *inputs, mask, scaling=0.3)
+    slope = torch.randn(found.shape, generator=torch.Generator().manual_seed(0))
+    gradients = torch.autograd.grad(found, inputs, slope.to(found.dtype))
+    doubles = [each.detach().double().requires_grad_() for each in inputs]
+    wanted = exact(*doubles, mask, 0.3)
+    of_wanted = torch.autograd.grad(wanted, doubles, slope.double())
+    assert found.shape == (2, length, 6, 16) and found.dtype == torch.bfloat16
+    for one, other in zip((found, *gradients), (wanted, *of_wanted), strict=True):
+        assert float((one - other).norm() / (other.norm() + 1e-3)) < 1.5e-2, "bfloat16 has 8 bits"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_documents_are_attended_to_alone(dtype: torch.dtype) -> None:
+    starts = torch.zeros(2, 12, dtype=torch.bool)
+    starts[0, [0, 5, 6]] = starts[1, [0, 9]] = True
+    packed = Documents(starts)
+    assert packed.lengths == [5, 1, 6, 9, 3] and packed.bounds.tolist() == [0, 5, 6, 12, 21, 24]
+    inputs = heads(2, 12, dtype)
+    with documents(packed):
+        found, _ = attend(_Layer(), *inputs, None, scaling=0.25)
+    wanted = exact(*(each.double() for each in inputs), packed.mask, 0.25)
+    torch.testing.assert_close(found.double(), wanted, rtol=0, atol=1e-6 if dtype == torch.float32 else 2e-2)
+    alone, _ = attend(_Layer(), *(each[1:, :, 9:] for each in inputs), None, scaling=0.25)
+    torch.testing.assert_close(found[1:, 9:], alone, rtol=0, atol=1e-6 if dtype == torch.float32 else 2e-2)
+
+
+def adapted(dtype: torch.dtype, **options: Any) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(24, 40), nn.Tanh(), nn.Linear(40, 8, bias=False)).to(dtype)
+    model = get_peft_model(model, LoraConfig(r=4, lora_alpha=12, target_modules=["0", "2"], **options))  # type: ignore[arg-type]
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def results(model: Any, x: Tensor) -> list[Tensor]:
+    x = x.clone().requires_grad_()
+    trained = [each for each in model.parameters() if each.requires_grad]
+    y = model(x)
+    return [y, *torch.autograd.grad(y.float().square().sum(), [x, *trained])]
+
+
+@pytest.mark.parametrize(("dtype", "apart"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
+def test_a_linear_and_its_adapter_are_pefts(dtype: torch.dtype, apart: float) -> None:
+    own, theirs = adapted(dtype), adapted(dtype)
+    fused.use(own)
+    x = torch.randn(3, 5, 24, generator=torch.Generator().manual_seed(1)).to(dtype)
+    for one, other in zip(results(own, x), results(theirs, x), strict=True):
+        assert one.dtype == other.dtype and one.shape == other.shape
+        assert float((one - other).float().norm() / other.float().norm()) < apart
+
+
+@pytest.mark.parametrize("what", ["off", "dora", "dropout", "merged"])
+def test_what_is_no_plain_adapter_is_left_to_peft(what: str) -> None:
+    options = {"dora": {"use_dora": True}, "dropout": {"lora_dropout": 0.5}}.get(what, {})
+    own, theirs = adapted(torch.float32, **options), adapted(torch.float32, **options)
+    fused.use(own)
+    x = torch.randn(6, 24, generator=torch.Generator().manual_seed(1))
+    for model in (own, theirs):
+        if what == "off":
+            model.base_model.disable_adapter_layers()
+        if what == "merged":
+            model.merge_adapter()
+    torch.manual_seed(3)
+    found = own(x)
+    torch.manual_seed(3)
+    assert torch.equal(found, theirs(x))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("most", [2**22, 250])
+def test_the_loss_without_logits_is_the_loss(bias: bool, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(likelihood.MOST_LOGITS, "cpu", most)
+    torch.manual_seed(0)
+    layer, hidden = nn.Linear(16, 100, bias=bias), torch.randn(9, 16, requires_grad=True)
+    targets = torch.randint(0, 100, (9,))
+    wanted = nn.functional.cross_entropy(layer(hidden), targets, reduction="sum")
+    found = likelihood.loss_sum(hidden, layer, targets)
+    inputs = [hidden, *layer.parameters()]
+    torch.testing.assert_close(found, wanted)
+    for one, other in zip(torch.autograd.grad(found / 7, inputs), torch.autograd.grad(wanted / 7, inputs), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("model_type", [name for name in SMALL if "causal" in family_of(name)[0].heads])
+def test_logits_that_are_more_than_the_output_layers_are_noticed(checkpoints: Any, model_type: str) -> None:  # noqa: F811
+    model = load_model(checkpoints(model_type))
+    if model_type == "gemma2":
+        assert likelihood.plain_output(model) is None, "its logits are capped"
+    ids = torch.arange(3, 40).view(1, -1)
+    batch = {"input_ids": ids, "labels": ids}
+    by_logits, _ = supervised_log_likelihood(model, batch)
+    torch.testing.assert_close(NextTokenLoss(model, 0)(batch), -by_logits.sum(), rtol=1e-5, atol=1e-4)

@@ -256,11 +256,13 @@ def _address(target: str) -> Iterator[str]:
 def _connect(url: str, model: str | None) -> tuple[Any, str]:
     import os
 
-    from openai import OpenAI, OpenAIError
+    from openai import AuthenticationError, OpenAI, OpenAIError
 
     client = OpenAI(base_url=url, api_key=os.environ.get("OPENAI_API_KEY", "none"))
     try:
         models = [each.id for each in client.models.list()]
+    except AuthenticationError:
+        raise ServeError(f"{url}: the endpoint wants a key that may ask its models; put it into OPENAI_API_KEY") from None
     except OpenAIError as error:
         raise ServeError(f"{url}: no endpoint answers there ({error})") from None
     if not models:

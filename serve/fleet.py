@@ -262,7 +262,7 @@ class Fleet:
         pointer = self.pointer(name)
         version = self.versions.get(pointer.canary or pointer.shadow or "")
         if version is None:
-            raise ServeError(f"no version of {name} is tried out; `tuner deploy {name} DIR --weight {weight}` brings one in")
+            raise ServeError(f"no version of {name} is tried out; `tuner deploy {name} DIR --weight 10` brings one in")
         if not version.ready:
             raise ServeError(f"{version.id} cannot be asked: {version.why_not}")
         if weight >= 100:

@@ -80,7 +80,7 @@ def seconds(text: str) -> float:
     """30d, 12h, 45m or 90s in seconds; raises ServeError for anything else."""
     found = re.fullmatch(r"(\d{1,6})([dhms])", text)
     if not found or not int(found[1]):
-        raise ServeError(f"expires is {text!r}, expected a time such as 30d, 12h, 45m or 90s")
+        raise ServeError(f"expires is {text!r}, expected a time such as 30d, 12h, 45m or 90s, of 1 to 999999")
     return float(int(found[1]) * {"d": 86_400, "h": 3_600, "m": 60, "s": 1}[found[2]])
 
 

@@ -4,7 +4,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from tuner.errors import nearest
 
@@ -42,7 +42,8 @@ class Sampling(Form):
     top_k: int = Field(0, ge=-1, lt=2**31)
     """0 and -1 leave all tokens."""
     min_p: float = Field(0.0, ge=0.0, le=1.0)
-    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
+    seed: int | None = Field(None, ge=0, le=2**63 - 1)
+    """To vLLM -1 means none, so what is below 0 is refused."""
     presence_penalty: float = Field(0.0, ge=-2.0, le=2.0)
     frequency_penalty: float = Field(0.0, ge=-2.0, le=2.0)
     logit_bias: dict[Annotated[int, Field(ge=0, lt=2**31)], Annotated[float, Field(ge=-100, le=100)]] | None = Field(
@@ -59,6 +60,24 @@ class Sampling(Form):
 
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
+# Keys of a message. What a client got as an answer it may send back, with all keys of it that hold nothing.
+SPOKEN = frozenset({"role", "content", "name", "tool_calls", "tool_call_id"})
+
+
+def _said_by_somebody(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    for at, turn in enumerate(messages):
+        if turn.get("role") not in ROLES:
+            raise ValueError(f"the role of turn {at} is {turn.get('role')!r:.40}, expected one of {', '.join(ROLES)}")
+        for key in (key for key, value in turn.items() if value and key not in SPOKEN):
+            raise ValueError(f"turn {at} has the key {key!r:.40}, which nothing here reads{nearest(key, SPOKEN)}")
+        content = turn.get("content")
+        calls = turn["role"] == "assistant" and turn.get("tool_calls")
+        if not isinstance(content, str | list) and not (content is None and calls):
+            raise ValueError(f"the content of turn {at} is {content!r:.40}, expected a text or a list of parts")
+    return messages
+
+
+Turns = Annotated[list[dict[str, Any]], Field(min_length=1), AfterValidator(_said_by_somebody)]
 
 
 class Told(Form):
@@ -116,7 +135,7 @@ class Complete(Generate):
 class Chat(Generate):
     """The body of /v1/chat/completions."""
 
-    messages: list[dict[str, Any]] = Field(min_length=1)
+    messages: Turns
     max_tokens: int | None = Field(None, ge=1, lt=2**31)
     max_completion_tokens: int | None = Field(None, ge=1, lt=2**31)
     logprobs: bool | None = None
@@ -124,17 +143,6 @@ class Chat(Generate):
     tools: list[dict[str, Any]] | None = None
     tool_choice: Literal["auto", "none"] | None = None
     parallel_tool_calls: bool | None = None
-
-    @field_validator("messages")
-    @classmethod
-    def _turns_are_somebodys(cls, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        for at, turn in enumerate(messages):
-            if turn.get("role") not in ROLES:
-                raise ValueError(f"the role of turn {at} is {turn.get('role')!r:.40}, expected one of {', '.join(ROLES)}")
-            content = turn.get("content")
-            if not isinstance(content, str | list) and not (content is None and turn["role"] == "assistant"):
-                raise ValueError(f"the content of turn {at} is {content!r:.40}, expected a text or a list of parts")
-        return messages
 
     @model_validator(mode="after")
     def _alternatives_need_logprobs(self) -> "Chat":
@@ -204,7 +212,7 @@ class Tokenize(Form):
     model: str
     prompt: str | None = None
     add_special_tokens: bool = True
-    messages: Annotated[list[dict[str, Any]], Field(min_length=1)] | None = None
+    messages: Turns | None = None
     tools: list[dict[str, Any]] | None = None
     add_generation_prompt: bool = True
 
@@ -230,6 +238,9 @@ def mistake(form: type[BaseModel], error: ValidationError) -> str:
     if first["type"] == "extra_forbidden":
         why = REASONS.get(key)
         return f"{place!r:.80} is not taken from clients{f': {why}' if why else nearest(key, form.model_fields)}"
+    others = [each["msg"] for each in error.errors(include_url=False, include_context=False) if each["loc"][:1] == first["loc"][:1]]
+    if len(first["loc"]) > 1 and first["loc"][1] == "str" and len(others) > 1:
+        return f"{key}: {' or '.join(dict.fromkeys(others)).lower()}"  # none of the types that it may have
     if first["type"] == "missing":
         return f"the key {place!r} is missing"
     if first["type"] == "json_invalid":

@@ -75,7 +75,8 @@ def nearest(word: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(word, words, n=1, cutoff=0.6)
     if close:
         return f'; did you mean "{close[0]}"?'
-    return f"; there is: {', '.join(words[:20])}" if words else ""
+    more = f" and {len(words) - 40} more" if len(words) > 40 else ""
+    return f"; there is: {', '.join(words[:40])}{more}" if words else ""
 
 
 @contextmanager

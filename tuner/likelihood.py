@@ -67,20 +67,19 @@ class _LossSum(torch.autograd.Function):
         count = max(1, MOST_LOGITS[hidden_ND.device.type] // len(weight_VD))
         for at in range(0, len(targets_N), count):
             hidden, targets = hidden_ND[at : at + count], targets_N[at : at + count, None]
-            logits = linear(hidden, weight_VD, bias_V).float()
-            log_sum = logits.logsumexp(-1, keepdim=True)
-            total += (log_sum - logits.gather(-1, targets)).sum()
+            logs = linear(hidden, weight_VD, bias_V).log_softmax(-1, dtype=torch.float32)
+            picked = logs.gather(-1, targets)
+            total -= picked.sum()
             if not any(wanted):
                 continue
-            slope = logits.sub_(log_sum).exp_()
-            slope.scatter_add_(-1, targets, slope.new_full(targets.shape, -1.0))
+            slope = torch.exp(logs, out=torch.empty_like(logs, dtype=hidden.dtype))
+            slope.scatter_(-1, targets, torch.expm1(picked).to(slope.dtype))  # p - 1, which is lost where p is rounded to 1 before
             if g_bias is not None:
-                g_bias += slope.sum(0)
-            short = slope.to(hidden.dtype)
+                g_bias += slope.sum(0, dtype=torch.float32)
             if g_hidden is not None:
-                torch.mm(short, weight_VD, out=g_hidden[at : at + count])
+                torch.mm(slope, weight_VD, out=g_hidden[at : at + count])
             if g_weight is not None:
-                g_weight += short.t() @ hidden
+                g_weight += slope.t() @ hidden
         ctx.save_for_backward(g_hidden, g_weight, g_bias)
         ctx.types = (hidden_ND.dtype, weight_VD.dtype, None if bias_V is None else bias_V.dtype)
         return total

@@ -21,7 +21,7 @@ def optimizer(name: Name, parameters: list["torch.nn.Parameter"], *, learning_ra
     import torch
 
     if name == "adamw":
-        return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
+        return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, fused=True)
     if name == "adafactor":
         from transformers.optimization import Adafactor
 

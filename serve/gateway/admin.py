@@ -14,6 +14,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from serve.requests import mistake
 from tuner.errors import TunerError
 
 if TYPE_CHECKING:
@@ -95,8 +96,7 @@ def admin_routes(gateway: "Gateway") -> list[Route]:
             except ClientDisconnect:
                 return _refusal(499, "the client went away")
             except ValidationError as error:
-                first = error.errors()[0]
-                return _refusal(400, f"{'.'.join(map(str, first['loc']))}: {first['msg']}")
+                return _refusal(400, mistake(form, error))
             except TunerError as error:
                 return _refusal(409, str(error))
 

@@ -242,7 +242,11 @@ class _Forward:
         try:
             asked.body = json.loads(body)
             name = asked.body["model"]
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except RecursionError:
+            return failure(400, "the body is nested too deep", "invalid_request_error")
+        except ValueError as error:
+            return failure(400, f"the body is no JSON: {error}", "invalid_request_error")
+        except (KeyError, TypeError):
             return failure(400, 'the body must be a JSON object with the key "model"', "invalid_request_error")
         version = gateway.fleet.find(name) if isinstance(name, str) else None
         if version is None or not (key is None or key.may_ask(version.name)):
@@ -268,6 +272,9 @@ class _Forward:
             text = f"tools: the chat template of {name} does not show them, so they would never be called"
             return failure(400, text, "invalid_request_error", param="tools")
         for turn in asked.body.get("messages") or ():
+            if turn.get("tool_calls") and not version.tools:
+                text = f"messages: the chat template of {name} does not show tool calls, so the model would not see what it called"
+                return failure(400, text, "invalid_request_error", param="messages")
             if turn.get("role") == "developer":  # OpenAI's newer word, which templates do not know
                 turn["role"] = "system"
         if key and (wait_s := gateway.keyring.take(key)):

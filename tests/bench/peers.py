@@ -33,14 +33,14 @@ class Job:
     """Least and most definitions in a chat."""
     storage: str = "bf16"
     packed: int | None = None
-    steps: int = 40
+    steps: int = 25
 
 
 JOBS = {
-    "sft": Job((2, 4)),
-    "sft-packed": Job((2, 4), packed=512, steps=10),
-    "sft-qlora": Job((2, 4), storage="nf4"),
-    "sft-long": Job((40, 80), steps=4),
+    "sft": Job((2, 4), steps=25),
+    "sft-packed": Job((2, 4), packed=512, steps=6),
+    "sft-qlora": Job((2, 4), storage="nf4", steps=20),
+    "sft-long": Job((40, 80), steps=2),
 }
 
 

@@ -379,6 +379,8 @@ def test_without_keys_no_page_of_elsewhere_may_ask(world: World, headers: dict[s
         ),
         ([{"role": "user", "content": None}], "the content of turn 0 is None, expected a text or a list of parts"),
         ([{"role": "user", "content": "a"}, {"content": "b"}], "the role of turn 1 is None"),
+        ([{"role": "assistant", "content": None}, {"role": "user", "content": "b"}], "the content of turn 0 is None"),
+        ([{"role": "user", "content": "a", "foo": 1}], "turn 0 has the key 'foo', which nothing here reads"),
     ],
 )
 def test_turns_are_somebodys_and_say_something(world: World, messages: list[dict[str, Any]], said: str) -> None:
@@ -397,6 +399,40 @@ def test_both_engines_hear_of_developers_as_systems_and_of_tools_only_where_temp
     reply = world.client.post("/v1/chat/completions", json={**body, "tools": tools})
     assert (reply.status_code, "the chat template of m does not show them" in reply.json()["error"]["message"]) == (400, True)
     assert world.client.post("/v1/chat/completions", json={**body, "tools": tools, "tool_choice": "none"}).status_code == 200
+    call = {"role": "assistant", "content": None, "refusal": None, "tool_calls": [{"id": "a", "type": "function", "function": {}}]}
+    called = {
+        "model": "m",
+        "messages": [{"role": "user", "content": "x"}, call, {"role": "tool", "tool_call_id": "a", "content": "1"}],
+    }
+    for path in ("/v1/chat/completions", "/tokenize"):
+        reply = world.client.post(path, json=called)
+        assert (reply.status_code, "does not show tool calls" in reply.json()["error"]["message"]) == (400, True)
+    next(iter(world.gateway.fleet.versions.values())).tools = True
+    assert world.client.post("/v1/chat/completions", json=called).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "more", "said"),
+    [
+        ("/v1/chat/completions", {"seed": -1}, "seed: Input should be greater than or equal to 0"),
+        ("/v1/chat/completions", {"foo": 1}, "top_p, user"),
+        ("/v1/completions", {"prompt": 5}, "prompt: input should be a valid string or input should be a valid array"),
+        ("/v1/chat/completions", {"stop": [1]}, "stop: input should be a valid string"),
+    ],
+)
+def test_what_is_refused_is_said_in_full(world: World, path: str, more: dict[str, Any], said: str) -> None:
+    body = {"model": "m", **({"messages": [{"role": "user", "content": "x"}]} if "chat" in path else {}), **more}
+    reply = world.client.post(path, json=body)
+    assert (reply.status_code, said in reply.json()["error"]["message"]) == (400, True), reply.text
+
+
+def test_a_body_that_is_no_json_is_told_why(world: World) -> None:
+    for body, said in (
+        (b'{"model":', "the body is no JSON: Expecting value"),
+        (b"[" * 50_000, "nested too deep"),
+        (b"[]", "must be a JSON object"),
+    ):
+        assert said in world.client.post("/v1/chat/completions", content=body).json()["error"]["message"]
 
 
 def test_once_there_is_a_key_nobody_without_one_is_answered(world: World) -> None:

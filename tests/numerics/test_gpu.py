@@ -1,0 +1,28 @@
+"""The script for a GPU, at a size for a CPU: what is to be measured where one is lent has to run before."""
+
+import pytest
+
+from tests.gpu.__main__ import LARGE, main, work_of_a_token
+
+
+def test_its_speeds_are_measured_on_a_cpu_too(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--toy", "--only", "speed"]) == 0
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ") and "tokens/s" not in line]
+    assert [row[0].removeprefix("| ") for row in rows[:4]] == [
+        "LoRA, Tuner",
+        "LoRA, TRL",
+        "LoRA, Tuner, gradient checkpointing",
+        "LoRA, TRL, gradient checkpointing",
+    ]
+    assert len(rows) == 11 and all(float(row[1].replace(",", "")) > 0 for row in rows)
+
+
+def test_the_work_of_a_token_is_that_of_the_frozen_weights() -> None:
+    """Llama-3.2-1B has 1.236 billion weights, nearly all of them in products: each is read once forward and once backward."""
+    assert work_of_a_token(LARGE) == pytest.approx(4 * 1.236e9, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_losses_are_the_cpus(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--toy", "--only", "losses"]) == 0
+    assert capsys.readouterr().out.count("0.00000, ") == 3, "the same device twice"

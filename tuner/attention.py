@@ -1,4 +1,4 @@
-"""Attention in training: on a CPU by matrix products, on a GPU by the kernel for rows of several documents.
+"""Attention: on a CPU in bfloat16, or for rows of several documents, by matrix products; on a GPU by the kernel for such rows.
 
 torch's own kernel for a CPU reaches a tenth of what the processor's matrix products do in bfloat16. Here the scores of a few
 queries at a time are one product, and what is kept for the backward pass is only what went in.
@@ -21,8 +21,14 @@ OTHERS = ("position_bias", "s_aux", "softcap")
 
 
 def use(model: Any) -> None:
-    """Let the model attend with this module where it would call torch's `scaled_dot_product_attention`."""
+    """Let the model attend with this module where it would call torch's `scaled_dot_product_attention`.
+
+    An attention that is wanted by name, such as eager in the checkpoint's configuration, stays.
+    """
     if model.config._attn_implementation != "sdpa" or not model._can_set_attn_implementation():
+        return
+    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
+        model.set_attn_implementation("eager")  # sdpa leaves the cap out without a word, and an engine does not
         return
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
@@ -54,23 +60,35 @@ def attend(
     is_causal: bool | None = None,
     **rest: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' interface: query (B, H, T, D), key and value (B, K, T, D) to (B, T, H, D)."""
+    """transformers' interface: query (B, H, T, D), key and value (B, K, T, D) to (B, T, H, D).
+
+    Left to torch's `scaled_dot_product_attention` are dropout, float32 without documents, answers that grow token by token, and
+    what only other kernels understand.
+    """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     packed = now() if attention_mask is None else None
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     short = query.dtype in (torch.bfloat16, torch.float16)
-    whole = query.shape[2:] == key.shape[2:] and key.shape == value.shape  # no answers that grow token by token
-    if whole and not dropout and all(rest.get(name) is None for name in OTHERS):
+    whole = query.shape[2:] == key.shape[2:] and key.shape == value.shape
+    plain = attention_mask is None or (attention_mask.shape[1] == 1 and not attention_mask.requires_grad)
+    if whole and plain and not dropout and all(rest.get(name) is None for name in OTHERS):
         if query.device.type == "cpu" and (short or packed):
             return _by_products(query, key, value, attention_mask, scale, causal, packed), None
-        if query.device.type == "cuda" and short and packed and causal:
+        if packed and causal and short and _has_varlen(query):
             return _by_varlen(query, key, value, scale, packed), None
     if packed is not None:
         attention_mask = packed.mask
     given = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **rest}
     return sdpa_attention_forward(module, query, key, value, attention_mask, **given)  # type: ignore[no-any-return]
+
+
+def _has_varlen(query: Tensor) -> bool:
+    """FlashAttention is for cards since Ampere, and for heads of some widths."""
+    if query.device.type != "cuda":
+        return False
+    return torch.cuda.get_device_capability(query.device)[0] >= 8 and query.shape[-1] % 8 == 0 and query.shape[-1] <= 256
 
 
 def _by_varlen(query: Tensor, key: Tensor, value: Tensor, scale: float, packed: Documents) -> Tensor:
@@ -105,23 +123,27 @@ def _grouped(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sca
     groups = key.shape[1]
     query = query.reshape(rows * groups, heads // groups, length, width)
     key, value = (each.reshape(rows * groups, length, width) for each in (key, value))
-    bias = None
-    if mask is not None:
-        # One for all heads, or for each; rows that may read nothing read everything, and nothing is learned of them.
-        kept = mask if mask.dtype != torch.bool else torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, LEAST)
-        bias = kept.to(query.dtype).expand(rows, heads if kept.shape[1] > 1 else groups, length, length)
-        bias = bias.reshape(rows * groups, -1, length, length)
     apply: Any = _Attention.apply
-    found: Tensor = apply(query, key, value, bias, scale, causal)
+    found: Tensor = apply(query, key, value, None if mask is None else _as_bias(mask, query.dtype), scale, causal)
     return found.view(rows, heads, length, width).transpose(1, 2)
 
 
-# Low enough for a softmax of zero, and no infinity: a row of them alone would have no softmax.
+def _as_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """(B, T, T), added to scores. All layers share one, which stays with the mask that it was made of."""
+    bias: Tensor | None = getattr(mask, "tuner_bias", None)
+    if bias is None or bias.dtype != dtype:
+        added = mask if mask.dtype != torch.bool else torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, LEAST)
+        bias = added[:, 0].to(dtype)
+        mask.tuner_bias = bias  # type: ignore[attr-defined]
+    return bias
+
+
+# Low enough for a softmax of zero, and no infinity: a query that may read nothing reads everything, and nothing is learned of it.
 LEAST = -1.0e4
 
 
 class _Attention(torch.autograd.Function):
-    """query (N, G, T, D), key and value (N, T, D), bias None or (N, 1 or G, T, T); N counts rows times groups."""
+    """query (N, G, T, D), key and value (N, T, D), bias None or (B or 1, T, T); N counts rows times groups."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float, causal: bool) -> Tensor:
@@ -138,7 +160,9 @@ class _Attention(torch.autograd.Function):
         query, key, value, bias = ctx.saved_tensors
         g_out = gradients[0]
         g_query = torch.empty_like(query)
-        g_key, g_value = torch.zeros_like(key), torch.zeros_like(value)
+        # Sums over many blocks of queries, so not in 8 bits.
+        sums = torch.promote_types(key.dtype, torch.float32)
+        g_key, g_value = torch.zeros_like(key, dtype=sums), torch.zeros_like(value, dtype=sums)
         for rows, queries, end in _blocks(query, ctx.causal):
             weights = _weights(query, key, bias, ctx.scale, ctx.causal, rows, queries, end)
             g = g_out[rows, :, queries].flatten(1, 2)
@@ -147,7 +171,7 @@ class _Attention(torch.autograd.Function):
             g_scores = torch._softmax_backward_data(g_weights, weights, -1, weights.dtype).mul_(ctx.scale)
             g_query[rows, :, queries] = torch.bmm(g_scores, key[rows, :end]).view(g_query[rows, :, queries].shape)
             g_key[rows, :end] += torch.bmm(g_scores.transpose(1, 2), query[rows, :, queries].flatten(1, 2))
-        return g_query, g_key, g_value, None, None, None
+        return g_query, g_key.to(key.dtype), g_value.to(value.dtype), None, None, None
 
 
 def _blocks(query: Tensor, causal: bool) -> list[tuple[slice, slice, int]]:
@@ -173,5 +197,6 @@ def _weights(
         later = scores.new_full((count, count), LEAST).triu_(1)
         scores.view(number, group, count, end)[..., queries.start :].add_(later)
     if bias is not None:
-        scores.view(number, group, count, end).add_(bias[rows, :, queries, :end])
+        of_row = torch.arange(len(query), device=query.device)[rows] // (len(query) // len(bias))
+        scores.view(number, group, count, end).add_(bias[of_row, queries, :end][:, None])
     return scores.softmax(-1)

@@ -1,4 +1,7 @@
-"""Which tokens of a packed batch belong together, told to layers that are called from inside somebody else's model."""
+"""Which tokens of a packed batch belong together, told to layers that are called from inside somebody else's model.
+
+Shapes: B rows, T tokens.
+"""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext

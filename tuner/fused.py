@@ -3,7 +3,8 @@ arXiv:2106.09685, equation 3).
 
 peft computes the adapter in float32 beside a bfloat16 model: each of its products is a third as fast, and copies of inputs and
 outputs are kept for the backward pass. Here all products are in the type of the input and the gradients of A and B, which stay
-float32, are cast once. What is kept is the input, which linears that share it share.
+float32, are cast once. What is kept is the input, which linears that share it share, and what A makes of it. Left to peft are DoRA,
+dropout, 8-bit weights and GPT-2's transposed ones. `compiled` is the other way to fuse: torch's, of whole blocks.
 
 Shapes: M tokens, I inputs, O outputs, R rank.
 """
@@ -15,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
+
+from tuner.errors import RecipeError
 
 
 def use(model: Any) -> None:
@@ -32,6 +35,8 @@ def compiled(model: Any) -> Iterator[None]:
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not blocks:
+        raise RecipeError(f"compile: {type(model).__name__} has no blocks that transformers marks as such; leave it out")
     for block in blocks:
         block.compile()
     try:
@@ -47,7 +52,8 @@ def _forward(module: Any, theirs: Callable[..., Tensor]) -> Callable[..., Tensor
     def forward(x: Tensor, *args: Any, **rest: Any) -> Tensor:
         names = module.active_adapters
         base = module.base_layer
-        plain = len(names) == 1 and not (args or rest or module.disable_adapters or module.merged or module.lora_variant)
+        plain = len(names) == 1 and names[0] in module.lora_A and module.lora_B[names[0]].bias is None
+        plain = plain and not (args or rest or module.disable_adapters or module.merged or module.lora_variant)
         same = x.dtype == (getattr(base, "compute_dtype", None) or base.weight.dtype) and not torch.is_autocast_enabled(
             x.device.type
         )

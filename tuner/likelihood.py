@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-# Logits that are held at a time, on a CPU and on a GPU: 16 MB, and half a gigabyte, in float32.
+# Logits that are held at a time, on a CPU and on a GPU: 16 MB, and half a gigabyte, in float32, and half of that in bfloat16 twice.
 MOST_LOGITS = {"cpu": 2**22, "cuda": 2**27}
 
 
@@ -50,24 +50,26 @@ def hidden_instead(layer: nn.Linear) -> Iterator[None]:
 
 
 def loss_sum(hidden_ND: Tensor, layer: nn.Linear, targets_N: Tensor) -> Tensor:
-    """The sum of the targets' negative log-likelihoods (nats), a scalar, in float32."""
+    """The sum of the targets' negative log-likelihoods (nats), a scalar, in float32 at least."""
     apply: Any = _LossSum.apply
-    found: Tensor = apply(hidden_ND.to(layer.weight.dtype), layer.weight, layer.bias, targets_N)
+    found: Tensor = apply(hidden_ND.to(layer.weight.dtype), layer.weight, layer.bias, targets_N, torch.is_grad_enabled())
     return found
 
 
 class _LossSum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_N: Tensor) -> Tensor:
-        wanted = ctx.needs_input_grad
+    def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_N: Tensor, learning: bool) -> Tensor:
+        # What needs a gradient says so while nothing is learned, too.
+        wanted = [learning and needs for needs in ctx.needs_input_grad[:3]]
+        wide = torch.promote_types(hidden_ND.dtype, torch.float32)
         g_hidden = torch.empty_like(hidden_ND) if wanted[0] else None
-        g_weight = torch.zeros_like(weight_VD, dtype=torch.float32) if wanted[1] else None
-        g_bias = torch.zeros_like(bias_V, dtype=torch.float32) if bias_V is not None and wanted[2] else None
-        total = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
+        g_weight = torch.zeros_like(weight_VD, dtype=wide) if wanted[1] else None
+        g_bias = torch.zeros_like(bias_V, dtype=wide) if bias_V is not None and wanted[2] else None
+        total = torch.zeros((), dtype=wide, device=hidden_ND.device)
         count = max(1, MOST_LOGITS[hidden_ND.device.type] // len(weight_VD))
         for at in range(0, len(targets_N), count):
             hidden, targets = hidden_ND[at : at + count], targets_N[at : at + count, None]
-            logs = linear(hidden, weight_VD, bias_V).log_softmax(-1, dtype=torch.float32)
+            logs = linear(hidden, weight_VD, bias_V).log_softmax(-1, dtype=wide)
             picked = logs.gather(-1, targets)
             total -= picked.sum()
             if not any(wanted):
@@ -75,7 +77,7 @@ class _LossSum(torch.autograd.Function):
             slope = torch.exp(logs, out=torch.empty_like(logs, dtype=hidden.dtype))
             slope.scatter_(-1, targets, torch.expm1(picked).to(slope.dtype))  # p - 1, which is lost where p is rounded to 1 before
             if g_bias is not None:
-                g_bias += slope.sum(0, dtype=torch.float32)
+                g_bias += slope.sum(0, dtype=g_bias.dtype)
             if g_hidden is not None:
                 torch.mm(slope, weight_VD, out=g_hidden[at : at + count])
             if g_weight is not None:
@@ -87,4 +89,4 @@ class _LossSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         found = zip(ctx.saved_tensors, ctx.types, strict=True)
-        return *(None if each is None else (each * gradients[0]).to(dtype) for each, dtype in found), None
+        return *(None if each is None else (each * gradients[0]).to(dtype) for each, dtype in found), None, None

@@ -1,8 +1,8 @@
-"""`python -m tests.bench.peers`: training beside TRL on the same rows, in turns, as a Markdown table.
+"""`python -m tests.bench.peers`: training beside TRL and transformers' Trainer on the same rows, in turns, as a Markdown table.
 
-Both learn from the same tokens in as many optimizer steps, each in a process of its own. Non-pad tokens of the rows for each second of
-the training loop are counted by one function for both, held-out loss is measured by one evaluator, and memory is what the kernel says of the
-process while it trains. `python -m tests.bench.peers sft --runs 3 --steps 40` takes the jobs whose names contain that.
+Both sides learn from the same tokens in as many optimizer steps, each in a process of its own. Non-pad tokens of the rows for each second
+of the training loop are counted by one function for both, what was learned is measured by one evaluator, and memory is what the kernel says
+of the process while it trains. `python -m tests.bench.peers chat --runs 1` takes the jobs whose names contain that.
 """
 
 import argparse
@@ -14,122 +14,243 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.bench.__main__ import DATA, LLAMA, hardware
+from tests.bench.__main__ import BERT, DATA, LLAMA, hardware
 from tuner.bundle import Bundle, open_bundle
 from tuner.source import base_bundle, find
 
-BATCH, RANK, RATE = 4, 16, 1.0e-3
+RANK, SEED = 16, 0
 
 
 @dataclass(frozen=True)
-class Job:
-    """What is learned: words a chat, how weights are kept, tokens of a packed row."""
+class Chats:
+    """SmolLM2 learns definitions by an adapter on all linears."""
 
-    words: tuple[int, int]
-    """Least and most definitions in a chat."""
+    definitions: tuple[int, int]
+    """Least and most in a chat."""
+    steps: int
     storage: str = "bf16"
     packed: int | None = None
-    steps: int = 25
+    """Tokens of a row with several chats."""
+    batch: int = 4
+    rate: float = 1.0e-3
+    model: str = LLAMA
+    peer: str = "TRL"
+
+    def rows(self, base: Bundle, name: str, count: int) -> list[Any]:
+        """So many chats in which words of WordNet are asked and defined, as our task encodes them, for both sides."""
+        from tuner import kinds
+        from tuner.checkpoint import load_tokenizer
+
+        lines = [json.loads(line) for line in (DATA / f"wordnet/definitions/{name}.jsonl").read_text().splitlines()]
+        draw, at, found = random.Random(SEED), 0, []
+        task, tokenizer = kinds.load("tasks", "sft"), load_tokenizer(base.path)
+        for _ in range(count):
+            some = [lines[(at + number) % len(lines)] for number in range(draw.randint(*self.definitions))]
+            at += len(some)
+            turns = [(("user", f'What does "{each["prompt"]}" mean?'), ("assistant", each["completion"])) for each in some]
+            messages = [{"role": role, "content": text} for turn in turns for role, text in turn]
+            found.append(task.encode({"messages": messages}, tokenizer))
+        return found
+
+    def trained(self, base: Bundle) -> list[Any]:
+        """Rows for all steps."""
+        count = self.steps * self.batch
+        if self.packed is None:
+            return self.rows(base, "train", count)
+        kept, room = [], 0.94 * count * self.packed
+        for row in self.rows(base, "train", count * 8):
+            room -= len(row.ids)
+            if room < 0:
+                break
+            kept.append(row)
+        return kept
+
+    def ours(self, base: Bundle, folder: Path) -> dict[str, float]:
+        """Train by our loop; tokens/s and peak bytes."""
+        from tuner import kinds
+        from tuner.checkpoint import load_tokenizer, open_base
+        from tuner.data.packing import PackedRows
+        from tuner.families import family_of
+
+        rows, task, method = self.trained(base), kinds.load("tasks", "sft"), kinds.load("methods", "lora")
+        model, fresh = open_base(base, "causal", {}, self.storage)
+        model = method.prepare(model, method.Options(rank=RANK, storage=self.storage), *family_of("llama"), fresh)
+        objective = task.objective(model, load_tokenizer(base.path), task.Options())
+        measured = fitted(
+            self, objective, PackedRows(Listed(rows), self.packed) if self.packed else rows, method.layers(model), folder
+        )
+        if measured["tokens"] != tokens(rows):
+            raise SystemExit(f"meant were {tokens(rows)} tokens, and {measured['tokens']} were trained on; change the steps")
+        method.save(model, folder / "model")
+        return {"tokens_per_s": tokens(rows) / measured["seconds"], "peak": measured["peak_memory_bytes"]}
+
+    def theirs(self, base: Bundle, folder: Path) -> dict[str, float]:
+        """Train by TRL's SFTTrainer."""
+        import torch
+        from datasets import Dataset
+        from peft import LoraConfig
+        from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+        from trl import SFTConfig, SFTTrainer
+
+        rows, options = self.trained(base), {}
+        if self.storage == "nf4":
+            options["quantization_config"] = BitsAndBytesConfig(
+                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16
+            )
+        model = AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.bfloat16, **options)
+        config = SFTConfig(
+            **arguments_of(self, folder), bf16=False, gradient_checkpointing=False,
+            max_length=self.packed or 4096, packing=self.packed is not None,
+        )  # fmt: skip
+        adapter = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM")
+        trainer = SFTTrainer(
+            model=model, args=config, train_dataset=Dataset.from_list([{"input_ids": each.ids, "labels": each.labels} for each in rows]),
+            processing_class=AutoTokenizer.from_pretrained(base.path), peft_config=adapter,
+        )  # fmt: skip
+        if (count := len(trainer.train_dataset)) != self.steps * self.batch:
+            raise SystemExit(f"TRL made {count} rows of what is meant for {self.steps} steps of {self.batch}; change the steps")
+        return timed(trainer, rows, folder)
+
+    def learned(self, base: Bundle, folder: Path) -> str:
+        """Held-out loss (nats a token) of the adapter on the base in float32."""
+        from peft import PeftModel
+
+        from tuner import kinds
+        from tuner.checkpoint import load_model, load_tokenizer
+        from tuner.objective import heldout_loss
+
+        model, task = PeftModel.from_pretrained(load_model(base), folder / "model").eval(), kinds.load("tasks", "sft")
+        objective = task.objective(model, load_tokenizer(base.path), task.Options())
+        rows = self.rows(base, "heldout", 400 // sum(self.definitions))
+        return f"loss {heldout_loss(objective, rows)['heldout_loss']:.4f}"
 
 
-JOBS = {
-    "sft": Job((2, 4), steps=25),
-    "sft-packed": Job((2, 4), packed=512, steps=6),
-    "sft-qlora": Job((2, 4), storage="nf4", steps=20),
-    "sft-long": Job((40, 80), steps=2),
+@dataclass(frozen=True)
+class Reviews:
+    """all-MiniLM learns, every weight of it, which film reviews are positive; texts as long as they are, up to 256 tokens."""
+
+    steps: int
+    batch: int = 32
+    rate: float = 1.0e-4
+    model: str = BERT
+    peer: str = "transformers' Trainer"
+
+    def task(self) -> tuple[Any, Any]:
+        """The task and its options."""
+        from tuner import kinds
+
+        task = kinds.load("tasks", "classify")
+        return task, task.Options(labels=["negative", "positive"])
+
+    def rows(self, base: Bundle, name: str, count: int) -> list[tuple[Any, Any]]:
+        """So many (row, example), encoded by our task for both sides."""
+        from tuner.checkpoint import load_tokenizer
+        from tuner.data.rows import BadRows, OnBadRow, Row
+
+        task, options = self.task()
+        lines = (DATA / f"movie-reviews/{name}.jsonl").read_text().splitlines()[: 2 * count]
+        rows = (Row(str(at), json.loads(line)) for at, line in enumerate(lines))
+        bad = BadRows(OnBadRow(too_long="truncate", control="skip"))
+        return list(task.examples(rows, load_tokenizer(base.path), options, bad))[:count]
+
+    def opened(self, base: Bundle) -> Any:
+        """The model with a new head; the same numbers for both sides."""
+        import torch
+
+        from tuner.checkpoint import open_base
+
+        task, options = self.task()
+        torch.manual_seed(SEED)
+        return open_base(base, "sequence", {**task.head_config(options), "pad_token_id": 0}, "fp32", new_head=True)[0]
+
+    def ours(self, base: Bundle, folder: Path) -> dict[str, float]:
+        """Train by our loop; tokens/s and peak bytes."""
+        from tuner import kinds
+        from tuner.checkpoint import load_tokenizer
+
+        rows = [example for _, example in self.rows(base, "train", self.steps * self.batch)]
+        (task, options), method = self.task(), kinds.load("methods", "full")
+        model = self.opened(base).requires_grad_(True)
+        layers = {name: own for name, own in method.layers(model).items() if ".pooler" not in name}
+        measured = fitted(self, task.objective(model, load_tokenizer(base.path), options), rows, layers, folder)
+        model.save_pretrained(folder / "model")
+        return {"tokens_per_s": tokens(rows) / measured["seconds"], "peak": measured["peak_memory_bytes"]}
+
+    def theirs(self, base: Bundle, folder: Path) -> dict[str, float]:
+        """Train by transformers' Trainer."""
+        from datasets import Dataset
+        from transformers import AutoTokenizer, DataCollatorWithPadding, Trainer, TrainingArguments
+
+        rows = [example for _, example in self.rows(base, "train", self.steps * self.batch)]
+        data = Dataset.from_list([{"input_ids": each.ids, "labels": int(each.target[0])} for each in rows])
+        trainer = Trainer(
+            model=self.opened(base), args=TrainingArguments(**arguments_of(self, folder)), train_dataset=data,
+            data_collator=DataCollatorWithPadding(AutoTokenizer.from_pretrained(base.path)),
+        )  # fmt: skip
+        return timed(trainer, rows, folder)
+
+    def learned(self, base: Bundle, folder: Path) -> str:
+        """Accuracy on held-out reviews."""
+        from transformers import AutoModelForSequenceClassification
+
+        task, options = self.task()
+        model = AutoModelForSequenceClassification.from_pretrained(folder / "model").eval()
+        return f"accuracy {task.scores(model, None, self.rows(base, 'heldout', 500), options, None)['accuracy']:.3f}"
+
+
+JOBS: dict[str, Chats | Reviews] = {
+    "chats, LoRA": Chats((2, 4), steps=20),
+    "chats, LoRA, packed to 512": Chats((2, 4), steps=6, packed=512),
+    "chats, QLoRA nf4": Chats((2, 4), steps=15, storage="nf4"),
+    "long chats, LoRA": Chats((40, 80), steps=2),
+    "reviews, BERT": Reviews(steps=12),
 }
 
 
-def chats(job: Job, name: str, count: int) -> list[dict[str, Any]]:
-    """Conversations in which words of WordNet are asked and defined."""
-    lines = [json.loads(line) for line in (DATA / f"wordnet/definitions/{name}.jsonl").read_text().splitlines()]
-    draw = random.Random(0)
-    found, at = [], 0
-    for _ in range(count):
-        some = [lines[(at + number) % len(lines)] for number in range(draw.randint(*job.words))]
-        at += len(some)
-        turns = [(("user", f'What does "{each["prompt"]}" mean?'), ("assistant", each["completion"])) for each in some]
-        found.append({"messages": [{"role": role, "content": text} for turn in turns for role, text in turn]})
-    return found
+class Listed(list[Any]):
+    """Rows in memory with their lengths, as the packer wants them."""
+
+    @property
+    def lengths(self) -> list[int]:
+        return [len(row.ids) for row in self]
 
 
-def encoded(job: Job, base: Bundle, name: str, count: int) -> list[Any]:
-    """The chats as our task encodes them, for both."""
-    from tuner import kinds
-    from tuner.checkpoint import load_tokenizer
-
-    tokenizer = load_tokenizer(base.path)
-    return [kinds.load("tasks", "sft").encode(chat, tokenizer) for chat in chats(job, name, count)]
+def tokens(rows: list[Any]) -> int:
+    """Non-pad tokens of the rows."""
+    return sum(len(row.ids) for row in rows)
 
 
-def rows_of(job: Job, base: Bundle) -> list[Any]:
-    """Enough examples for all steps."""
-    count = job.steps * BATCH
-    if job.packed is None:
-        return encoded(job, base, "train", count)
-    examples = encoded(job, base, "train", count * 8)
-    kept, tokens = [], 0
-    for example in examples:
-        tokens += len(example.ids)
-        if tokens > 0.97 * count * job.packed:
-            break
-        kept.append(example)
-    return kept
-
-
-def ours(job: Job, base: Bundle, folder: Path) -> dict[str, Any]:
-    """Train by our loop; tokens, seconds and peak bytes."""
-    import torch
-
-    from tuner import kinds
-    from tuner.checkpoint import load_tokenizer, open_base
-    from tuner.data.packing import PackedRows
-    from tuner.families import family_of
+def fitted(job: Chats | Reviews, objective: Any, rows: Any, layers: Any, folder: Path) -> dict[str, Any]:
+    """What our loop measured."""
     from tuner.fit import Schedule, fit
 
-    examples = rows_of(job, base)
-    task, method = kinds.load("tasks", "sft"), kinds.load("methods", "lora")
-    torch.manual_seed(0)
-    model, fresh = open_base(base, "causal", {}, job.storage)
-    model = method.prepare(model, method.Options(rank=RANK, storage=job.storage), *family_of("llama"), fresh)
-    objective = task.objective(model, load_tokenizer(base.path), task.Options())
-    rows: Any = PackedRows(examples, job.packed) if job.packed else examples
     schedule = Schedule(
-        steps=job.steps, batch_size=BATCH, micro_batch_size=BATCH, learning_rate=RATE, warmup_fraction=0.0, decay="constant",
-        weight_decay=0.0, max_grad_norm=1.0, checkpoint_every_steps=10_000, seed=0,
+        steps=job.steps, batch_size=job.batch, micro_batch_size=job.batch, learning_rate=job.rate, warmup_fraction=0.0,
+        decay="constant", weight_decay=0.0, max_grad_norm=1.0, checkpoint_every_steps=10_000, seed=SEED,
     )  # fmt: skip
-    measured = fit(objective, rows, schedule, layers=method.layers(model), work=folder / "work")
-    method.save(model, folder / "adapter")
+    return fit(objective, rows, schedule, layers=layers, work=folder / "work")
+
+
+def arguments_of(job: Chats | Reviews, folder: Path) -> dict[str, Any]:
+    """The same schedule in the words of transformers' trainers."""
     return {
-        "seconds": measured["seconds"],
-        "tokens": sum(len(each.ids) for each in examples),
-        "peak": measured["peak_memory_bytes"],
-    }
+        "output_dir": str(folder / "out"), "per_device_train_batch_size": job.batch, "max_steps": job.steps, "learning_rate": job.rate,
+        "use_cpu": True, "logging_strategy": "no", "save_strategy": "no", "report_to": "none", "disable_tqdm": True,
+        "lr_scheduler_type": "constant", "max_grad_norm": 1.0, "seed": SEED,
+    }  # fmt: skip
 
 
-def trl(job: Job, base: Bundle, folder: Path) -> dict[str, Any]:
-    """Train by TRL's trainer; tokens, seconds and peak bytes."""
-    import torch
-    from datasets import Dataset
-    from peft import LoraConfig
-    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
-    from trl import SFTConfig, SFTTrainer
+def timed(trainer: Any, rows: list[Any], folder: Path) -> dict[str, float]:
+    """Run a trainer of transformers' kind; the clock runs from the first step to the last."""
+    from transformers import TrainerCallback
 
     from tuner.memory import peak
 
-    examples = rows_of(job, base)
-    options: dict[str, Any] = {}
-    if job.storage == "nf4":
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16
-        )
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.bfloat16, **options)
-    data = Dataset.from_list([{"input_ids": each.ids, "labels": each.labels} for each in examples])
     clock: list[float] = []
 
     class Clock(TrainerCallback):  # type: ignore[misc]
@@ -139,51 +260,29 @@ def trl(job: Job, base: Bundle, folder: Path) -> dict[str, Any]:
         def on_train_end(self, *_: Any, **__: Any) -> None:
             clock.append(time.perf_counter())
 
-    config = SFTConfig(
-        output_dir=str(folder / "trl"), per_device_train_batch_size=BATCH, max_steps=job.steps, learning_rate=RATE, use_cpu=True,
-        bf16=False, max_length=job.packed or 4096, packing=job.packed is not None, gradient_checkpointing=False, logging_strategy="no",
-        save_strategy="no", report_to="none", disable_tqdm=True, lr_scheduler_type="constant", max_grad_norm=1.0, seed=0,
-    )  # fmt: skip
-    adapter = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM")
-    trainer = SFTTrainer(
-        model=model, args=config, train_dataset=data, processing_class=AutoTokenizer.from_pretrained(base.path),
-        peft_config=adapter, callbacks=[Clock()],
-    )  # fmt: skip
+    trainer.add_callback(Clock())
     with peak() as most:
         trainer.train()
         held = most()
-    trainer.model.save_pretrained(folder / "adapter")
-    return {"seconds": clock[1] - clock[0], "tokens": sum(len(each.ids) for each in examples), "peak": held}
+    trainer.model.save_pretrained(folder / "model")
+    return {"tokens_per_s": tokens(rows) / (clock[1] - clock[0]), "peak": float(held or 0)}
 
 
-def heldout(job: Job, base: Bundle, adapter: Path) -> float:
-    """The held-out loss (nats a token) of an adapter on the base in float32, by our evaluator."""
-    from peft import PeftModel
-
-    from tuner import kinds
-    from tuner.checkpoint import load_model, load_tokenizer
-    from tuner.objective import heldout_loss
-
-    model = PeftModel.from_pretrained(load_model(base), adapter).eval()
-    task = kinds.load("tasks", "sft")
-    objective = task.objective(model, load_tokenizer(base.path), task.Options())
-    return float(heldout_loss(objective, encoded(job, base, "heldout", 48 if job.words[1] < 10 else 4))["heldout_loss"])
+def one(name: str, side: str, base: str, folder: str) -> None:
+    """A process of its own: one side trains one job once and prints what it measured."""
+    print(json.dumps(getattr(JOBS[name], side)(open_bundle(Path(base)), Path(folder))))
 
 
-SIDES = {"Tuner": ours, "TRL": trl}
-
-
-def one(side: str, name: str, steps: int | None, base: str, folder: str) -> None:
-    """A process of its own: one side trains one job once, and its result is printed."""
-    job = _job(name, steps)
-    found = SIDES[side](job, open_bundle(Path(base)), Path(folder))
-    print(json.dumps(found))
-
-
-def _job(name: str, steps: int | None) -> Job:
-    from dataclasses import replace
-
-    return JOBS[name] if steps is None else replace(JOBS[name], steps=steps)
+def run(name: str, side: str, base: Bundle, out: Path) -> dict[str, float]:
+    """What one side measured. Threads that wait do not spin, for both; what `tuner` sets for itself is set for both."""
+    out.mkdir(parents=True)
+    code = f"from tests.bench.peers import one; one({name!r}, {side!r}, {str(base.path)!r}, {str(out)!r})"
+    environment = {**os.environ, "OMP_WAIT_POLICY": "passive", "THP_MEM_ALLOC_ENABLE": "1", "TQDM_DISABLE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{name}, {side}: {done.stderr[-3000:]}")
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def main(arguments: list[str]) -> None:
@@ -191,48 +290,31 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.peers")
     parser.add_argument("wanted", nargs="?", default="")
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--steps", type=int)
     told = parser.parse_args(arguments)
-    print(
-        f"{hardware()}; SmolLM2-135M, bfloat16, rank {RANK} on all linears, {BATCH} rows a step; median of {told.runs} runs in turns\n"
-    )
-    print(
-        "| job | tokens/s, Tuner | TRL | ratio | peak memory, Tuner | TRL | held-out loss, Tuner | TRL |\n|---|---|---|---|---|---|---|---|"
-    )
+    import transformers
+    import trl
+
+    print(f"{hardware()}; TRL {trl.__version__}, transformers {transformers.__version__}; median of {told.runs} runs in turns\n")
+    print("| job | steps of rows | Tuner, tokens/s | peer | tokens/s | ratio (each run) | memory, GB: Tuner, peer | Tuner | peer |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    median: Callable[[list[float]], float] = statistics.median
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        base = base_bundle(find(LLAMA), folder / "base")
-        for name in JOBS:
+        for name, job in JOBS.items():
             if told.wanted not in name:
                 continue
-            job = _job(name, told.steps)
-            speed: dict[str, list[float]] = {side: [] for side in SIDES}
-            held: dict[str, list[float]] = {side: [] for side in SIDES}
-            loss: dict[str, float] = {}
-            for run in range(told.runs):
-                for side in SIDES:
-                    out = folder / f"{name}-{side}-{run}"
-                    out.mkdir()
-                    given = f"from tests.bench.peers import one; one({side!r}, {name!r}, {told.steps!r}, {str(base.path)!r}, {str(out)!r})"
-                    done = subprocess.run(
-                        [sys.executable, "-c", given], env=environment(), capture_output=True, text=True, check=False
-                    )
-                    if done.returncode:
-                        raise SystemExit(f"{name}, {side}: {done.stderr[-3000:]}")
-                    found = json.loads(done.stdout.splitlines()[-1])
-                    speed[side].append(found["tokens"] / found["seconds"])
-                    held[side].append(found["peak"])
-                    if not run:
-                        loss[side] = heldout(job, base, out / "adapter")
-            own, peer = (statistics.median(speed[side]) for side in SIDES)
-            memory = [f"{statistics.median(held[side]) / 1e9:.2f} GB" for side in SIDES]
-            losses = " | ".join(f"{loss[side]:.4f}" for side in SIDES)
-            print(f"| {name} | {own:.0f} | {peer:.0f} | {own / peer:.2f} | {' | '.join(memory)} | {losses} |", flush=True)
-
-
-def environment() -> dict[str, str]:
-    """Threads that wait do not spin, for both; what else ours sets it sets itself in `tuner.cli`, so it is set for both here."""
-    return {**os.environ, "OMP_WAIT_POLICY": "passive", "THP_MEM_ALLOC_ENABLE": "1", "TQDM_DISABLE": "1"}
+            base = base_bundle(find(job.model), folder / "base")
+            outs = [[folder / name / f"{side}-{number}" for side in ("ours", "theirs")] for number in range(told.runs)]
+            runs = [[run(name, side, base, out) for side, out in zip(("ours", "theirs"), pair, strict=True)] for pair in outs]
+            speeds = [[found["tokens_per_s"] for found in side] for side in zip(*runs, strict=True)]
+            held = [median([found["peak"] for found in side]) / 1e9 for side in zip(*runs, strict=True)]
+            ratios = sorted(own / other for own, other in zip(*speeds, strict=True))
+            learned = " | ".join(job.learned(base, out) for out in outs[0])
+            print(
+                f"| {name} | {job.steps} of {job.batch} | {median(speeds[0]):.0f} | {job.peer} | {median(speeds[1]):.0f} | "
+                f"**{median(ratios):.2f}** ({', '.join(f'{each:.2f}' for each in ratios)}) | {held[0]:.2f}, {held[1]:.2f} | {learned} |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

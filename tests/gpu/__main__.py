@@ -225,12 +225,18 @@ def same_losses(folder: Path) -> list[tuple[str, float, float]]:
                 "data": {"train": "train.jsonl", "heldout": "heldout.jsonl", "on_bad_row": "skip"},
                 "stages": [
                     {"tokenizer": {"vocab_size": 300}},
-                    {"init": {"config": {"model_type": "llama", **TOY.config, "vocab_size": 300}}},
+                    {
+                        "init": {
+                            "config": {
+                                "model_type": "llama",
+                                **{key: value for key, value in TOY.config.items() if key != "vocab_size"},
+                            }
+                        }
+                    },
                     {"tune": TUNE | {"method": {"kind": "lora", "storage": storage}}},
                 ],
                 "evaluate": {"rows": 1},
             }
-            del recipe["stages"][1]["init"]["config"]["vocab_size"]  # type: ignore[index]
             (folder / "recipe.yaml").write_text(json.dumps(recipe))
             environment = {**os.environ, **({} if hidden is None else {"CUDA_VISIBLE_DEVICES": hidden})}
             command = [

@@ -36,7 +36,7 @@ def exact(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale:
 
 
 @pytest.mark.parametrize("most", [2**19, 2000])
-@pytest.mark.parametrize("length", [1, 7, 200])
+@pytest.mark.parametrize("length", [1, 7, 200, 700])
 @pytest.mark.parametrize("masked", ["causal", "window", "both ways"])
 def test_attention_is_attention(length: int, masked: str, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "MOST_SCORES", most)
@@ -142,3 +142,22 @@ def test_logits_that_are_more_than_the_output_layers_are_noticed(checkpoints: An
     batch = {"input_ids": ids, "labels": ids}
     by_logits, _ = supervised_log_likelihood(model, batch)
     torch.testing.assert_close(NextTokenLoss(model, 0)(batch), -by_logits.sum(), rtol=1e-5, atol=1e-4)
+
+
+def test_scores_that_an_architecture_caps_are_capped(checkpoints: Any) -> None:  # noqa: F811
+    """transformers' sdpa leaves Gemma 2's cap out without a word; eager attention and engines have it."""
+    from transformers import AutoModelForCausalLM
+
+    path = checkpoints("gemma2").path
+    ids = torch.arange(3, 40).view(1, -1)
+    found = {}
+    for cap in (0.01, None):
+        options = {"attn_logit_softcapping": cap, "query_pre_attn_scalar": 1}
+        own, theirs = (
+            AutoModelForCausalLM.from_pretrained(path, attn_implementation=each, **options) for each in ("sdpa", "eager")
+        )
+        attention.use(own)
+        with torch.no_grad():
+            torch.testing.assert_close(own(ids).logits, theirs(ids).logits, rtol=0, atol=1e-5)
+            found[cap] = theirs(ids).logits
+    assert float((found[0.01] - found[None]).abs().max()) > 1e-4, "the cap is felt"

@@ -45,7 +45,8 @@ def test_packing_changes_neither_loss_nor_gradient_or_is_refused(checkpoints: An
     model = load_model(checkpoints(model_type))
     tolerance = 1e-6
     if model_type not in ("jamba", "qwen3_next"):  # torch multiplies their experts in no more than float32
-        model, tolerance = model.double(), 1e-8
+        # transformers makes Gemma 2's attention weights in float32.
+        model, tolerance = model.double(), 2e-6 if model_type == "gemma2" else 1e-8
     assert NextTokenLoss(model, 0).collate(rows(18))["input_ids"].shape == (3, 18), "several in a row"
     (alone, of_each), (packed, of_row) = gradients(model, None), gradients(model, 18)
     if family_of(model_type)[1].not_packed:
@@ -102,6 +103,7 @@ def test_a_stream_is_packed_nearly_as_well_as_the_whole() -> None:
     assert stream <= 1.01 * least
 
 
+@pytest.mark.slow
 def test_azure_requests_leave_two_percent_of_the_rows_empty_at_most() -> None:
     """The demo's own rows (D1) and tokenizer."""
     from tuner import gguf

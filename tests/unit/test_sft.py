@@ -113,19 +113,23 @@ def test_a_text_that_begins_twice_is_refused(tokenizer: Any) -> None:
 
 
 @pytest.mark.parametrize("marks", [True, False])
-@pytest.mark.parametrize("left_out", [2, 4])
-def test_an_answer_of_weight_0_is_read_and_not_learned(tokenizer: Any, marks: bool, left_out: int) -> None:
+def test_an_answer_of_weight_0_is_read_and_not_learned(tokenizer: Any, marks: bool) -> None:
     """As in OpenAI's rows for fine-tuning."""
     import copy
 
     own = copy.deepcopy(tokenizer)
     if marks:
         own.chat_template = MARKED.replace("END", "<|im_end|>").replace("REST", "")
-    rows = [{**turn, **({"weight": int(at != left_out)} if turn["role"] == "assistant" else {})} for at, turn in enumerate(TURNS)]
+    rows = [{**turn, **({"weight": int(at != 2)} if turn["role"] == "assistant" else {})} for at, turn in enumerate(TURNS)]
     example, whole = encode({"messages": rows}, own), encode({"messages": TURNS}, own)
     assert example.ids == whole.ids
-    assert learned(example, own) == ("az vnet show<|im_end|>" if left_out == 2 else "az vm list<|im_end|>")
+    assert learned(example, own) == "az vnet show<|im_end|>"
     assert "weight" not in str(sft.question({"messages": rows}, own, sft.Options())["messages"])
+
+
+def test_a_last_answer_of_weight_0_is_refused() -> None:
+    with pytest.raises(DataError, match="the last answer has the weight 0"):
+        sft.check_row({"messages": [*TURNS[:4], {**TURNS[4], "weight": 0}]}, sft.Options())
 
 
 @pytest.mark.parametrize(("at", "weight"), [(2, 0.5), (2, "0"), (1, 0)])

@@ -119,7 +119,7 @@ def _inside(value: Any, *, system: bool) -> Iterator[str]:
     elif isinstance(value, dict) and (system or value.get("role") != "system"):
         for key, each in value.items():
             # Of a message what is said in it; who said it when is not.
-            if key in SAID if "role" in value else key not in MARKS:
+            if key in SAID if "role" in value and SAID & set(value) else key not in MARKS:
                 yield from _inside(each, system=system)
     elif isinstance(value, list):
         for each in value:

@@ -36,6 +36,8 @@ class Architecture:
     """Why its weights cannot be kept in 4 or 8 bits while an adapter is trained; empty where they can."""
     not_packed: str = ""
     """Why several documents cannot share a row; empty where each reads itself alone there."""
+    packed_here: bool = False
+    """transformers alone would let documents in one row read each other; tuner/attention.py keeps them apart."""
     lacks: frozenset[str] = frozenset()
     """Heads of the family that transformers does not have for it."""
     left_out: dict[str, str] = field(default_factory=dict)

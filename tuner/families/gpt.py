@@ -41,6 +41,7 @@ FAMILY = Family(
             attention=frozenset({"q_proj", "k_proj", "v_proj", "out_proj"}),
             live_adapter=True,
             lacks=frozenset({"token"}),
+            packed_here=True,
         ),
         "gpt_neox": Architecture(
             linears=frozenset({"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}),

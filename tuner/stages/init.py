@@ -97,7 +97,7 @@ def _refusals(recipe: Any, index: int) -> Iterator[None]:
 
     try:
         yield
-    except (ValueError, TypeError, KeyError, ArithmeticError, RuntimeError, StrictDataclassError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, StrictDataclassError) as error:
         said = f"transformers knows no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
         raise recipe.error(f"no model can be made from it: {said}", "stages", index, "init", "config") from None
 

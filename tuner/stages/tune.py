@@ -120,9 +120,10 @@ def check(plan: "Plan", step: "Step") -> None:
     if most and options.task.max_tokens > most:
         message = f"max_tokens {options.task.max_tokens} is more than the {most} that {plan.facts.model_type} reads"
         raise plan.recipe.error(message, *place, "task", "max_tokens")
-    compilers = [os.environ.get("CXX") or "g++", "clang++", "c++"]
-    if options.compile and not any(map(shutil.which, compilers)):
-        raise plan.recipe.error(f"compile wants a compiler for C++, and none of {', '.join(compilers)} is there", *place, "compile")
+    compiler = os.environ.get("CXX") or "g++"
+    if options.compile and not shutil.which(compiler):
+        message = f"compile wants a compiler for C++, and {compiler} is not there; install it, or name one in CXX"
+        raise plan.recipe.error(message, *place, "compile")
     _check_labels(plan, step, head)
     for part, check_part, given in (
         ("task", getattr(kinds.load("tasks", options.task.kind), "check", None), plan.facts),
@@ -245,7 +246,7 @@ def _manifest(job: Job, task: Any, method: Any, head: dict[str, Any], **rest: An
 
 def _model(job: Job, tokenizer: Any) -> tuple[Any, dict[str, Any]]:
     """The base as the method trains it, and what whoever opens the result has to know of its head."""
-    from tuner import scan
+    from tuner import attention, scan
     from tuner.checkpoint import device, open_base
     from tuner.documents import computed_again
     from tuner.progress import say
@@ -270,6 +271,9 @@ def _model(job: Job, tokenizer: Any) -> tuple[Any, dict[str, Any]]:
     if getattr(options.task, "packing", False) and device() != "cpu" and architecture.kernels:
         # The fused kernels know nothing of documents.
         message = "packing is not for this architecture on a GPU: its kernel carries the state over from document to document"
+        raise job.recipe.error(message, "stages", job.index, "tune", "task", "packing")
+    if getattr(options.task, "packing", False) and architecture.packed_here and model.config._attn_implementation != attention.NAME:
+        message = f"packing wants an attention that its checkpoint does not ask for: {model.config._attn_implementation}"
         raise job.recipe.error(message, "stages", job.index, "tune", "task", "packing")
     if options.gradient_checkpointing:
         if not model.supports_gradient_checkpointing:

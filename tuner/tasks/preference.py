@@ -17,7 +17,7 @@ from tuner.recipe import Evaluate
 from tuner.tasks import sft
 
 HEAD = "causal"
-KEYS = sft.SPOKEN | {"prompt", "chosen", "rejected", "completion", "label"}
+KEYS = (sft.SPOKEN - {"messages.weight"}) | {"prompt", "chosen", "rejected", "completion", "label"}
 SHAPES = {"preference pairs": {"loss": "dpo"}, "judged answers": {"loss": "kto"}}
 # Nats that float sums in another order can make; a model that was not trained yet prefers neither answer.
 TIE = 1.0e-3

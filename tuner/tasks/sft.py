@@ -88,12 +88,11 @@ def question(record: dict[str, Any], tokenizer: Any, options: Options) -> dict[s
     if "messages" not in record:
         return {**asked(record["prompt"], question_ids(record, tokenizer), tokenizer), "messages": None}
     tools = {"tools": record["tools"]} if record.get("tools") else {}
-    return {"ids": question_ids(record, tokenizer), "messages": [_sent(each) for each in record["messages"][:-1]], **tools}
+    return {"ids": question_ids(record, tokenizer), "messages": [_sent(each) for each in _spoken(record)[:-1]], **tools}
 
 
 def _sent(message: dict[str, Any]) -> dict[str, Any]:
     """A message as a client of OpenAI's sends it: the arguments of its calls are text."""
-    message = {key: value for key, value in message.items() if key != "weight"}  # it is for training alone
     if not message.get("tool_calls"):
         return message
     calls = [
@@ -124,7 +123,7 @@ def question_ids(record: dict[str, Any], tokenizer: Any) -> list[int]:
     """What an endpoint makes of the same messages (or of the same plain prompt)."""
     if "messages" not in record:
         return list(tokenizer(record["prompt"])["input_ids"])
-    text = _render(record["messages"][:-1], tokenizer, record.get("tools"), add_generation_prompt=True)
+    text = _render(_spoken(record)[:-1], tokenizer, record.get("tools"), add_generation_prompt=True)
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
@@ -135,7 +134,8 @@ def encode(record: dict[str, Any], tokenizer: Any) -> Example:
         answer = [*tokenizer(record["completion"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
         require_one_beginning(prompt, tokenizer)
         return Example(prompt + answer, [IGNORE] * len(prompt) + answer)
-    messages, tools = record["messages"], record.get("tools")
+    unlearned = {index for index, message in enumerate(record["messages"]) if message.get("weight") == 0}
+    messages, tools = _spoken(record), record.get("tools")
 
     @cache
     def render(count: int, answer: bool) -> str:
@@ -146,7 +146,7 @@ def encode(record: dict[str, Any], tokenizer: Any) -> Example:
         ids, learned = _by_markers(messages, tools, tokenizer)
     else:
         ids, learned = _by_prefixes(messages, render, tokenizer)
-    if unlearned := {index for index, message in enumerate(messages) if message.get("weight") == 0}:
+    if unlearned:
         _, others = _by_prefixes(messages, render, tokenizer, left_out=unlearned)
         learned = [wanted and other for wanted, other in zip(learned, others, strict=True)]
     prompt = list(tokenizer(render(len(messages) - 1, True), add_special_tokens=False)["input_ids"])
@@ -155,6 +155,11 @@ def encode(record: dict[str, Any], tokenizer: Any) -> Example:
     labels = [token if wanted else IGNORE for token, wanted in zip(ids, learned, strict=True)]
     require_one_beginning(ids, tokenizer)
     return _end_turns(ids, labels, tokenizer)
+
+
+def _spoken(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """The messages as a server is sent them: what they weigh is for training alone."""
+    return [{key: value for key, value in message.items() if key != "weight"} for message in record["messages"]]
 
 
 def has_markers(tokenizer: Any) -> bool:
@@ -263,16 +268,7 @@ def _render(messages: list[dict[str, Any]], tokenizer: Any, tools: Any, *, add_g
         text.encode()  # half of a surrogate pair is no character
     except TemplateSyntaxError as error:
         raise SourceError(f"the model's chat template cannot be read: {error}, in its line {error.lineno}") from None
-    except (
-        TemplateError,
-        TypeError,
-        ValueError,
-        ArithmeticError,
-        LookupError,
-        AttributeError,
-        RecursionError,
-        MemoryError,
-    ) as error:
+    except (TemplateError, *FAILS) as error:
         raise DataError(f"the model's chat template refuses this conversation: {error or type(error).__name__}", "turns") from None
     return text
 
@@ -309,6 +305,8 @@ def _check_messages(messages: Any) -> None:
         if not isinstance(content, str) or (role in ("user", "assistant") and not content.strip() and not calls):
             raise DataError(f"messages[{index}]: the content is {_shown(content)}, expected text", lacking(content))
         expected = after.get(role) or (("tool",) if calls else ("user",))
+    if messages[-1].get("weight") == 0:
+        raise DataError("the last answer has the weight 0, so nothing of it would be learned; end the row before it", "unlearned")
     if messages[-1]["role"] != "assistant":
         last = messages[-1]["role"]
         raise DataError(f'the last message is from "{last}", expected "assistant": there is no answer to learn', "turns")

@@ -11,7 +11,7 @@ help:
 	@echo "make test      install, then the fast tests"
 	@echo "make check     lint and types"
 	@echo "make test-all  every test, the slow ones too"
-	@echo "make bench     speed, memory and loss of every cell of the grid, scans, data, the gateway (half an hour on two cores)"
+	@echo "make bench     speed, memory and loss of every cell of the grid, scans, data, the gateway, and peers (an hour on two cores)"
 	@echo "make install   only the environment, from requirements/*.lock"
 	@echo "make browser   Debian's Chromium, which one test opens a page in (root installs it)"
 	@echo "make node      Debian's npm, which brings OpenAI's client for JavaScript to one test (root installs it)"
@@ -52,6 +52,7 @@ bench: data-all
 	$(BIN)/python -m tests.bench.scan
 	$(BIN)/python -m tests.bench.data
 	$(BIN)/python -m tests.bench.gateway
+	$(BIN)/python -m tests.bench.peers
 
 demo: data
 	@$(BIN)/tuner prove recipes/demo.yaml

@@ -204,11 +204,11 @@ class Reviews:
 
 
 JOBS: dict[str, Chats | Reviews] = {
-    "chats, LoRA": Chats((2, 4), steps=20),
+    "chats, LoRA": Chats((2, 4), steps=16),
     "chats, LoRA, packed to 512": Chats((2, 4), steps=6, packed=512),
-    "chats, QLoRA nf4": Chats((2, 4), steps=15, storage="nf4"),
-    "long chats, LoRA": Chats((40, 80), steps=2),
-    "reviews, BERT": Reviews(steps=12),
+    "chats, QLoRA nf4": Chats((2, 4), steps=12, storage="nf4"),
+    "long chats, LoRA": Chats((40, 60), steps=2),
+    "reviews, BERT": Reviews(steps=6),
 }
 
 

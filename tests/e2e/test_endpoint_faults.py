@@ -60,7 +60,7 @@ def test_an_engine_that_is_gone_or_hangs_is_replaced_and_proven_again(running: E
 def test_requests_for_which_an_engine_has_no_memory_are_503_and_others_are_answered(running: Endpoint) -> None:
     right = running.ask("live").json()["choices"][0]["message"]["content"]
     engine(running).rlimit(psutil.RLIMIT_AS, (1, 1))  # from now on the kernel gives it nothing
-    with Load(running, "live", threads=4) as load:
+    with Load(running, "live", threads=24) as load:
         time.sleep(3.0)
     assert load.failures
     assert all("503" in failure for failure in load.failures), set(load.failures)

@@ -77,7 +77,7 @@ def check(recipe: RecipePath, overrides: Overrides = None, out: Out = None) -> N
     """Say whether a recipe will work, without loading a weight."""
     from tuner.data.shapes import told as shapes_told
 
-    plan, _ = _plan(recipe, overrides, out)
+    plan, out_dir = _plan(recipe, overrides, out)
     if plan.facts.parameters:
         source = plan.recipe.model or "a new model"
         print(f"model:   {source} ({plan.facts.model_type}, about {plan.facts.parameters / 1e6:.0f}M parameters)")
@@ -93,7 +93,18 @@ def check(recipe: RecipePath, overrides: Overrides = None, out: Out = None) -> N
         print(f"note:    {remark}")
     print(f"stages:  {' -> '.join([plan.steps[0].takes, *(f'{step.name} -> {step.gives}' for step in plan.steps)])}")
     print(f"serving: {plan.serving()}")
-    print(f"needs:   about {plan.disk_bytes() / 1e9:.1f} GB of disk and {plan.memory_bytes() / 1e9:.1f} GB of memory")
+    print(f"needs:   about {plan.disk_bytes() / 1e9:.1f} GB of disk", flush=True)
+    # Last, since it takes a few seconds: torch, and the model without its weights.
+    from tuner.needs import needs
+
+    if any(step.trains for step in plan.steps):
+        from tuner.memory import room
+
+        told = [need.told() for need in needs(plan, out_dir)]
+        for line in told or ["the memory that training takes is told by the run: the recipe has yet to make its tokenizer"]:
+            print(f"         {line}")
+        free, where = room()
+        print(f"         {free / 1e9:.1f} GB are left of {where}")
 
 
 @app.command()
@@ -427,6 +438,18 @@ def main() -> None:
     except TunerError as error:
         print(f"tuner: {visible(str(error))}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except (MemoryError, OSError, RuntimeError) as error:
+        from tuner.memory import ran_out, room
+
+        if not ran_out(error):
+            raise
+        free, where = room()
+        print(
+            f"tuner: memory ran out, {max(free, 0) / 1e9:.2f} GB are left of {where}; what is finished is kept, and the same "
+            "command continues where there is more (`tuner check` tells how much)",
+            file=sys.stderr,
+        )
+        sys.exit(2)
     except (KeyboardInterrupt, typer.Abort):
         continues = sys.argv[1:2] in (["run"], ["prove"])
         print(

@@ -16,8 +16,8 @@ from torch import nn
 
 from tuner import optimizers, resume
 from tuner.data.order import plan
-from tuner.errors import GateError, Interrupted
-from tuner.memory import peak
+from tuner.errors import GateError, Interrupted, RecipeError
+from tuner.memory import held, peak, ran_out, room
 from tuner.objective import Objective
 from tuner.progress import say, track
 
@@ -43,7 +43,7 @@ class Schedule:
     batch_size: int
     """Rows an optimizer step learns from."""
     micro_batch_size: int
-    """Rows in memory at a time; any number gives the same result in exact arithmetic."""
+    """Rows in memory at a time, at most; any number gives the same result in exact arithmetic."""
     learning_rate: float
     warmup_fraction: float
     decay: Literal["cosine", "linear", "constant"]
@@ -71,11 +71,15 @@ def fit(
     layers: dict[str, list[nn.Parameter]],
     work: Path,
     watch: Watch | None = None,
+    expected: int | None = None,
 ) -> dict[str, Any]:
     """Train `objective.model` in place and return what was measured. Checkpoints in `work` are picked up by the same call again.
 
+    The first step is on the largest batch. Where it runs out of memory it is tried again with half as many rows at a time, and
+    what it took is said beside what was `expected` (bytes, beside what is held now).
     Processes that accelerate started share each step: the result is that of one process, up to the order of float sums.
-    Raises GateError where a layer gets no gradient or the loss is no number, Interrupted (after saving) on SIGINT and SIGTERM.
+    Raises GateError where a layer gets no gradient or the loss is no number, Interrupted (after saving) on SIGINT and SIGTERM,
+    RecipeError where memory runs out.
     """
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     micro_batch_size = min(schedule.micro_batch_size, math.ceil(schedule.batch_size / accelerator.num_processes))
@@ -89,7 +93,9 @@ def fit(
     )
     torch.manual_seed(schedule.seed)
     fresh = {"step": 0, "tokens": 0, "supervised": 0, "seconds": 0.0, "losses": [], "watched": [], "peak": None}
-    state: dict[str, Any] = resume.load(work, trained, optimizer) or fresh
+    expected = expected and expected + held()
+    state: dict[str, Any] = resume.load(work, trained, optimizer) or {**fresh, "micro_batch_size": micro_batch_size}
+    micro_batch_size = state["micro_batch_size"]  # with another one, sums would be rounded otherwise than before
     if state["step"]:
         say(f"continuing at step {state['step']} of {schedule.steps}")
     if watch and not state["step"]:
@@ -104,13 +110,33 @@ def fit(
             started = time.monotonic()
             for group in optimizer.param_groups:
                 group["lr"] = schedule.rate(step)
-            rows = objective.begin([examples[index] for index in order.rows(step)], micro_batch_size)
-            supervised = sum(row.supervised for row in rows)
-            loss = _accumulate(objective, rows, micro_batch_size, supervised, accelerator, list(trained.values()))
+            given = [examples[index] for index in order.rows(step)]
+            while True:
+                generator = torch.get_rng_state()
+                try:
+                    rows = objective.begin(given, micro_batch_size)
+                    supervised = sum(row.supervised for row in rows)
+                    loss = _accumulate(objective, rows, micro_batch_size, supervised, accelerator, list(trained.values()))
+                    break
+                except (RuntimeError, MemoryError) as error:
+                    if not ran_out(error):
+                        raise
+                    shared = accelerator.num_processes > 1  # the others are in the middle of the step
+                    micro_batch_size = _fewer(micro_batch_size, step, first=step == 0 and not shared)
+                state["micro_batch_size"] = micro_batch_size
+                optimizer.zero_grad()
+                torch.set_rng_state(generator)
             if not math.isfinite(loss):
                 raise GateError(f"the loss is {loss} at step {step + 1}; a lower learning_rate usually helps")
             if step == first:
                 _require_gradients(layers)
+            if step == 0 and expected and (now := most()):
+                # What the optimizer remembers is there from the next step on.
+                state["expected"], now = expected, now + optimizers.state_bytes(schedule.optimizer, trained.values())
+                say(
+                    f"memory: the largest step takes {now / 1e9:.2f} GB, {expected / 1e9:.2f} were expected; "
+                    f"{min(micro_batch_size, len(rows))} rows at a time, {room()[0] / 1e9:.1f} GB are left"
+                )
             nn.utils.clip_grad_norm_(trained.values(), schedule.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
@@ -163,6 +189,19 @@ def _accumulate(
     return float(total) / supervised
 
 
+def _fewer(rows: int, step: int, *, first: bool) -> int:
+    """Half as many rows at a time. Raises RecipeError where that is no way out."""
+    free, where = room()
+    if not first or rows == 1:
+        advice = "`micro_batch_size` takes fewer rows at a time" if rows > 1 else "a smaller task.max_tokens takes less"
+        raise RecipeError(
+            f"memory ran out in step {step + 1} with {rows} rows at a time: {max(free, 0) / 1e9:.2f} GB are left of {where}; "
+            f"{advice}, and so does gradient_checkpointing: true"
+        ) from None
+    say(f"memory ran out with {rows} rows at a time, and {free / 1e9:.2f} GB are left of {where}: {-(-rows // 2)} from here on")
+    return -(-rows // 2)
+
+
 def _look(watch: Watch, objective: Objective, state: dict[str, Any], work: Path, trained: dict[str, nn.Parameter]) -> None:
     """Measure held-out rows, say so, and keep the weights where they are the best so far."""
     objective.eval()
@@ -202,6 +241,8 @@ def _measured(state: dict[str, Any]) -> dict[str, Any]:
         "tokens_per_s": round(state["tokens"] / state["seconds"], 1),
         "seconds": round(state["seconds"], 1),
         "peak_memory_bytes": state["peak"],
+        "expected_memory_bytes": state.get("expected"),
+        "micro_batch_size": state["micro_batch_size"],
         "train_loss_first": round(sum(state["losses"][:tenth]) / tenth, 4),
         "train_loss_last": round(sum(state["losses"][-tenth:]) / tenth, 4),
     }

@@ -13,6 +13,7 @@ from tuner.checkpoint import load_model, load_tokenizer
 from tuner.data.dataset import heldout_rows, questions
 from tuner.data.example import IGNORE, Example
 from tuner.data.reading import state
+from tuner.memory import peak
 from tuner.objective import heldout_loss
 from tuner.progress import timed
 from tuner.recipe import Recipe
@@ -31,13 +32,22 @@ def measured(bundle: Bundle, recipe: Recipe, *, task: Any, reference: Bundle | N
     key = _key(recipe, task, reference, base)
     if bundle.manifest.metrics.get("key") == key:
         return bundle
+    with peak() as most:
+        metrics, items = _figures(bundle, recipe, task, reference, base)
+        metrics |= {"key": key, "peak_memory_bytes": most()}
+    return add_results(bundle, metrics=metrics, probe=items)
+
+
+def _figures(
+    bundle: Bundle, recipe: Recipe, task: Any, reference: Bundle | None, base: Bundle | None
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The metrics, and the questions of the probe with this bundle's answers."""
     tokenizer = load_tokenizer(bundle.path)
     rows, skipped = heldout_rows(recipe, task, tokenizer)
     model = load_model(bundle)
     module, head = kinds.load("tasks", task.kind), kinds.load("heads", str(bundle.manifest.head))
     items = head.record(model, tokenizer, questions(recipe, task, tokenizer, rows), recipe.probe.answer_tokens)
     metrics: dict[str, Any] = {
-        "key": key,
         **dict.fromkeys(("base", "before", "heldout_loss", "heldout_tokens", "bits_per_byte", "heldout_skipped", "scores")),
     }
     metrics["task"] = told(task)
@@ -66,7 +76,7 @@ def measured(bundle: Bundle, recipe: Recipe, *, task: Any, reference: Bundle | N
         cut = sum(getattr(example, "cut", False) for example in examples)
         metrics["heldout_skipped"] = {"count": skipped["skipped_rows"], "listed": skipped["skipped"], "cut": cut}
         metrics["scores"] = module.scores(model, tokenizer, rows, task, recipe.evaluate) or None
-    return add_results(bundle, metrics=metrics, probe=items)
+    return metrics, items
 
 
 def _per_byte(loss: dict[str, Any], examples: Sequence[Any], tokenizer: Any) -> dict[str, float]:

@@ -1,9 +1,17 @@
-"""The most memory that a piece of work held at a time: of this process, or of its GPU."""
+"""Memory: the most that a piece of work held at a time, and how much more there is to be had; of this process, or of its GPU."""
 
 import ctypes
+import errno
+import resource
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+# Where control groups are mounted, the limit, what is used, and what of it are pages of files that can go; versions 2 and 1.
+GROUPS = {
+    "": ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+    "memory": ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
 
 
 @contextmanager
@@ -20,8 +28,7 @@ def peak() -> Iterator[Callable[[], int | None]]:
         yield torch.cuda.max_memory_allocated
         return
     try:
-        # What was freed before is no part of this piece of work: glibc keeps it unless asked (malloc_trim(3)).
-        ctypes.CDLL(None).malloc_trim(0)
+        give_back()
         Path("/proc/self/clear_refs").write_text("5")
     except (OSError, AttributeError):
         yield lambda: None
@@ -29,7 +36,69 @@ def peak() -> Iterator[Callable[[], int | None]]:
     yield resident_peak
 
 
+def give_back() -> None:
+    """Let the system have what was freed: glibc keeps it unless asked (malloc_trim(3)). Raises AttributeError without glibc."""
+    ctypes.CDLL(None).malloc_trim(0)
+
+
 def resident_peak() -> int:
     """The largest resident memory of this process (bytes) since it was last counted anew."""
+    return _status("VmHWM")
+
+
+def held() -> int:
+    """The bytes that are held now: allocated by torch on a GPU, else resident in this process."""
+    import torch
+
+    if torch.cuda.is_available():
+        return int(torch.cuda.memory_allocated())
+    with suppress(AttributeError):
+        give_back()
+    return _status("VmRSS")
+
+
+def room() -> tuple[int, str]:
+    """(how many bytes more can be held, what ends there): a GPU, this machine, a control group (a container), or `ulimit -v`."""
+    import psutil
+    import torch
+
+    if torch.cuda.is_available():
+        free, _ = torch.cuda.mem_get_info()
+        return int(free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()), "the GPU's memory"
+    found = [(int(psutil.virtual_memory().available), "this machine's memory")]
+    found += [(free, "its control group's limit, such as a container's") for free in _rooms_of_groups()]
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit != resource.RLIM_INFINITY:
+        found.append((limit - _status("VmSize"), "`ulimit -v`"))
+    return min(found)
+
+
+def ran_out(error: BaseException) -> bool:
+    """The error says that there was no memory left. torch has a class for a GPU's, and for the processor's nothing but words."""
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return True
+    said = ("can't allocate memory", "not enough memory", "start new thread", "out of memory", "Cannot allocate memory")
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in said)
+
+
+def _rooms_of_groups() -> Iterator[int]:
+    """What is left below the limit of each control group that this process is in, and of the groups around it."""
+    with suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, controllers, own = line.split(":", 2)
+            for name, (mount, limit, used, files) in GROUPS.items():
+                if name not in controllers.split(","):
+                    continue
+                # From inside a container its own group is the mount itself.
+                inner = Path(mount) / own.lstrip("/")
+                for folder in (each for each in (inner, *inner.parents) if each.is_relative_to(mount)):
+                    with suppress(OSError, ValueError):
+                        kept = dict(each.split() for each in (folder / "memory.stat").read_text().splitlines())
+                        free = int((folder / limit).read_text()) - int((folder / used).read_text())
+                        yield free + int(kept.get(files, 0))
+
+
+def _status(name: str) -> int:
+    """A size (bytes) from proc(5), status."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))

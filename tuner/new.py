@@ -256,7 +256,7 @@ def _lines(name: str, keys: dict[str, Any], look: _Look, task: dict[str, Any], k
     # Documents are cut into blocks, of which no one knows yet how many there are.
     steps = "" if hasattr(kinds.load("tasks", task["kind"]), "BLOCK_TOKENS") else f"   # {-(-rows // batch) * epochs} steps"
     yield f"      epochs: {epochs}{steps}"
-    yield f"      batch_size: {batch}   # rows a step; `micro_batch_size: 4` needs less memory for the same result"
+    yield f"      batch_size: {batch}   # rows a step, of which as many are in memory at a time as fit"
     yield f"      learning_rate: {rate}"
     if share:
         yield "      gate: {heldout_loss_drop: 0.0}   # fail where held-out rows got no better"

@@ -3,11 +3,18 @@
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     import torch
 
 Name = Literal["adamw", "adamw-8bit", "adamw-paged", "adamw-8bit-paged", "adafactor"]
 # Bytes of state for each trained parameter; Adafactor keeps a row and a column for each matrix.
 STATE_BYTES: dict[str, float] = {"adamw": 8, "adamw-8bit": 2, "adamw-paged": 8, "adamw-8bit-paged": 2, "adafactor": 0.1}
+
+
+def state_bytes(name: Name, parameters: "Iterable[torch.nn.Parameter]") -> int:
+    """About what the optimizer remembers of these parameters."""
+    return round(sum(each.numel() for each in parameters) * STATE_BYTES[name])
 
 
 def optimizer(name: Name, parameters: list["torch.nn.Parameter"], *, learning_rate: float, weight_decay: float) -> Any:

@@ -1,12 +1,13 @@
 """Decides, before anything is loaded, what a recipe will do and whether it can: a chain of stages, each taking what the one
 before gives."""
 
-import math
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from heapq import nlargest
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ from tuner.data.dataset import task_of, tasks_of
 from tuner.data.rows import BadRows, Row, usable, words_of
 from tuner.errors import DataError, RecipeError, SourceError, TunerError
 from tuner.families import Architecture, Family, family_of
-from tuner.optimizers import STATE_BYTES
 from tuner.recipe import Recipe
 from tuner.source import Facts, Source, facts, find
 
@@ -28,8 +28,8 @@ CHECKED_ROWS = 10_000
 MOST_NAMED = 12
 # Long enough to chat; a longer one costs an engine memory for the cache of keys and values.
 CHAT_TOKENS = 1024
-# Of a frozen weight; those outside the blocks stay in bfloat16.
-STORED_BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.2, "nf4": 0.8}
+# Of the rows that are looked at the longest are kept, from which the memory for them is told.
+LONGEST_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,8 @@ class Looked:
     """Keys of rows that no task reads."""
     passed_over: list[str] = field(default_factory=list)
     """Files in the data's folders that are no data."""
+    longest: list[Row] = field(default_factory=list)
+    """The training rows with the most text among them."""
 
 
 @dataclass(frozen=True)
@@ -134,12 +136,6 @@ class Plan:
         """The model that the step trains has just got tokens that it has yet to learn."""
         return bool(getattr(self.steps[step.index - 1].stage, "ADDS_TOKENS", False)) if step.index else self.facts.new_tokens
 
-    def _rows_bytes(self, step: Step) -> int:
-        """What training single rows of the embeddings takes: peft keeps a copy of all, and two gradients."""
-        if step.gives != "adapter" or not self._new_tokens(step):
-            return 0
-        return 12 * max((math.prod(shape) for shape in self.facts.matrices.values()), default=0)
-
     def serving(self) -> str:
         """One line on how the result can be served."""
         what = {"adapter": "the adapter is served live on its base", "quantized": "the quantized model is served by itself"}
@@ -161,17 +157,6 @@ class Plan:
         base = 2 * self.facts.parameters if self.source and self.source.is_gguf else 0
         checkpoints = max((4 * size[step.gives] for step in self.steps if step.trains), default=0)
         return int(base + self.facts.parameters * (sum(size[step.gives] for step in self.steps) + checkpoints)) + 50_000_000
-
-    def memory_bytes(self) -> int:
-        """About what the largest stage keeps in memory: weights, gradients, optimizer, activations."""
-        need = 4 * self.facts.parameters * 2  # a float32 copy, and one more while it is written
-        for step in self.steps:
-            if step.trains:
-                weights = STORED_BYTES[kinds.load("methods", step.options.method.kind).storage(step.options.method)]
-                trained = 0.05 if step.gives == "adapter" else 1.0
-                state = STATE_BYTES[step.options.optimizer]
-                need = max(need, int(self.facts.parameters * (weights + (8 + state) * trained)) + self._rows_bytes(step))
-        return need + 1_500_000_000
 
 
 def make_plan(recipe: Recipe, out_dir: Path) -> Plan:
@@ -202,6 +187,8 @@ def check_rows(recipe: Recipe, known: Facts) -> Looked:
     looked = Looked()
     read = frozenset().union(*(reader.KEYS for reader, _ in readers))
     unread: set[str] = set()
+    lengths: list[tuple[int, int, Row]] = []
+    number = count()  # rows have no order of their own
     for key in seen:
         if key == "heldout" and not recipe.data.holds_out:
             continue
@@ -210,7 +197,12 @@ def check_rows(recipe: Recipe, known: Facts) -> Looked:
         def checked(row: Row, key: str = key, shapes: Counter[str] = shapes) -> None:
             check(row)
             unread.update(set(_keys(row.record)) - read)
-            seen[key].add(hash(words_of(row.record) or row.content))
+            words = words_of(row.record) or row.content
+            seen[key].add(hash(words))
+            if key == "train":
+                lengths.append((len(words), next(number), row))
+                if len(lengths) > 8 * LONGEST_ROWS:
+                    lengths[:] = nlargest(LONGEST_ROWS, lengths)
             shapes[row.shape] += 1
 
         try:
@@ -242,7 +234,8 @@ def check_rows(recipe: Recipe, known: Facts) -> Looked:
     if copied and copied == len(seen["heldout"]):
         raise recipe.error("the held-out rows are all training rows, so nothing would be measured", "data", "heldout")
     more = [key for key in looked.rows if recipe.seen.get(("more", key))]
-    return replace(looked, more=more, copied=copied, unread=sorted(unread))
+    longest = [row for *_, row in nlargest(LONGEST_ROWS, lengths)]
+    return replace(looked, more=more, copied=copied, unread=sorted(unread), longest=longest)
 
 
 def checker(recipe: Recipe, known: Facts) -> Callable[[Row], None]:

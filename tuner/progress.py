@@ -53,6 +53,16 @@ def counted(title: str, items: Iterable[T]) -> Iterator[T]:
 
 
 @contextmanager
+def silent() -> Iterator[None]:
+    """A block of which nothing is said."""
+    before, console.quiet = console.quiet, True
+    try:
+        yield
+    finally:
+        console.quiet = before
+
+
+@contextmanager
 def timed(title: str) -> Iterator[None]:
     """Say what begins, turn a spinner in a terminal, and say how long it took once it has ended well."""
     start = time.monotonic()

@@ -75,7 +75,7 @@ class _Scan(torch.autograd.Function):
             drive = delta[row] * u[row]
             for part in _parts(u, A):
                 decay = _decay(delta[row, part], A[part], None if starts is None else starts[row])
-                forward(decay.numpy(), drive[part].numpy(), B[row].numpy(), C[row].numpy(), out[row, part].numpy())
+                forward(decay, drive[part], B[row], C[row], out[row, part])
         return out
 
     @staticmethod
@@ -91,7 +91,7 @@ class _Scan(torch.autograd.Function):
                 decay = _decay(delta[row, part], A[part], None if starts is None else starts[row])
                 given = (decay, delta[row, part], u[row, part], A[part], B[row], C[row], g_out[row, part])
                 wanted = (g_u[row, part], g_delta[row, part], g_A[part], g_B[row], g_C[row])
-                backward(*(each.numpy() for each in (*given, *wanted)))
+                backward(*given, *wanted)
         return g_u, g_delta, g_A, g_B.sum(1), g_C.sum(1), None
 
 
@@ -111,7 +111,7 @@ def _decay(delta_DT: Tensor, A_DN: Tensor, starts_T: Tensor | None) -> Tensor:
 
 @cache
 def _kernels() -> tuple[Callable[..., None], Callable[..., None]]:
-    """Compiled at the first call, in a few seconds, and kept beside this file for the next process."""
+    """Of tensors. Compiled at the first call, in a few seconds, and kept beside this file for the next process."""
     import numba
     import numpy
 
@@ -159,7 +159,11 @@ def _kernels() -> tuple[Callable[..., None], Callable[..., None]]:
                     g_u[d, t] = to_drive * delta[d, t]
                     g_delta[d, t] = to_delta + to_drive * u[d, t]
 
-    return forward, backward
+    return _of_tensors(forward), _of_tensors(backward)
+
+
+def _of_tensors(kernel: Callable[..., None]) -> Callable[..., None]:
+    return lambda *tensors: kernel(*(each.numpy() for each in tensors))
 
 
 def _on_a_cpu(theirs: Callable[..., Any]) -> Callable[..., Any]:

@@ -42,7 +42,13 @@ def parts_of(old: Any, new: Any) -> dict[int, list[int]]:
     }
 
 
-@pytest.mark.parametrize("model_type", ARCHITECTURES)
+# One of each family, one with the embeddings apart, one whose layers are of two kinds; the others take another half minute.
+FAST = ("llama", "gpt2", "gpt_neox", "bert", "mamba", "mamba2", "falcon_h1")
+
+
+@pytest.mark.parametrize(
+    "model_type", [pytest.param(each, marks=() if each in FAST else pytest.mark.slow) for each in ARCHITECTURES]
+)
 def test_new_tokens_are_trained_beside_an_adapter_and_merged(checkpoints: Any, tmp_path: Path, model_type: str) -> None:
     import torch
 

@@ -21,4 +21,8 @@ def plan(lengths: list[int], batch_size: int, seed: int, epoch: int, least: int 
         short = batches.pop()
         batches[-1] += short
     draw.shuffle(batches)
+    if epoch == 0:
+        # The largest first: what it needs, all need, and memory that does not suffice is found out at once.
+        largest = max(range(len(batches)), key=lambda at: len(batches[at]) * max(lengths[index] for index in batches[at]))
+        batches.insert(0, batches.pop(largest))
     return batches

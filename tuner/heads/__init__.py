@@ -10,5 +10,7 @@ and, where there is something to say:
 
 LABELLED                       True where the head gives a score to each label of a list
 opened(model)                  changes a model that was just opened
+loss_bytes(sizes, positions, supervised)
+                               what the loss holds at a time, beside the model's body (tuner/footprint.py)
 describe(folder, ...)          adds what other programs read beside a checkpoint with this head
 """

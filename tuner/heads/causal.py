@@ -183,3 +183,10 @@ def _habits(model: Any, wanted: Any) -> Iterator[None]:
         yield
     finally:
         model.generation_config = own
+
+
+def loss_bytes(sizes: Any, positions: int, supervised: int) -> int:  # noqa: ARG001 - a head's common signature
+    """What `NextTokenLoss` holds at a time: logits of a few positions, and gradients of the hidden states and the output layer."""
+    chunk = min(supervised * sizes.vocabulary, likelihood.MOST_LOGITS["cuda" if torch.cuda.is_available() else "cpu"])
+    trained = 2 * 4 * sizes.vocabulary * sizes.hidden if sizes.output_trained else 0
+    return int(chunk * (4 + sizes.width) + 2 * supervised * sizes.hidden * sizes.width + trained)

@@ -53,3 +53,8 @@ def difference(item: dict[str, Any], answer: dict[str, Any]) -> tuple[list[float
     """Per hidden token: the difference in log-probability (nats), and whether it is still preferred."""
     apart = [abs(new - old) for new, old in zip(answer["logprobs"], item["logprobs"], strict=True)]
     return apart, [new == old for new, old in zip(answer["preferred"], item["answer_ids"], strict=True)]
+
+
+def loss_bytes(sizes: Any, positions: int, supervised: int) -> int:
+    """Logits of every position, or later their gradient; in float32 log-probabilities of the hidden ones, and their gradient."""
+    return int(sizes.vocabulary * (positions * sizes.width + 2 * supervised * 4))

@@ -4,7 +4,8 @@ import gc
 import os
 import shutil
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 TAKES = frozenset({"model"})
 # Also of the task, the method and the loop.
-VERSION = 8
+VERSION = 9
 RESULT = "tuned"
 # The same sums in the same types on the same machine: what is saved loses nothing (nats, or components of vectors).
 REOPENED_TOLERANCE = 1.0e-3
@@ -59,8 +60,8 @@ class Options(BaseOptions):
     """Passes over the training rows; 1 where neither is given."""
     batch_size: int = Field(8, gt=0)
     """Rows an optimizer step learns from."""
-    micro_batch_size: int | None = Field(None, gt=0)
-    """Rows in memory at a time; all of `batch_size` by default. Less needs less memory and takes longer."""
+    micro_batch_size: Literal["auto"] | Annotated[int, Field(gt=0)] = "auto"
+    """Rows in memory at a time; `auto` takes as many of `batch_size` as there is memory for. Losses do not depend on it."""
     learning_rate: float = Field(5.0e-4, gt=0)
     """Peak learning rate of AdamW. LoRA wants about ten times what full tuning does."""
     warmup_fraction: float = Field(0.05, ge=0, le=1)
@@ -87,7 +88,7 @@ class Options(BaseOptions):
     def _one_length(self) -> "Options":
         if self.steps and self.epochs:
             raise ValueError("steps and epochs both say how long to train; give one (`epochs: null` takes the other away)")
-        if self.micro_batch_size and self.batch_size % self.micro_batch_size:
+        if self.micro_batch_size != "auto" and self.batch_size % self.micro_batch_size:
             raise ValueError(f"micro_batch_size {self.micro_batch_size} does not divide batch_size {self.batch_size}")
         return self
 
@@ -199,8 +200,9 @@ def run(job: Job) -> Manifest:
         say(
             f"packed: {len(examples)} documents in {len(rows)} rows of {options.task.max_tokens} tokens, {rows.padding:.1%} padding"
         )
+    schedule, expected = _within_memory(job, objective, rows, _schedule(options, len(rows), job.recipe.seed))
     with fused.compiled(model) if options.compile else nullcontext():
-        measured = fit(objective, rows, _schedule(options, len(rows), job.recipe.seed), layers=layers, work=job.work, watch=watch)
+        measured = fit(objective, rows, schedule, layers=layers, work=job.work, watch=watch, expected=expected)
     answers, effect = _answers(job, task, model, tokenizer)
     method.save(model, job.folder)
     tokenizer.save_pretrained(job.folder)
@@ -294,8 +296,46 @@ def _schedule(options: Options, rows: int, seed: int) -> "Schedule":
 
     told = {name: getattr(options, name) for name in Schedule.__dataclass_fields__ if hasattr(options, name)}
     told["steps"] = options.steps or math.ceil((options.epochs or 1) * math.ceil(rows / options.batch_size))
-    told["micro_batch_size"] = options.micro_batch_size or options.batch_size
+    told["micro_batch_size"] = options.batch_size if options.micro_batch_size == "auto" else options.micro_batch_size
     return Schedule(**told, seed=seed)
+
+
+def _within_memory(job: Job, objective: Any, rows: Any, schedule: "Schedule") -> tuple["Schedule", int]:
+    """(The schedule with as many rows at a time as there is memory for, the bytes that a step on the largest batch will take).
+
+    Raises RecipeError where that is too few.
+    """
+    from transformers import AutoConfig
+
+    from tuner import budget
+    from tuner.footprint import Footprint
+    from tuner.memory import room
+    from tuner.progress import say
+
+    options, place = job.options, ("stages", job.index, "tune")
+    assert job.parent is not None
+    head = kinds.load("tasks", options.task.kind).HEAD
+    sizes = Footprint(
+        AutoConfig.from_pretrained(job.parent.path.resolve()), head, options.method,
+        optimizer=options.optimizer, gradient_checkpointing=options.gradient_checkpointing,
+    )  # fmt: skip
+    row, (free, where), batch = budget.longest(options.task, rows), room(), min(schedule.batch_size, len(rows))
+    if options.micro_batch_size == "auto":
+        try:
+            most = budget.rows_that_fit(sizes, options.task, row, batch, free, where)
+        except RecipeError as error:
+            raise job.recipe.error(str(error), *place) from None
+        if most < batch:
+            say(f"{most} of {batch} rows at a time, as many as {free / 1e9:.2f} GB of {where} have room for")
+        schedule = replace(schedule, micro_batch_size=most)
+    at_a_time = schedule.micro_batch_size
+    first = budget.first_batch(options.task, rows, schedule.batch_size, schedule.seed, objective.least_rows, at_a_time)
+    expected = budget.learning(sizes, options.task, first, more=at_a_time < batch)
+    if options.watch:
+        expected = max(expected, budget.looking(sizes, options.task, row))
+    if expected > free:
+        raise job.recipe.error(budget.refusal(expected, first, free, where), *place, "micro_batch_size")
+    return schedule, expected
 
 
 def _loss_now(job: Job, objective: Any, tokenizer: Any) -> float | None:

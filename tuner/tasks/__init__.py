@@ -27,6 +27,8 @@ BLOCK_TOKENS                  longer documents become several; nothing is too lo
 unnamed(options)              whether the one output of its head has no name that would matter
 serving(options)              facts for an engine
 head_config(options)          what the model's configuration says of its head, such as the names of labels
+loss_bytes(sizes, positions, supervised)
+                              what the loss holds at a time, where it is not what its head says
 reference(record)             the answer that the record gives, for tasks whose answers are text
 """
 

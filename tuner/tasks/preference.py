@@ -125,6 +125,11 @@ def shown(example: Any, options: Options) -> list[tuple[str, Example]]:
     return [("chosen", example.chosen), ("rejected", example.rejected)]
 
 
+def loss_bytes(sizes: Any, positions: int, supervised: int) -> int:  # noqa: ARG001 - a task's common signature
+    """Logits of the answers with their gradient, and in float32 log-probabilities with theirs."""
+    return int(sizes.vocabulary * supervised * (2 * sizes.width + 3 * 4))
+
+
 def scores(model: Any, tokenizer: Any, rows: list[tuple[Row, Any]], options: Options, evaluate: Evaluate) -> dict[str, float]:
     """How often the better answer is preferred, a tie counting half, by how much on average (nats); scores of answers.
 

@@ -1,0 +1,42 @@
+"""What a step keeps, told from shapes, is what autograd saves: for every architecture."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.grid.test_grid import ARCHITECTURES
+from tuner import footprint, kinds
+from tuner.checkpoint import open_base
+from tuner.families import family_of
+from tuner.footprint import Footprint
+from tuner.methods import lora
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_what_is_kept_for_the_backward_pass_is_what_autograd_saves(
+    checkpoints: Any, model_type: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoConfig
+
+    monkeypatch.setattr(footprint, "HOLES", 0.0)
+    base = checkpoints(model_type)
+    family, architecture = family_of(model_type)
+    head, method = "causal" if "causal" in family.heads else "masked", lora.Options(rank=4)
+    told, most = Footprint(AutoConfig.from_pretrained(base.path), head, method)._gone_through(3, 48, learning=True)
+    model, fresh = open_base(base, head, {}, "bf16")
+    body = kinds.load("methods", "lora").prepare(model, method, family, architecture, fresh).train().get_base_model().base_model
+    own = {each.untyped_storage().data_ptr() for each in (*body.parameters(), *body.buffers())}
+    saved: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = body(input_ids=torch.zeros(3, 48, dtype=torch.long))[0]
+    # What comes out, and a little that is neither saved nor gone, is there as well.
+    assert 0.99 * sum(saved.values()) <= told <= 1.1 * sum(saved.values()) + 2 * out.nbytes
+    assert most >= told

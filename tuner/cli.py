@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tuner.errors import DataError, TunerError, visible
+from tuner.errors import DataError, Interrupted, TunerError, visible
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -114,10 +114,35 @@ def run(recipe: RecipePath, overrides: Overrides = None, out: Out = None) -> Non
     from tuner.run import run as run_plan
 
     plan, out_dir = _plan(recipe, overrides, out)
+    _in_processes(plan)
     bundles = run_plan(plan, out_dir)
     report = write_report(bundles, out_dir)
     _print_table(table, rows(bundles, out_dir), plan.recipe.name)
     print(f"{bundles[-1].path}  ({report})")
+
+
+@app.command()
+def launch(
+    recipe: RecipePath,
+    on: Annotated[str, typer.Option(help="slurm, kubernetes or ray.")],
+    overrides: Overrides = None,
+    out: Out = None,
+    gpus: Annotated[bool, typer.Option("--gpus", help="Ask for a GPU for each process.")] = False,
+    image: Annotated[str | None, typer.Option(help="Of the container; tuner:train-cpu, or tuner:train-cuda with --gpus.")] = None,
+    to: Annotated[Path | None, typer.Option(help="The file to write; RECIPE.ENGINE.sh or .yaml here by default.")] = None,
+    submit: Annotated[bool, typer.Option("--submit", help="Hand it in, too.")] = False,
+) -> None:
+    """Write what runs the recipe on a cluster: on `launch.nodes` machines with `launch.processes` each."""
+    from tuner.launch import write
+
+    plan, out_dir = _plan(recipe, overrides, out)
+    path, command = write(plan.recipe, overrides or [], out_dir, on=on, gpus=gpus, image=image, to=to)
+    print(path)
+    if submit:
+        from tuner.launch import hand_in
+
+        sys.exit(hand_in(command))
+    print(f"hand it in with: {' '.join(command)}")
 
 
 @app.command()
@@ -131,6 +156,7 @@ def prove(recipe: RecipePath, overrides: Overrides = None, out: Out = None) -> N
     plan, out_dir = _plan(recipe, overrides, out)
     if why := plan.not_served():
         raise plan.recipe.error(f"nothing to serve and prove at its end: {why}", "stages")
+    _in_processes(plan)
     bundles = run_plan(plan, out_dir)
 
     from serve.endpoint import Settings, serving
@@ -404,6 +430,20 @@ def _plan(recipe: Path, overrides: list[str] | None, out: Path | None) -> tuple[
     return make_plan(read, out_dir), out_dir
 
 
+def _in_processes(plan: Any) -> None:
+    """Return in the process that is the run: the only one, or the first of those that the recipe's `launch` asks for."""
+    from tuner import processes
+
+    if plan.recipe.launch.total > 1 and not processes.started():
+        if plan.recipe.launch.nodes > 1 and not plan.recipe.launch.address:
+            message = "several nodes need the address of node 0, such as 10.0.0.1:29500; on a cluster `tuner launch` finds it"
+            raise plan.recipe.error(message, "launch")
+        sys.exit(processes.start(plan.recipe.launch, sys.argv[1:]))
+    if not processes.first():
+        processes.follow(plan)
+        sys.exit(0)
+
+
 def _print_table(table: Any, found: list[dict[str, str]], title: str) -> None:
     from rich.console import Console
 
@@ -436,11 +476,16 @@ def main() -> None:
     try:
         sys.exit(app(standalone_mode=False))
     except TunerError as error:
-        print(f"tuner: {visible(str(error))}", file=sys.stderr)
+        if not (isinstance(error, Interrupted) and int(os.environ.get("RANK", "0"))):  # the first of several says it
+            print(f"tuner: {visible(str(error))}", file=sys.stderr)
         sys.exit(error.exit_code)
     except (MemoryError, OSError, RuntimeError) as error:
         from tuner.memory import ran_out, room
+        from tuner.processes import lost
 
+        if lost(error):
+            print("tuner: another process of this run is gone", file=sys.stderr)
+            sys.exit(1)
         if not ran_out(error):
             raise
         free, where = room()

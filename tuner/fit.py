@@ -11,7 +11,6 @@ from types import FrameType
 from typing import Any, Literal
 
 import torch
-from accelerate import Accelerator
 from torch import nn
 
 from tuner import optimizers, resume
@@ -19,6 +18,7 @@ from tuner.data.order import plan
 from tuner.errors import GateError, Interrupted, RecipeError
 from tuner.memory import held, peak, ran_out, room
 from tuner.objective import Objective
+from tuner.parallel import Parallel, Strategy, own
 from tuner.progress import say, track
 
 
@@ -52,6 +52,8 @@ class Schedule:
     checkpoint_every_steps: int
     seed: int
     optimizer: optimizers.Name = "adamw"
+    strategy: Strategy = "ddp"
+    """What several processes do with the weights: each has all of them, or a part."""
 
     def rate(self, step: int) -> float:
         """Learning rate of optimizer step 0 .. steps-1: linear warm-up, then the decay."""
@@ -81,24 +83,28 @@ def fit(
     Raises GateError where a layer gets no gradient or the loss is no number, Interrupted (after saving) on SIGINT and SIGTERM,
     RecipeError where memory runs out.
     """
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())
-    micro_batch_size = min(schedule.micro_batch_size, math.ceil(schedule.batch_size / accelerator.num_processes))
+    parallel = Parallel(schedule.strategy)
+    micro_batch_size = parallel.least(min(schedule.micro_batch_size, math.ceil(schedule.batch_size / parallel.count)))
     torch.manual_seed(schedule.seed)
-    objective.to(accelerator.device)
+    names = {parameter: name for name, parameter in objective.model.named_parameters()}
+    parallel.place(objective)
     objective.eval()
     examples = objective.prepared(examples)
     trained = {name: parameter for name, parameter in objective.model.named_parameters() if parameter.requires_grad}
+    layers = {layer: [trained[names[each]] for each in parameters] for layer, parameters in layers.items()}
     optimizer = optimizers.optimizer(
         schedule.optimizer, list(trained.values()), learning_rate=schedule.learning_rate, weight_decay=schedule.weight_decay
     )
     torch.manual_seed(schedule.seed)
     fresh = {"step": 0, "tokens": 0, "supervised": 0, "seconds": 0.0, "losses": [], "watched": [], "peak": None}
     expected = expected and expected + held()
-    state: dict[str, Any] = resume.load(work, trained, optimizer) or {**fresh, "micro_batch_size": micro_batch_size}
-    micro_batch_size = state["micro_batch_size"]  # with another one, sums would be rounded otherwise than before
+    state: dict[str, Any] = resume.load(work, trained, optimizer) or {**fresh, "processes": 0}
+    if state["processes"] == parallel.count:
+        micro_batch_size = state["micro_batch_size"]  # with another one, sums would be rounded otherwise than before
+    state |= {"processes": parallel.count, "micro_batch_size": micro_batch_size}
     if state["step"]:
         say(f"continuing at step {state['step']} of {schedule.steps}")
-    if watch and not state["step"]:
+    if watch and not state["step"] and (parallel.first or parallel.sharded):
         # Before the first step: a name that is not measured stops a run that would have been for nothing.
         say(f"before training, held out: {_figures(watch)[1]}")
     objective.train()
@@ -106,7 +112,7 @@ def fit(
     with _signals() as stop, peak() as most, track("training", schedule.steps, done=first) as advance:
         for step in range(first, schedule.steps):
             if watch and _worn_out(state["watched"], watch):
-                break
+                break  # all have been told the same
             started = time.monotonic()
             for group in optimizer.param_groups:
                 group["lr"] = schedule.rate(step)
@@ -116,20 +122,20 @@ def fit(
                 try:
                     rows = objective.begin(given, micro_batch_size)
                     supervised = sum(row.supervised for row in rows)
-                    loss = _accumulate(objective, rows, micro_batch_size, supervised, accelerator, list(trained.values()))
+                    loss = _accumulate(objective, rows, micro_batch_size, supervised, parallel, list(trained.values()))
                     break
                 except (RuntimeError, MemoryError) as error:
                     if not ran_out(error):
                         raise
-                    shared = accelerator.num_processes > 1  # the others are in the middle of the step
-                    micro_batch_size = _fewer(micro_batch_size, step, first=step == 0 and not shared)
+                    alone = parallel.count == 1  # others would be in the middle of the step
+                    micro_batch_size = _fewer(micro_batch_size, step, first=step == 0 and alone)
                 state["micro_batch_size"] = micro_batch_size
                 optimizer.zero_grad()
                 torch.set_rng_state(generator)
             if not math.isfinite(loss):
                 raise GateError(f"the loss is {loss} at step {step + 1}; a lower learning_rate usually helps")
             if step == first:
-                _require_gradients(layers)
+                _require_gradients(layers, parallel)
             if step == 0 and expected and (now := most()):
                 # What the optimizer remembers is there from the next step on.
                 state["expected"], now = expected, now + optimizers.state_bytes(schedule.optimizer, trained.values())
@@ -150,10 +156,11 @@ def fit(
             state["peak"] = max(filter(None, (state["peak"], most())), default=None)
             advance(note=f"loss {loss:.3f}  {tokens / seconds:.0f} tokens/s")
             if watch and ((step + 1) % watch.every_steps == 0 or step + 1 == schedule.steps):
-                _look(watch, objective, state, work, trained)
-            if (stop or (step + 1) % schedule.checkpoint_every_steps == 0) and accelerator.is_main_process:
-                resume.save(work, trained, optimizer, state)
-            if stop:
+                _look(watch, objective, state, work, trained, parallel)
+            (stopping,) = parallel.any([bool(stop)])
+            if stopping or (step + 1) % schedule.checkpoint_every_steps == 0:
+                resume.save(work, trained, optimizer, state, writes=parallel.first)
+            if stopping:
                 raise Interrupted(f"stopped at step {step + 1} of {schedule.steps}; the same command continues there")
     measured = _measured(state)
     if watch and state["watched"]:
@@ -162,31 +169,26 @@ def fit(
         early = f"; stopped early, {schedule.steps} were meant" if state["step"] < schedule.steps else ""
         say(f"kept: step {best['step']} of {state['step']}, {watch.by} {best[watch.by]:.4g}{early}")
         measured |= {"watched": state["watched"], "kept_step": best["step"]}
+    if parallel.sharded:  # the model is of no use outside: whoever opens another one finds its weights here
+        resume.save_best(work, trained, writes=parallel.first)
     objective.eval()
     return measured
 
 
 def _accumulate(
-    objective: Objective, rows: list[Any], micro_batch_size: int, supervised: float, accelerator: Accelerator, trained: list[Any]
+    objective: Objective, rows: list[Any], micro_batch_size: int, supervised: float, parallel: Parallel, trained: list[Any]
 ) -> float:
     """Leave the gradient of the mean loss of all rows in the parameters, and return that mean.
 
     The sum over all micro-batches and processes is divided once, by their common count: a mean of means would weigh a token
     by how few others it shares its micro-batch with.
     """
-    total = torch.zeros((), dtype=torch.float64)
-    for number, at in enumerate(range(0, len(rows), micro_batch_size)):
-        if number % accelerator.num_processes == accelerator.process_index:
-            loss = objective(objective.collate(rows[at : at + micro_batch_size], accelerator.device))
-            accelerator.backward(loss / supervised)
-            total += loss.item()
-    if accelerator.num_processes > 1:
-        total = accelerator.reduce(total, "sum")
-        for parameter in trained:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            parameter.grad = accelerator.reduce(parameter.grad, "sum")
-    return float(total) / supervised
+    total = 0.0
+    for part, counts in parallel.shares(rows, micro_batch_size):
+        loss = objective(objective.collate(part, parallel.device))
+        (loss * (counts / supervised)).backward()
+        total += loss.item() * counts
+    return parallel.add_up(total, trained) / supervised
 
 
 def _fewer(rows: int, step: int, *, first: bool) -> int:
@@ -202,15 +204,19 @@ def _fewer(rows: int, step: int, *, first: bool) -> int:
     return -(-rows // 2)
 
 
-def _look(watch: Watch, objective: Objective, state: dict[str, Any], work: Path, trained: dict[str, nn.Parameter]) -> None:
+def _look(
+    watch: Watch, objective: Objective, state: dict[str, Any], work: Path, trained: dict[str, nn.Parameter], parallel: Parallel
+) -> None:
     """Measure held-out rows, say so, and keep the weights where they are the best so far."""
-    objective.eval()
-    figures, said = _figures(watch)
-    objective.train()
-    state["watched"].append({"step": state["step"], **figures})
-    say(f"step {state['step']}: train loss {state['losses'][-1]:.4g}; held out: {said}")
+    figures: dict[str, float] = {}
+    if parallel.first or parallel.sharded:
+        objective.eval()
+        figures, said = _figures(watch)
+        objective.train()
+        say(f"step {state['step']}: train loss {state['losses'][-1]:.4g}; held out: {said}")
+    state["watched"].append({"step": state["step"], **parallel.told(figures)})
     if _best(state["watched"], watch)["step"] == state["step"]:
-        resume.save_best(work, trained)
+        resume.save_best(work, trained, writes=parallel.first)
 
 
 def _figures(watch: Watch) -> tuple[dict[str, float], str]:
@@ -266,13 +272,15 @@ class _Order:
         return self._batches[within]
 
 
-def _require_gradients(layers: dict[str, list[nn.Parameter]]) -> None:
+def _require_gradients(layers: dict[str, list[nn.Parameter]], parallel: Parallel) -> None:
     """Raises GateError that names the layers whose parameters all have a zero or no gradient."""
-    dead = [
-        name
-        for name, parameters in layers.items()
-        if not any(parameter.grad is not None and bool(parameter.grad.any()) for parameter in parameters)
-    ]
+    alive = parallel.any(
+        [
+            any(parameter.grad is not None and bool(own(parameter.grad).any()) for parameter in parameters)
+            for parameters in layers.values()
+        ]
+    )
+    dead = [name for name, learns in zip(layers, alive, strict=True) if not learns]
     if dead:
         shown = ", ".join(dead[:8]) + (f" and {len(dead) - 8} more" if len(dead) > 8 else "")
         raise GateError(f"{len(dead)} of {len(layers)} trained layers get no gradient, so they would learn nothing: {shown}")

@@ -60,7 +60,9 @@ def _forward(module: Any, theirs: Callable[..., Tensor]) -> Callable[..., Tensor
         if not (plain and same) or (module.training and type(module.lora_dropout[names[0]]) is not torch.nn.Identity):
             return theirs(x, *args, **rest)
         name = names[0]
-        given = (base.weight, base.bias, module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name])
+        # The layer has the scales of a 4-bit weight, too, where the weight is put together from the parts that processes have.
+        scales = getattr(base.weight, "quant_state", None) or getattr(base, "quant_state", None)
+        given = (base.weight, scales, base.bias, module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name])
         apply: Any = _Adapted.apply
         found: Tensor = apply(x, *given)
         return found
@@ -68,26 +70,27 @@ def _forward(module: Any, theirs: Callable[..., Tensor]) -> Callable[..., Tensor
     return forward
 
 
-def _whole(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """The weight as it is multiplied by; one of 4 bits is unpacked."""
-    state = getattr(weight, "quant_state", None)
-    if state is None:
+def _whole(weight: Tensor, scales: Any, dtype: torch.dtype) -> Tensor:
+    """The weight as it is multiplied by; one of 4 bits, which has `scales`, is unpacked."""
+    if scales is None:
         return weight
     from bitsandbytes.functional import dequantize_4bit
 
-    whole: Tensor = dequantize_4bit(weight.data, state)
+    whole: Tensor = dequantize_4bit(weight.data, scales)
     return whole.to(dtype)
 
 
 class _Adapted(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A_RI: Tensor, B_OR: Tensor, scale: float) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, scales: Any, bias: Tensor | None, A_RI: Tensor, B_OR: Tensor, scale: float
+    ) -> Tensor:
         x_MI = x.reshape(-1, x.shape[-1])
         a_RI, b_OR = A_RI.to(x.dtype), (B_OR * scale).to(x.dtype)
         u_MR = x_MI @ a_RI.t()
-        y_MO = linear(x_MI, _whole(weight, x.dtype), None if bias is None else bias.to(x.dtype))
+        y_MO = linear(x_MI, _whole(weight, scales, x.dtype), None if bias is None else bias.to(x.dtype))
         y_MO.addmm_(u_MR, b_OR.t())
-        ctx.weight, ctx.scale, ctx.shape, ctx.types = weight, scale, x.shape, (A_RI.dtype, B_OR.dtype)
+        ctx.weight, ctx.scales, ctx.scale, ctx.shape, ctx.types = weight, scales, scale, x.shape, (A_RI.dtype, B_OR.dtype)
         ctx.save_for_backward(x_MI, a_RI, b_OR, u_MR)
         return y_MO.view(*x.shape[:-1], -1)
 
@@ -98,7 +101,7 @@ class _Adapted(torch.autograd.Function):
         g_MR = g_MO @ b_OR
         g_x = None
         if ctx.needs_input_grad[0]:
-            g_x = (g_MO @ _whole(ctx.weight, g_MO.dtype)).addmm_(g_MR, a_RI).view(ctx.shape)
+            g_x = (g_MO @ _whole(ctx.weight, ctx.scales, g_MO.dtype)).addmm_(g_MR, a_RI).view(ctx.shape)
         g_A = (g_MR.t() @ x_MI).to(ctx.types[0])
         g_B = (g_MO.t() @ u_MR).to(ctx.types[1]).mul_(ctx.scale)
-        return g_x, None, None, g_A, g_B, None
+        return g_x, None, None, None, g_A, g_B, None

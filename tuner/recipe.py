@@ -115,6 +115,35 @@ class Serve(Options):
     """Longest prompt and answer together, in tokens; 1,024 by default, or what the model reads where that is less."""
 
 
+class Launch(Options):
+    """How many processes share each training step, and where they are."""
+
+    processes: int = Field(1, gt=0)
+    """On each machine: one for each GPU; on a CPU, the cores are divided among them."""
+    nodes: int = Field(1, gt=0)
+    """Machines, which have the run's directory (`--out`), the data and the model at the same paths."""
+    node: int = Field(0, ge=0)
+    """Which of them this is: `--set launch.node=1` on the second."""
+    address: str | None = None
+    """HOST:PORT of node 0, on which the others find it."""
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    """`ddp`: each process has the whole model. `fsdp`: each has a part of the weights, gradients and optimizer (FSDP2)."""
+
+    @model_validator(mode="after")
+    def _reachable(self) -> "Launch":
+        if self.node >= self.nodes:
+            raise ValueError(f"node {self.node} of {self.nodes}: they are counted from 0")
+        host, _, port = (self.address or "node:1").rpartition(":")
+        if not (host and port.isdecimal() and 0 < int(port) < 2**16):
+            raise ValueError(f"address {self.address} is not HOST:PORT, such as 10.0.0.1:29500")
+        return self
+
+    @property
+    def total(self) -> int:
+        """Processes on all machines."""
+        return self.nodes * self.processes
+
+
 def _no_options(entry: Any) -> Any:
     """`- merge:` is `- merge: {}`."""
     return {name: {} if options is None else options for name, options in entry.items()} if isinstance(entry, dict) else entry
@@ -147,6 +176,7 @@ def recipe_type() -> type[BaseModel]:
         evaluate=(Evaluate, Evaluate()),
         probe=(Probe, Probe()),
         serve=(Serve, Serve()),
+        launch=(Launch, Launch()),
     )
 
 
@@ -168,6 +198,7 @@ class Recipe:
         self.evaluate: Evaluate = values.evaluate
         self.probe: Probe = values.probe
         self.serve: Serve = values.serve
+        self.launch: Launch = values.launch
         self.stages: list[tuple[str, Any]] = [
             (name, getattr(entry, name)) for entry in values.stages for name in sorted(entry.model_fields_set)
         ]

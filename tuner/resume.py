@@ -13,24 +13,30 @@ from torch import nn
 
 from tuner.bundle import write_json
 from tuner.errors import disk_errors
+from tuner.parallel import part_of, whole
 
 BEST = "best.safetensors"
 
 
-def save(work: Path, trained: dict[str, nn.Parameter], optimizer: Any, state: dict[str, Any]) -> None:
-    """Write a checkpoint into `work`, replacing the last one only once this one is whole. Raises DiskFull."""
+def save(work: Path, trained: dict[str, nn.Parameter], optimizer: Any, state: dict[str, Any], *, writes: bool = True) -> None:
+    """Write a checkpoint into `work`, replacing the last one only once this one is whole. Raises DiskFull.
+
+    Of weights that are split among processes every process has to call this, and one `writes`.
+    """
     target = work / f"step-{state['step']:08d}"
     partial = work / "partial"
+    values, tensors, numbers = _values(trained), {}, {}
+    for name, value in _flat(optimizer.state_dict()["state"]):
+        if isinstance(value, torch.Tensor):
+            tensors[name] = whole(value).clone()  # bitsandbytes shares some among parameters
+        else:
+            numbers[name] = value
+    if not writes:
+        return
     with disk_errors(work):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        save_file(_values(trained), partial / "trained.safetensors")
-        tensors, numbers = {}, {}
-        for name, value in _flat(optimizer.state_dict()["state"]):
-            if isinstance(value, torch.Tensor):
-                tensors[name] = value.clone()  # bitsandbytes shares some among parameters
-            else:
-                numbers[name] = value
+        save_file(values, partial / "trained.safetensors")
         generators = {"random.cpu": torch.get_rng_state()}
         if torch.cuda.is_available():
             generators |= {f"random.cuda{index}": value for index, value in enumerate(torch.cuda.get_rng_state_all())}
@@ -57,21 +63,27 @@ def load(work: Path, trained: dict[str, nn.Parameter], optimizer: Any) -> dict[s
         torch.cuda.set_rng_state(tensors.pop(name), int(name.removeprefix("random.cuda")))
     state: dict[str, Any] = json.loads((found[-1] / "state.json").read_text())
     entries: dict[int, Any] = {}
+    parameters = list(trained.values())
     for name, value in {**tensors, **state.pop("optimizer")}.items():
         index, *way, key = name.split(".")
         entry = entries.setdefault(int(index), {})
         for part in way:
             entry = entry.setdefault(part, {})
-        entry[key] = value
+        like = parameters[int(index)]
+        same = isinstance(value, torch.Tensor) and value.shape == like.shape
+        entry[key] = part_of(value, like) if same else value
     optimizer.load_state_dict({**optimizer.state_dict(), "state": entries})
     return state
 
 
-def save_best(work: Path, trained: dict[str, nn.Parameter]) -> None:
-    """Keep the weights as they are now, beside the checkpoints. Raises DiskFull."""
+def save_best(work: Path, trained: dict[str, nn.Parameter], *, writes: bool = True) -> None:
+    """Keep the weights as they are now, beside the checkpoints; all processes call this, and one `writes`. Raises DiskFull."""
+    values = _values(trained)
+    if not writes:
+        return
     with disk_errors(work):
         work.mkdir(parents=True, exist_ok=True)
-        save_file(_values(trained), work / f"{BEST}.part")
+        save_file(values, work / f"{BEST}.part")
         (work / f"{BEST}.part").replace(work / BEST)
 
 
@@ -90,10 +102,10 @@ def _flat(tree: dict[Any, Any], name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _values(trained: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
-    return {name: parameter.detach().contiguous() for name, parameter in trained.items()}
+    return {name: whole(parameter.detach()).contiguous() for name, parameter in trained.items()}
 
 
 def _set(trained: dict[str, nn.Parameter], saved: dict[str, torch.Tensor]) -> None:
     with torch.no_grad():
         for name, parameter in trained.items():
-            parameter.copy_(saved[name])
+            parameter.copy_(part_of(saved[name], parameter))

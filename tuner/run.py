@@ -29,6 +29,7 @@ from tuner.data.dataset import task_of
 from tuner.data.reading import state
 from tuner.errors import BundleError, GateError, RecipeError
 from tuner.plan import Plan, Step
+from tuner.processes import leading
 from tuner.progress import say, timed
 from tuner.source import base_bundle, base_folder
 from tuner.stages import Job
@@ -45,8 +46,6 @@ def run(plan: Plan, out_dir: Path) -> list[Bundle]:
     bundles: list[Bundle] = []
     reference: Bundle | None = None  # the tuned model, whose probe the later ones should answer alike
     base: Bundle | None = None  # the model before tuning
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise RecipeError("several processes were started, and `tuner run` is one; only its loop (tuner/fit.py) can be shared")
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         (out_dir / ".lock").touch()
@@ -54,7 +53,7 @@ def run(plan: Plan, out_dir: Path) -> list[Bundle]:
         raise RecipeError(f"--out {out_dir}: nothing can be written there: {error.strerror}") from None
     for remark in plan.remarks():
         say(remark)
-    with _alone(out_dir):
+    with _alone(out_dir), leading():
         if plan.source is not None:
             with timed(f"base: {plan.source.reference}"):
                 given, task = base_bundle(plan.source, out_dir), task_of(plan.recipe, 0)

@@ -1,6 +1,7 @@
 """What a recipe may say, and how it is told what it may not."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -182,7 +183,8 @@ def test_the_deployment_that_is_shipped_names_what_recipes_make() -> None:
 
     models, settings = read_deployment(RECIPES / "deploy.yaml")
     for path in models.values():
-        run, stage = path.resolve().relative_to(RECIPES.parent / "runs").parts
+        # Not resolved: after a run the stage's name is a link to its newest result.
+        run, stage = Path(os.path.normpath(path)).relative_to(RECIPES.parent / "runs").parts
         assert stage == "base" or stage in {name for name, _ in read_recipe(RECIPES / f"{run}.yaml").stages}
     said = {
         line.split("#")[1].split(":")[0].strip()

@@ -6,6 +6,7 @@ gives(options)      the kind of bundle that it leaves
 RESULT              what to call the result in the report
 VERSION             raised when the code changes what comes out, so that old results are made again
 run(job)            fills `job.folder` and returns the manifest
+train(job)          of a stage that trains: what the other processes do that share its steps (tuner/processes.py)
 
 and, where there is something to say, what else is asked of it:
 

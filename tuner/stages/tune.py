@@ -162,13 +162,39 @@ def decided_by(options: Options, parent: Bundle | None) -> str | None:  # noqa: 
 
 def run(job: Job) -> Manifest:
     """Encode the data, train, save what was trained, and see that it answers when it is opened again."""
+    from tuner import processes
+    from tuner.checkpoint import copy_generation_config
+
+    processes.call(job)
+    options: Any = job.options
+    assert job.parent is not None
+    task, method = kinds.load("tasks", options.task.kind), kinds.load("methods", options.method.kind)
+    model, tokenizer, head, training, data = train(job)
+    answers, effect = _answers(job, task, model, tokenizer)
+    method.save(model, job.folder)
+    tokenizer.save_pretrained(job.folder)
+    copy_generation_config(model, job.parent.path, job.folder)
+    manifest = _manifest(job, task, method, head, data=data, metrics={"training": training | effect})
+    # One model in memory at a time; peft's layers point back at each other, so they wait for the collector.
+    del model
+    gc.collect()
+    manifest.metrics["training"]["reopened"] = _reopened(Bundle(job.folder, manifest), method, answers)
+    return manifest
+
+
+def train(job: Job) -> tuple[Any, Any, dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """(the trained model, its tokenizer, facts of its head, figures of the training, figures of its data).
+
+    Of several processes each calls this, and the first goes on with the result.
+    """
     import torch
 
     from tuner import fused
-    from tuner.checkpoint import copy_generation_config, device, load_tokenizer
+    from tuner.checkpoint import device, load_tokenizer
     from tuner.data.dataset import training_examples
     from tuner.data.packing import PackedRows
     from tuner.fit import fit
+    from tuner.processes import first
     from tuner.progress import say
 
     options: Any = job.options
@@ -192,7 +218,9 @@ def run(job: Job) -> Manifest:
     say(f"{options.method.kind}: {len(layers)} layers, {trained:,} parameters are trained on {device()}")
     objective = task.objective(model, tokenizer, options.task)
     watch = _watch(job, task, objective, tokenizer) if options.watch else None
-    untrained = {} if fits(base, options.task) else {"heldout_loss_before": _loss_now(job, objective, tokenizer)}
+    untrained = {}
+    if first() and not fits(base, options.task):
+        untrained = {"heldout_loss_before": _loss_now(job, objective, tokenizer)}
     rows: Any = examples
     if getattr(options.task, "packing", False):
         rows = PackedRows(examples, options.task.max_tokens)
@@ -200,20 +228,23 @@ def run(job: Job) -> Manifest:
         say(
             f"packed: {len(examples)} documents in {len(rows)} rows of {options.task.max_tokens} tokens, {rows.padding:.1%} padding"
         )
-    schedule, expected = _within_memory(job, objective, rows, _schedule(options, len(rows), job.recipe.seed))
+    schedule, expected = _within_memory(
+        job, objective, rows, _schedule(options, len(rows), job.recipe.seed, job.recipe.launch.strategy)
+    )
     with fused.compiled(model) if options.compile else nullcontext():
         measured = fit(objective, rows, schedule, layers=layers, work=job.work, watch=watch, expected=expected)
-    answers, effect = _answers(job, task, model, tokenizer)
-    method.save(model, job.folder)
-    tokenizer.save_pretrained(job.folder)
-    copy_generation_config(model, base.path, job.folder)
-    training = {**measured, **untrained, **effect, "layers": len(layers), "trained_parameters": trained}
-    manifest = _manifest(job, task, method, head, data=data, metrics={"training": training})
-    # One model in memory at a time; peft's layers point back at each other, so they wait for the collector.
-    del model, objective, watch, layers
-    gc.collect()
-    manifest.metrics["training"]["reopened"] = _reopened(Bundle(job.folder, manifest), method, answers)
-    return manifest
+    training = {**measured, **untrained, "layers": len(layers), "trained_parameters": trained}
+    if first() and job.recipe.launch.strategy == "fsdp" and job.recipe.launch.total > 1:
+        from tuner import resume
+
+        # Of the one that was trained this process has a part.
+        del model, objective, watch, layers
+        gc.collect()
+        torch.manual_seed(job.recipe.seed)
+        model, _ = _model(job, tokenizer)
+        resume.load_best(job.work, {name: each for name, each in model.named_parameters() if each.requires_grad})
+        model.eval()
+    return model, tokenizer, head, training, data
 
 
 def _manifest(job: Job, task: Any, method: Any, head: dict[str, Any], **rest: Any) -> Manifest:
@@ -289,7 +320,7 @@ def _model(job: Job, tokenizer: Any) -> tuple[Any, dict[str, Any]]:
         raise job.recipe.error(str(error), "stages", job.index, "tune", "method") from None
 
 
-def _schedule(options: Options, rows: int, seed: int) -> "Schedule":
+def _schedule(options: Options, rows: int, seed: int, strategy: Any) -> "Schedule":
     import math
 
     from tuner.fit import Schedule
@@ -297,7 +328,7 @@ def _schedule(options: Options, rows: int, seed: int) -> "Schedule":
     told = {name: getattr(options, name) for name in Schedule.__dataclass_fields__ if hasattr(options, name)}
     told["steps"] = options.steps or math.ceil((options.epochs or 1) * math.ceil(rows / options.batch_size))
     told["micro_batch_size"] = options.batch_size if options.micro_batch_size == "auto" else options.micro_batch_size
-    return Schedule(**told, seed=seed)
+    return Schedule(**told, seed=seed, strategy=strategy)
 
 
 def _within_memory(job: Job, objective: Any, rows: Any, schedule: "Schedule") -> tuple["Schedule", int]:
@@ -308,6 +339,7 @@ def _within_memory(job: Job, objective: Any, rows: Any, schedule: "Schedule") ->
     from transformers import AutoConfig
 
     from tuner import budget
+    from tuner.checkpoint import device
     from tuner.footprint import Footprint
     from tuner.memory import room
     from tuner.progress import say
@@ -319,7 +351,11 @@ def _within_memory(job: Job, objective: Any, rows: Any, schedule: "Schedule") ->
         AutoConfig.from_pretrained(job.parent.path.resolve()), head, options.method,
         optimizer=options.optimizer, gradient_checkpointing=options.gradient_checkpointing,
     )  # fmt: skip
-    row, (free, where), batch = budget.longest(options.task, rows), room(), min(schedule.batch_size, len(rows))
+    row, (free, where) = budget.longest(options.task, rows), room()
+    launch = job.recipe.launch
+    batch = -(-min(schedule.batch_size, len(rows)) // launch.total)
+    if launch.processes > 1 and device() == "cpu":
+        free //= launch.processes
     if options.micro_batch_size == "auto":
         try:
             most = budget.rows_that_fit(sizes, options.task, row, batch, free, where)

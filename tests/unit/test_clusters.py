@@ -1,0 +1,96 @@
+"""What `tuner launch` writes is what the engines take: Kubernetes' schemas, and a shell that plays Slurm's commands."""
+
+import os
+import shlex
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.conftest import tuner
+
+
+def written(recipe: Path, engine: str, to: Path, *more: str) -> str:
+    done = tuner("launch", recipe, "--on", engine, "--to", to, "--out", to.parent / "my out", *more)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0] == str(to)
+    return to.read_text()
+
+
+def two_nodes(tree: dict[str, Any]) -> None:
+    tree["launch"] = {"nodes": 2, "processes": 4, "strategy": "fsdp"}
+
+
+@pytest.fixture
+def recipe(recipe_file: Callable[..., Path]) -> Path:
+    return recipe_file(two_nodes)
+
+
+@pytest.mark.parametrize("gpus", [[], ["--gpus"]])
+@pytest.mark.parametrize("version", ["1.30", "1.34"])
+def test_the_manifest_keeps_to_kubernetes_schemas(recipe: Path, tmp_path: Path, gpus: list[str], version: str) -> None:
+    import kubernetes_validate
+
+    text = written(recipe, "kubernetes", tmp_path / "job.yaml", *gpus)
+    service, job = yaml.safe_load_all(text)
+    for each in (service, job):
+        kubernetes_validate.validate(each, version, strict=True)
+    assert (job["spec"]["completions"], job["spec"]["parallelism"], job["spec"]["completionMode"]) == (2, 2, "Indexed")
+    pod = job["spec"]["template"]["spec"]
+    # A pod of an indexed Job is found as NAME-INDEX.SUBDOMAIN, if a Service of the subdomain's name selects the Job's pods.
+    assert pod["subdomain"] == service["metadata"]["name"] == job["metadata"]["name"]
+    assert service["spec"]["selector"] == {"batch.kubernetes.io/job-name": job["metadata"]["name"]}
+    arguments = pod["containers"][0]["args"]
+    assert f"launch.address={job['metadata']['name']}-0.{pod['subdomain']}:29500" in arguments
+    assert "launch.node=$(NODE)" in arguments and "launch.nodes=2" in arguments and "launch.processes=4" in arguments
+    assert ("nvidia.com/gpu" in text) == bool(gpus)
+    assert pod["containers"][0]["image"] == ("tuner:train-cuda" if gpus else "tuner:train-cpu")
+
+
+def test_the_script_says_to_slurm_what_it_needs_and_to_each_node_who_it_is(recipe: Path, tmp_path: Path) -> None:
+    script = tmp_path / "job.sh"
+    text = written(recipe, "slurm", script, "--gpus", "--set", "seed=3")
+    assert "#SBATCH --nodes=2\n#SBATCH --ntasks-per-node=1\n#SBATCH --gpus-per-node=4\n" in text
+    # Slurm's own commands, played: the step's command runs once for each node.
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    (commands / "scontrol").write_text('#!/bin/sh\n[ "$*" = "show hostnames n[1-2]" ] && printf "n1\\nn2\\n"\n')
+    (commands / "srun").write_text('#!/bin/sh\nshift\nfor SLURM_NODEID in 0 1; do export SLURM_NODEID; "$@"; done\n')
+    (commands / "tuner").write_text('#!/bin/sh\nfor each; do printf "%s|" "$each"; done; echo\n')
+    for each in commands.iterdir():
+        each.chmod(0o755)
+    path = {"PATH": f"{commands}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "n[1-2]"}
+    done = subprocess.run(["bash", script], capture_output=True, text=True, env={**os.environ, **path}, check=True)
+    for node, line in enumerate(done.stdout.splitlines()):
+        told = line.split("|")[:-1]
+        assert told[:4] == ["run", str(recipe), "--out", str(tmp_path / "my out")]
+        assert told[-4:] == ["--set", f"launch.node={node}", "--set", "launch.address=n1:29500"]
+        assert "seed=3" in told
+    assert node == 1
+
+
+def test_the_job_for_ray_is_one_command(recipe: Path, tmp_path: Path) -> None:
+    text = written(recipe, "ray", tmp_path / "job.sh")
+    assert subprocess.run(["sh", "-n", tmp_path / "job.sh"], check=False).returncode == 0
+    words = shlex.split(text.splitlines()[-1])
+    assert words[:4] == ["exec", "ray", "job", "submit"]
+    assert words[words.index("-m") + 1 :][:5] == ["tuner.clusters.ray", "2", "4", "0", "run"]
+
+
+def test_what_cannot_be_launched_is_said(recipe: Path, tmp_path: Path) -> None:
+    for arguments, said in (
+        (["--on", "slurmm"], 'there is no "slurmm" in tuner/clusters/; did you mean "slurm"?'),
+        (["--on", "slurm", "--to", tmp_path / "no/where.sh"], "no/where.sh: cannot be written: No such file"),
+        (["--on", "slurm", "--to", tmp_path / "a.sh", "--submit"], "sbatch is not there; where it is: sbatch "),
+    ):
+        done = tuner("launch", recipe, *arguments, PATH=str(Path(os.environ["PATH"].split(":")[0])))
+        assert done.returncode == 2 and said in done.stderr, done.stderr
+    done = tuner("run", recipe, "--out", tmp_path / "out")
+    assert done.returncode == 2
+    assert (
+        "launch: several nodes need the address of node 0, such as 10.0.0.1:29500; on a cluster `tuner launch` finds it"
+        in done.stderr
+    )

@@ -1,0 +1,125 @@
+"""Processes that share the steps of one training: which rows each computes, sums over all of them, and weights that are split up.
+
+With `ddp` each has the whole model. With `fsdp` each keeps a part of every block's weights and gathers them while the block
+computes (Zhao et al. 2023, arXiv:2304.11277; torch's fully_shard); the numbers that are stored, checkpoints and results, are whole.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal, TypeVar
+
+import torch
+from accelerate import Accelerator, InitProcessGroupKwargs
+from torch import Tensor, nn
+
+from tuner.errors import RecipeError
+from tuner.processes import PATIENCE
+
+Strategy = Literal["ddp", "fsdp"]
+T = TypeVar("T")
+
+
+class Parallel:
+    """This process among those that the launcher started; one by itself is the usual case."""
+
+    def __init__(self, strategy: Strategy = "ddp") -> None:
+        self._accelerator = Accelerator(
+            cpu=not torch.cuda.is_available(), kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)]
+        )
+        self.count, self.index = self._accelerator.num_processes, self._accelerator.process_index
+        self.device = self._accelerator.device
+        self.sharded = strategy == "fsdp" and self.count > 1
+
+    @property
+    def first(self) -> bool:
+        """The one that says things and writes files."""
+        return bool(self.index == 0)
+
+    def place(self, objective: Any) -> None:
+        """Put the model, or this process's part of it, on the device. Raises RecipeError where it has no blocks to split."""
+        if not self.sharded:
+            objective.to(self.device)
+            return
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
+        mesh = init_device_mesh(self.device.type, (self.count,))
+        blocks = [each for each in objective.model.modules() if isinstance(each, GradientCheckpointingLayer)]
+        if not blocks:
+            raise RecipeError(f"launch.strategy: fsdp: {type(objective.model).__name__} has no blocks to split; use ddp")
+        for each in (*blocks, objective.model):
+            fully_shard(each, mesh=mesh)
+            each.set_gradient_divide_factor(1.0)  # sums: the loop divides once, by what is learned in all rows
+            each.set_force_sum_reduction_for_comms(True)  # gloo knows no other
+
+    def shares(self, rows: list[T], at_a_time: int) -> Iterator[tuple[list[T], bool]]:
+        """This process's micro-batches, and whether they count: of a split model all compute as often, so some compute in vain."""
+        parts = [rows[at : at + at_a_time] for at in range(0, len(rows), at_a_time)]
+        own = parts[self.index :: self.count]
+        yield from ((part, True) for part in own)
+        if self.sharded:
+            yield from [(parts[0], False)] * (math.ceil(len(parts) / self.count) - len(own))
+
+    def add_up(self, total: float, trained: Iterable[nn.Parameter]) -> float:
+        """Leave the sum of all processes' gradients in the parameters of each, and return the sum of their losses."""
+        if self.count == 1:
+            return total
+        if not self.sharded:
+            for parameter in trained:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+            for dtype in {parameter.dtype for parameter in trained}:
+                grads = [parameter.grad for parameter in trained if parameter.grad is not None and parameter.dtype == dtype]
+                flat = torch.cat([grad.flatten() for grad in grads])
+                torch.distributed.all_reduce(flat)
+                for grad, part in zip(grads, torch.split(flat, [grad.numel() for grad in grads]), strict=True):
+                    grad.copy_(part.view_as(grad))
+        return self._reduced(total, torch.distributed.ReduceOp.SUM)
+
+    def least(self, number: int) -> int:
+        """The smallest of what the processes have."""
+        return int(self._reduced(number, torch.distributed.ReduceOp.MIN)) if self.count > 1 else number
+
+    def any(self, flags: list[bool]) -> list[bool]:
+        """Each flag is raised where any process raises it."""
+        if self.count == 1:
+            return flags
+        raised = torch.tensor(flags, dtype=torch.int32, device=self.device)
+        torch.distributed.all_reduce(raised, torch.distributed.ReduceOp.MAX)
+        return [bool(each) for each in raised.tolist()]
+
+    def told(self, what: T) -> T:
+        """What the first process has to say, to all."""
+        if self.count == 1:
+            return what
+        listed = [what]
+        torch.distributed.broadcast_object_list(listed)
+        return listed[0]
+
+    def _reduced(self, number: float, operation: Any) -> float:
+        tensor = torch.tensor(number, dtype=torch.float64, device=self.device)
+        torch.distributed.all_reduce(tensor, operation)
+        return float(tensor)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor of which this process may have a part. Where it has, every process has to ask."""
+    gather = getattr(tensor, "full_tensor", None)
+    return tensor if gather is None else gather()
+
+
+def part_of(value: Tensor, parameter: Any) -> Tensor:
+    """The part of a whole value that belongs to this process, as it is split in the parameter."""
+    if not hasattr(parameter, "full_tensor"):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    found: Tensor = distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
+    return found
+
+
+def own(tensor: Tensor) -> Tensor:
+    """What of a tensor is in this process."""
+    found: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return found

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tuner import attention, kinds, scan
-from tuner.checkpoint import COMPUTE, ROUNDED, block_linears, quiet
+from tuner.checkpoint import COMPUTE, ROUNDED, block_linears, device, quiet
 from tuner.families import family_of
 from tuner.optimizers import STATE_BYTES
 from tuner.progress import silent
@@ -129,7 +129,7 @@ class Footprint:
                 stack.enter_context(patch.object(scan, "_kernels", lambda: (_nothing, _nothing)))
                 stack.enter_context(torch.set_grad_enabled(learning))
                 stack.enter_context(self._mode)
-                ids = torch.zeros(rows, length, dtype=torch.long)
+                ids = torch.zeros(rows, length, dtype=torch.long, device=device())
                 held = stack.enter_context(_Held([*body.parameters(), *body.buffers()]))
                 out = body(input_ids=ids, **options)[0]
                 kept = held.now
@@ -160,7 +160,7 @@ class _KeepsInput(torch.autograd.Function):
 
 
 def _without_numbers(model: Any) -> None:
-    """Give the model, which is on the meta device, tensors that claim to be on a CPU.
+    """Give the model, which is on the meta device, tensors that claim to be where it will be trained.
 
     Some of what transformers does depends on where a tensor is, and it looks at no values in tensors of this kind.
     """
@@ -171,7 +171,7 @@ def _without_numbers(model: Any) -> None:
                 if tensor is None:
                     continue
                 if id(tensor) not in made:
-                    empty = torch.empty_like(tensor, device="cpu")
+                    empty = torch.empty_like(tensor, device=device())
                     learned = isinstance(tensor, torch.nn.Parameter)
                     made[id(tensor)] = torch.nn.Parameter(empty, tensor.requires_grad) if learned else empty
                 kept[name] = made[id(tensor)]

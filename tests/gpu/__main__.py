@@ -20,13 +20,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoConfig
 
-from tuner import fused, kinds
+from tuner import budget, fused, kinds
 from tuner.bundle import Bundle
 from tuner.checkpoint import device, open_base
 from tuner.data.example import Example, Packed
 from tuner.families import family_of
 from tuner.fit import Schedule, fit
+from tuner.footprint import Footprint
 from tuner.source import base_bundle, find
 
 # Losses of ten steps of the small case, on the GPU and on the CPU (nats): sums in another order, in float32 and in the 8 bits of bfloat16.
@@ -110,14 +112,15 @@ def ours(
     again: bool = False,
     compiled: bool = False,
     profiled: bool = False,
-) -> tuple[float, float]:
-    """(tokens/s, peak bytes) of our loop."""
+) -> tuple[float, float, float]:
+    """(tokens/s, peak bytes, bytes told from shapes before) of our loop."""
     lora, task = kinds.load("methods", "lora"), kinds.load("tasks", "pretrain")
     family, architecture = family_of("llama")
     model, fresh = open_base(base, "causal", {}, storage)
     if again:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    model = lora.prepare(model, lora.Options(rank=16, storage=storage), family, architecture, fresh)
+    options = lora.Options(rank=16, storage=storage)
+    model = lora.prepare(model, options, family, architecture, fresh)
     count = size.rows * size.steps
     if packed:
         number = size.length // size.document
@@ -143,15 +146,19 @@ def ours(
             run(2, "profiled")
         by = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
         print(profile.key_averages().table(sort_by=by, row_limit=25, max_name_column_width=70), file=sys.stderr)
-    return run(size.steps, "run")["tokens_per_s"], peak()
+    sizes = Footprint(AutoConfig.from_pretrained(base.path), "causal", options, gradient_checkpointing=again)
+    told_bytes = sizes.weights + budget.learning(
+        sizes, task.Options(), budget.batch_of(task.Options(), rows[: size.rows]), more=False
+    )
+    return run(size.steps, "run")["tokens_per_s"], peak(), told_bytes
 
 
 class _Pad:
     pad_token_id = 1
 
 
-def trl(size: Size, base: Bundle, folder: Path, storage: str, *, again: bool = False) -> tuple[float, float]:
-    """(tokens/s, peak bytes) of TRL's trainer with the same model, rows and adapter."""
+def trl(size: Size, base: Bundle, folder: Path, storage: str, *, again: bool = False) -> tuple[float, float, None]:
+    """(tokens/s, peak bytes, nothing) of TRL's trainer with the same model, rows and adapter."""
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
@@ -188,7 +195,7 @@ def trl(size: Size, base: Bundle, folder: Path, storage: str, *, again: bool = F
         trainer.train()
     wait()
     clock.append(time.perf_counter())
-    return size.rows * size.length * size.steps / (clock[-1] - clock[2]), peak()
+    return size.rows * size.length * size.steps / (clock[-1] - clock[2]), peak(), None
 
 
 def fresh_peak() -> None:
@@ -288,8 +295,8 @@ def speed(size: Size, folder: Path, *, profiled: bool) -> None:
     print(f"\nbfloat16 products of {size.matrix} x {size.matrix}: {rate / 1e12:.0f} TFLOP/s")
     base = checkpoint(size, folder)
     print(f"{size.rows} rows of {size.length} tokens a step, {size.steps} steps after 2 that do not count\n")
-    print("| job | tokens/s | of the products' rate | peak memory, GB |\n|---|---|---|---|")
-    jobs: list[tuple[str, Callable[[], tuple[float, float]]]] = []
+    print("| job | tokens/s | of the products' rate | peak memory, GB | told from shapes |\n|---|---|---|---|---|")
+    jobs: list[tuple[str, Callable[[], tuple[float, float, float | None]]]] = []
     for storage, kind in (("bf16", "LoRA"), ("nf4", "QLoRA")):
         jobs += [
             (f"{kind}, Tuner", lambda storage=storage: ours(size, base, folder, storage, profiled=profiled)),
@@ -307,11 +314,13 @@ def speed(size: Size, folder: Path, *, profiled: bool) -> None:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         try:
-            tokens, held = job()
+            tokens, held, shapes = job()
         except torch.OutOfMemoryError:
-            print(f"| {title} | out of memory | | |", flush=True)
+            print(f"| {title} | out of memory | | | |", flush=True)
             continue
-        print(f"| {title} | {tokens:,.0f} | {tokens * work_of_a_token(size) / rate:.1%} | {held / 1e9:.2f} |", flush=True)
+        foretold = "" if shapes is None else f"{shapes / 1e9:.2f}"
+        share = tokens * work_of_a_token(size) / rate
+        print(f"| {title} | {tokens:,.0f} | {share:.1%} | {held / 1e9:.2f} | {foretold} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -434,6 +434,9 @@ def _in_processes(plan: Any) -> None:
     """Return in the process that is the run: the only one, or the first of those that the recipe's `launch` asks for."""
     from tuner import processes
 
+    if processes.started() and processes.number() != plan.recipe.launch.total:
+        message = f"WORLD_SIZE is {processes.number()}, and the recipe's `launch` makes it {plan.recipe.launch.total}"
+        raise plan.recipe.error(f"{message}: let `tuner run` start its processes itself", "launch")
     if plan.recipe.launch.total > 1 and not processes.started():
         if plan.recipe.launch.nodes > 1 and not plan.recipe.launch.address:
             message = "several nodes need the address of node 0, such as 10.0.0.1:29500; on a cluster `tuner launch` finds it"

@@ -145,6 +145,17 @@ def _nothing(*_: Any) -> None:
     """In place of a compiled kernel, which would want numbers and allocates nothing."""
 
 
+GROUPED = torch.ops.aten._grouped_mm.default
+
+
+def _grouped(one: torch.Tensor, other: torch.Tensor, offs: torch.Tensor | None = None, *_: Any, **__: Any) -> torch.Tensor:
+    """What experts' products have for a result; torch's own function without numbers knows bfloat16 alone."""
+    if one.dim() == 2 and other.dim() == 2:
+        assert offs is not None
+        return one.new_empty(len(offs), one.shape[0], other.shape[1])
+    return one.new_empty(*one.shape[:-1], other.shape[-1])
+
+
 class _KeepsInput(torch.autograd.Function):
     """What bitsandbytes keeps of a frozen 8-bit linear: its input."""
 
@@ -189,7 +200,7 @@ class _Held(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and args[0].dtype is torch.bool:
             return False  # such as whether OPT is to leave this layer out by chance
-        result = func(*args, **(kwargs or {}))
+        result = _grouped(*args, **(kwargs or {})) if func is GROUPED else func(*args, **(kwargs or {}))
         for each in tree_leaves(result):
             if isinstance(each, torch.Tensor) and (storage := each.untyped_storage()) not in self._known:
                 self._known.add(storage)

@@ -34,9 +34,14 @@ PATIENCE = timedelta(hours=24)
 GIVEN = ("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
+def number() -> int:
+    """How many processes a launcher started; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def started() -> bool:
-    """This process is one of those that a launcher started."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    """This process is one of several."""
+    return number() > 1
 
 
 def first() -> bool:

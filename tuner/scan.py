@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu, softplus
 
+from tuner import chunks
 from tuner.documents import now
 
 # The decay of one row is held for this many numbers at a time, 64 MB in float32.
@@ -25,6 +26,10 @@ MOST_NUMBERS = 2**24
 def use(model: Any) -> bool:
     """Let the model scan with this module where it computes on a CPU; False where it has nothing to scan."""
     places = {type(module).__module__ for module in model.modules()}
+    for place in places:
+        theirs = getattr(sys.modules[place], "mamba2_chunk_scan", None)
+        if theirs is not None and not hasattr(theirs, "theirs"):
+            sys.modules[place].mamba2_chunk_scan = chunks.on_a_cpu(theirs)  # type: ignore[attr-defined]
     found = [sys.modules[place] for place in places if hasattr(sys.modules[place], "mamba_selective_scan")]
     module: Any
     for module in found:
@@ -40,10 +45,13 @@ def paths(model: Any, kernels: frozenset[str]) -> list[str]:
     if not kernels:
         return []
     if model.device.type == "cpu":
-        own = any(
-            hasattr(getattr(sys.modules[type(each).__module__], "mamba_selective_scan", None), "theirs") for each in model.modules()
-        )
-        return [f"recurrent layers: {'a scan compiled for this CPU by numba' if own else 'transformers, in torch'}"]
+        modules = {sys.modules[type(each).__module__] for each in model.modules()}
+        ways = {
+            "mamba_selective_scan": "a scan compiled for this CPU by numba",
+            "mamba2_chunk_scan": "matrix products within chunks of tokens",
+        }
+        own = [said for name, said in ways.items() if any(hasattr(getattr(each, name, None), "theirs") for each in modules)]
+        return [f"recurrent layers: {own[0] if own else 'transformers, in torch'}"]
     there = {name: importlib.util.find_spec(name) is not None for name in sorted(kernels)}
     said = ", ".join(f"{name} is {'there' if found else 'not installed'}" for name, found in there.items())
     return [f"recurrent layers: fused kernels where transformers finds them ({said}), else torch, many times slower"]

@@ -16,10 +16,11 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from tests.bench.__main__ import BERT, DATA, LLAMA, hardware
+from tests.bench.__main__ import BERT, DATA, LLAMA, NEW, hardware
 from tuner.bundle import Bundle, open_bundle
 from tuner.source import base_bundle, find
 
@@ -114,7 +115,7 @@ class Chats:
         )  # fmt: skip
         if (count := len(trainer.train_dataset)) != self.steps * self.batch:
             raise SystemExit(f"TRL made {count} rows of what is meant for {self.steps} steps of {self.batch}; change the steps")
-        return timed(trainer, rows, folder)
+        return timed(trainer, tokens(rows), folder)
 
     def learned(self, base: Bundle, folder: Path) -> str:
         """Held-out loss (nats a token) of the adapter on the base in float32."""
@@ -192,7 +193,7 @@ class Reviews:
             model=self.opened(base), args=TrainingArguments(**arguments_of(self, folder)), train_dataset=data,
             data_collator=DataCollatorWithPadding(AutoTokenizer.from_pretrained(base.path)),
         )  # fmt: skip
-        return timed(trainer, rows, folder)
+        return timed(trainer, tokens(rows), folder)
 
     def learned(self, base: Bundle, folder: Path) -> str:
         """Accuracy on held-out reviews."""
@@ -203,12 +204,243 @@ class Reviews:
         return f"accuracy {task.scores(model, None, self.rows(base, 'heldout', 500), options, None)['accuracy']:.3f}"
 
 
-JOBS: dict[str, Chats | Reviews] = {
+@dataclass(frozen=True)
+class Preferences:
+    """SmolLM2 learns to prefer a word's own definition to another's, by DPO with an adapter on all linears."""
+
+    steps: int
+    batch: int = 4
+    rate: float = 1.0e-4
+    model: str = LLAMA
+    peer: str = "TRL"
+
+    def task(self) -> tuple[Any, Any]:
+        """The task and its options."""
+        from tuner import kinds
+
+        task = kinds.load("tasks", "preference")
+        return task, task.Options()
+
+    def texts(self, name: str, count: int) -> list[dict[str, str]]:
+        """So many questions with a better and a worse answer."""
+        lines = [json.loads(line) for line in (DATA / f"wordnet/definitions/{name}.jsonl").read_text().splitlines()[: count + 1]]
+        return [
+            {"prompt": f"{row['prompt']} means ", "chosen": row["completion"], "rejected": other["completion"]}
+            for row, other in pairwise(lines)
+        ]
+
+    def rows(self, base: Bundle, name: str, count: int) -> list[tuple[Any, Any]]:
+        """The same, encoded by our task."""
+        from tuner.checkpoint import load_tokenizer
+        from tuner.data.rows import BadRows, Row
+
+        task, options = self.task()
+        rows = (Row(str(at), record) for at, record in enumerate(self.texts(name, count)))
+        return list(task.examples(rows, load_tokenizer(base.path), options, BadRows()))
+
+    def tokens(self, base: Bundle) -> int:
+        """Of both answers with their questions."""
+        rows = self.rows(base, "train", self.steps * self.batch)
+        return sum(len(example.chosen.ids) + len(example.rejected.ids) for _, example in rows)
+
+    def ours(self, base: Bundle, folder: Path) -> dict[str, float]:
+        """Train by our loop; the clock runs while the answers' likelihoods before training are computed, too."""
+        from tuner import kinds
+        from tuner.checkpoint import load_tokenizer, open_base
+        from tuner.families import family_of
+
+        (task, options), method = self.task(), kinds.load("methods", "lora")
+        model, fresh = open_base(base, "causal", {}, "bf16")
+        model = method.prepare(model, method.Options(rank=RANK), *family_of("llama"), fresh)
+        rows = [example for _, example in self.rows(base, "train", self.steps * self.batch)]
+        start = time.perf_counter()
+        measured = fitted(self, task.objective(model, load_tokenizer(base.path), options), rows, method.layers(model), folder)
+        took = time.perf_counter() - start
+        method.save(model, folder / "model")
+        return {"tokens_per_s": self.tokens(base) / took, "peak": measured["peak_memory_bytes"]}
+
+    def theirs(self, base: Bundle, folder: Path) -> dict[str, float]:
+        """Train by TRL's DPOTrainer, whose reference is the model with its adapter off, too."""
+        import torch
+        from datasets import Dataset
+        from peft import LoraConfig
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from trl import DPOConfig, DPOTrainer
+
+        model = AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.bfloat16)
+        adapter = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM")
+        trainer = DPOTrainer(
+            model=model, args=DPOConfig(**arguments_of(self, folder), bf16=False, gradient_checkpointing=False, beta=0.1),
+            train_dataset=Dataset.from_list(self.texts("train", self.steps * self.batch)),
+            processing_class=AutoTokenizer.from_pretrained(base.path), peft_config=adapter,
+        )  # fmt: skip
+        return timed(trainer, self.tokens(base), folder)
+
+    def learned(self, base: Bundle, folder: Path) -> str:
+        """How much more likely the better answers have become than the worse ones (nats), and how often they are, held out."""
+        from peft import PeftModel
+
+        from tuner.checkpoint import load_model, load_tokenizer
+        from tuner.recipe import Evaluate
+
+        model, (task, options) = PeftModel.from_pretrained(load_model(base), folder / "model").eval(), self.task()
+        tokenizer, rows = load_tokenizer(base.path), self.rows(base, "heldout", 100)
+        examples = task.objective(model, tokenizer, options).prepared([example for _, example in rows])
+        given = [(row, example) for (row, _), example in zip(rows, examples, strict=True)]
+        found = task.scores(model, tokenizer, given, options, Evaluate())
+        return f"margin {found['margin']:.3f}, preferred {found['preferred']:.2f}"
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """all-MiniLM learns, every weight of it, which word a definition is of; the others of the batch are wrong ones."""
+
+    steps: int
+    batch: int = 64
+    rate: float = 2.0e-5
+    model: str = BERT
+    peer: str = "sentence-transformers"
+
+    def task(self) -> tuple[Any, Any]:
+        """The task and its options."""
+        from tuner import kinds
+
+        task = kinds.load("tasks", "embed")
+        return task, task.Options(max_tokens=64)
+
+    def rows(self, base: Bundle, name: str, count: int) -> list[tuple[Any, Any]]:
+        """So many (row, example)."""
+        from tuner.checkpoint import load_tokenizer
+        from tuner.data.rows import BadRows, OnBadRow, Row
+
+        task, options = self.task()
+        lines = (DATA / f"wordnet/{name}.jsonl").read_text().splitlines()[:count]
+        rows = (Row(str(at), json.loads(line)) for at, line in enumerate(lines))
+        return list(task.examples(rows, load_tokenizer(base.path), options, BadRows(OnBadRow(too_long="truncate"))))
+
+    def tokens(self, base: Bundle) -> int:
+        """Of definitions and words."""
+        return sum(len(text) for _, example in self.rows(base, "train", self.steps * self.batch) for text in example.texts)
+
+    def ours(self, base: Bundle, folder: Path) -> dict[str, float]:
+        """Train by our loop."""
+        from tuner import kinds
+        from tuner.checkpoint import load_tokenizer, open_base
+
+        (task, options), method = self.task(), kinds.load("methods", "full")
+        model = open_base(base, "embedding", {}, "fp32")[0].requires_grad_(True)
+        rows = [example for _, example in self.rows(base, "train", self.steps * self.batch)]
+        layers = {name: own for name, own in method.layers(model).items() if "pooler" not in name}
+        measured = fitted(self, task.objective(model, load_tokenizer(base.path), options), rows, layers, folder)
+        model.save_pretrained(folder / "model")
+        return {"tokens_per_s": self.tokens(base) / measured["seconds"], "peak": measured["peak_memory_bytes"]}
+
+    def theirs(self, base: Bundle, folder: Path) -> dict[str, float]:
+        """Train by sentence-transformers' trainer with the loss that ours is (in-batch negatives, scale 20)."""
+        from datasets import Dataset
+        from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+        from sentence_transformers.losses import MultipleNegativesRankingLoss
+
+        model = SentenceTransformer(str(base.path), device="cpu")
+        model.max_seq_length = 64
+        rows = [row.record for row, _ in self.rows(base, "train", self.steps * self.batch)]
+        data = Dataset.from_list([{"anchor": each["anchor"], "positive": each["positive"]} for each in rows])
+        trainer = SentenceTransformerTrainer(
+            model=model, args=SentenceTransformerTrainingArguments(**arguments_of(self, folder)), train_dataset=data,
+            loss=MultipleNegativesRankingLoss(model),
+        )  # fmt: skip
+        return timed(trainer, self.tokens(base), folder, of=lambda trained: trained[0].auto_model)
+
+    def learned(self, base: Bundle, folder: Path) -> str:
+        """How many of 500 held-out definitions find their word first."""
+        from transformers import AutoModel
+
+        from tuner.checkpoint import load_tokenizer
+        from tuner.recipe import Evaluate
+
+        task, options = self.task()
+        model = AutoModel.from_pretrained(folder / "model").eval()
+        found = task.scores(model, load_tokenizer(base.path), self.rows(base, "heldout", 500), options, Evaluate())
+        return ", ".join(f"{name} {value:.3f}" for name, value in found.items() if name != "rows")
+
+
+@dataclass(frozen=True)
+class States:
+    """A small Mamba learns the next token of texts, every weight of it, 512 tokens a row."""
+
+    kind: str
+    steps: int
+    batch: int = 4
+    rate: float = 1.0e-3
+    model: str = LLAMA
+    peer: str = "transformers' Trainer"
+
+    def rows(self, base: Bundle, name: str, count: int) -> list[Any]:
+        """Speeches in SmolLM2's tokens, of which the first 4,096 are told apart."""
+        from tuner.checkpoint import load_tokenizer
+        from tuner.data.example import Example
+
+        texts = [json.loads(line)["text"] for line in (DATA / f"speeches/{name}.jsonl").read_text().splitlines()[:400]]
+        ids = [token % 4096 for each in load_tokenizer(base.path)(texts)["input_ids"] for token in each]
+        rows = [ids[at : at + 512] for at in range(0, len(ids) - 512, 512)][:count]
+        return [Example(each, each) for each in rows]
+
+    def opened(self) -> Any:
+        """The same random weights for both sides."""
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        torch.manual_seed(SEED)
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(**NEW[self.kind], vocab_size=4096), dtype=torch.float32)
+
+    def ours(self, base: Bundle, folder: Path) -> dict[str, float]:
+        """Train by our loop."""
+        from tuner import kinds, scan
+        from tuner.checkpoint import load_tokenizer
+
+        model, task, method = self.opened().requires_grad_(True), kinds.load("tasks", "pretrain"), kinds.load("methods", "full")
+        scan.use(model)
+        rows = self.rows(base, "train", self.steps * self.batch)
+        objective = task.objective(model, load_tokenizer(base.path), task.Options(max_tokens=512))
+        measured = fitted(self, objective, rows, method.layers(model), folder)
+        model.save_pretrained(folder / "model")
+        return {"tokens_per_s": tokens(rows) / measured["seconds"], "peak": measured["peak_memory_bytes"]}
+
+    def theirs(self, base: Bundle, folder: Path) -> dict[str, float]:
+        """Train by transformers' Trainer."""
+        from datasets import Dataset
+        from transformers import Trainer, TrainingArguments
+
+        rows = self.rows(base, "train", self.steps * self.batch)
+        data = Dataset.from_list([{"input_ids": each.ids, "labels": each.labels} for each in rows])
+        trainer = Trainer(model=self.opened(), args=TrainingArguments(**arguments_of(self, folder)), train_dataset=data)
+        return timed(trainer, tokens(rows), folder)
+
+    def learned(self, base: Bundle, folder: Path) -> str:
+        """Held-out loss (nats a token)."""
+        from transformers import AutoModelForCausalLM
+
+        from tuner import kinds, scan
+        from tuner.checkpoint import load_tokenizer
+        from tuner.objective import heldout_loss
+
+        model, task = AutoModelForCausalLM.from_pretrained(folder / "model").eval(), kinds.load("tasks", "pretrain")
+        scan.use(model)
+        objective = task.objective(model, load_tokenizer(base.path), task.Options(max_tokens=512))
+        return f"loss {heldout_loss(objective, self.rows(base, 'heldout', 8))['heldout_loss']:.4f}"
+
+
+Job = Chats | Reviews | Preferences | Neighbours | States
+JOBS: dict[str, Job] = {
     "chats, LoRA": Chats((2, 4), steps=16),
     "chats, LoRA, packed to 512": Chats((2, 4), steps=6, packed=512),
     "chats, QLoRA nf4": Chats((2, 4), steps=12, storage="nf4"),
     "long chats, LoRA": Chats((40, 60), steps=2),
     "reviews, BERT": Reviews(steps=6),
+    "preferences, DPO": Preferences(steps=8),
+    "definitions and words, embedding": Neighbours(steps=12),
+    "speeches, Mamba-2": States("mamba2", steps=4),
+    "speeches, Mamba-1": States("mamba", steps=2),
 }
 
 
@@ -225,7 +457,7 @@ def tokens(rows: list[Any]) -> int:
     return sum(len(row.ids) for row in rows)
 
 
-def fitted(job: Chats | Reviews, objective: Any, rows: Any, layers: Any, folder: Path) -> dict[str, Any]:
+def fitted(job: Any, objective: Any, rows: Any, layers: Any, folder: Path) -> dict[str, Any]:
     """What our loop measured."""
     from tuner.fit import Schedule, fit
 
@@ -236,7 +468,7 @@ def fitted(job: Chats | Reviews, objective: Any, rows: Any, layers: Any, folder:
     return fit(objective, rows, schedule, layers=layers, work=folder / "work")
 
 
-def arguments_of(job: Chats | Reviews, folder: Path) -> dict[str, Any]:
+def arguments_of(job: Any, folder: Path) -> dict[str, Any]:
     """The same schedule in the words of transformers' trainers."""
     return {
         "output_dir": str(folder / "out"), "per_device_train_batch_size": job.batch, "max_steps": job.steps, "learning_rate": job.rate,
@@ -245,8 +477,8 @@ def arguments_of(job: Chats | Reviews, folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def timed(trainer: Any, rows: list[Any], folder: Path) -> dict[str, float]:
-    """Run a trainer of transformers' kind; the clock runs from the first step to the last."""
+def timed(trainer: Any, count: int, folder: Path, of: Callable[[Any], Any] = lambda trained: trained) -> dict[str, float]:
+    """Run a trainer of transformers' kind on so many tokens; the clock runs from the first step to the last."""
     from transformers import TrainerCallback
 
     from tuner.memory import peak
@@ -264,8 +496,8 @@ def timed(trainer: Any, rows: list[Any], folder: Path) -> dict[str, float]:
     with peak() as most:
         trainer.train()
         held = most()
-    trainer.model.save_pretrained(folder / "model")
-    return {"tokens_per_s": tokens(rows) / (clock[1] - clock[0]), "peak": float(held or 0)}
+    of(trainer.model).save_pretrained(folder / "model")
+    return {"tokens_per_s": count / (clock[1] - clock[0]), "peak": float(held or 0)}
 
 
 def one(name: str, side: str, base: str, folder: str) -> None:

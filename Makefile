@@ -53,6 +53,7 @@ bench: data-all
 	$(BIN)/python -m tests.bench.data
 	$(BIN)/python -m tests.bench.gateway
 	$(BIN)/python -m tests.bench.peers
+	$(BIN)/python -m tests.bench.growth
 
 demo: data
 	@$(BIN)/tuner prove recipes/demo.yaml

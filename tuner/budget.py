@@ -2,9 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from heapq import nlargest
 from typing import TYPE_CHECKING, Any
 
 from tuner import kinds
+from tuner.data.example import Packed
 from tuner.data.order import plan
 from tuner.errors import RecipeError
 from tuner.objective import BATCH_ROWS
@@ -14,6 +16,8 @@ if TYPE_CHECKING:
 
 # Room that is left: allocators keep what was freed, a later step finds other holes, and a container kills whoever needs more.
 MARGIN = 1.3
+# Rows among which the largest is looked for.
+LONGEST = 64
 
 
 @dataclass(frozen=True)
@@ -32,10 +36,16 @@ class Batch:
 
 def batch_of(task: Any, examples: Sequence[Any]) -> Batch:
     """These examples of a task with these options, packed or not."""
+    parts = [_parts(task, each) for each in examples]
+    # Of a pair of answers `supervised` says that it is one, and its parts how many of their tokens are learned.
+    learned = sum(max(each.supervised, sum(part.supervised for part in own)) for each, own in zip(examples, parts, strict=True))
+    return Batch(len(examples), sum(map(len, parts)), max(len(part.ids) for own in parts for part in own), learned)
+
+
+def _parts(task: Any, example: Any) -> list[Any]:
+    """The sequences that an example is made into."""
     shown = getattr(kinds.load("tasks", task.kind), "shown", None)
-    parts = [part for each in examples for part in ([part for _, part in shown(each, task)] if shown else [each])]
-    longest = max(len(part.ids) for part in parts)
-    return Batch(len(examples), len(parts), longest, sum(each.supervised for each in examples))
+    return [part for _, part in shown(example, task)] if shown and not isinstance(example, Packed) else [example]
 
 
 def lengths_of(examples: Sequence[Any]) -> list[int]:
@@ -44,16 +54,23 @@ def lengths_of(examples: Sequence[Any]) -> list[int]:
 
 
 def longest(task: Any, examples: Sequence[Any]) -> Batch:
-    """The longest row by itself."""
+    """The largest that a row can be: as many sequences as any of the longest ones has, as long as the longest among them."""
     lengths = lengths_of(examples)
-    return batch_of(task, [examples[max(range(len(lengths)), key=lengths.__getitem__)]])
+    found = [batch_of(task, [examples[index]]) for index in nlargest(LONGEST, range(len(lengths)), key=lengths.__getitem__)]
+    return Batch(1, max(row.sequences for row in found), max(row.length for row in found), max(row.supervised for row in found))
 
 
-def first_batch(task: Any, examples: Sequence[Any], batch_size: int, seed: int, least_rows: int, at_a_time: int) -> Batch:
-    """The largest part of the first step's batch, which is the largest of all."""
-    chosen = plan(lengths_of(examples), batch_size, seed, 0, least_rows)[0]
-    parts = [[examples[index] for index in chosen[at : at + at_a_time]] for at in range(0, len(chosen), at_a_time)]
-    return max((batch_of(task, part) for part in parts), key=lambda part: part.sequences * part.length)
+def batches(task: Any, examples: Sequence[Any], batch_size: int, seed: int, least_rows: int, at_a_time: int) -> tuple[Batch, Batch]:
+    """(the largest part of the first step's batch, the largest part of any batch)."""
+    lengths = lengths_of(examples)
+    order = plan(lengths, batch_size, seed, 0, least_rows)
+
+    def largest(chosen: list[list[int]]) -> Batch:
+        parts = [each[at : at + at_a_time] for each in chosen for at in range(0, len(each), at_a_time)]
+        part = max(parts, key=lambda part: len(part) * max(lengths[index] for index in part))
+        return batch_of(task, [examples[index] for index in part])
+
+    return largest(order[:1]), largest(order)
 
 
 def learning(sizes: "Footprint", task: Any, batch: Batch, *, more: bool) -> int:
@@ -62,9 +79,9 @@ def learning(sizes: "Footprint", task: Any, batch: Batch, *, more: bool) -> int:
 
 
 def looking(sizes: "Footprint", task: Any, row: Batch) -> int:
-    """The bytes that held-out rows like this hold beside the weights while they are measured."""
+    """The bytes that held-out rows like this hold beside weights and optimizer while they are measured."""
     batch = row.times(BATCH_ROWS)
-    return sizes.state + sizes.reading(batch.sequences, batch.length, _loss(sizes, task, batch))
+    return sizes.reading(batch.sequences, batch.length, _loss(sizes, task, batch))
 
 
 def _loss(sizes: "Footprint", task: Any, batch: Batch) -> int:
@@ -86,7 +103,7 @@ def rows_that_fit(sizes: "Footprint", task: Any, row: Batch, batch_size: int, fr
 def refusal(need: int, batch: Batch, free: int, where: str) -> str:
     """A sentence for whoever has less memory than it takes."""
     what = "a single row" if batch.rows == 1 else f"{batch.rows} rows"
-    fewer = "" if batch.rows == 1 else "leave micro_batch_size out, and as many rows are taken at a time as fit; "
+    fewer = "`micro_batch_size: auto` takes as many rows at a time as fit; " if batch.rows > 1 else ""
     return (
         f"training on {what} of {batch.length} tokens takes about {need / 1e9:.2f} GB beside the model, and "
         f"{max(free, 0) / 1e9:.2f} GB are left of {where}; {fewer}"

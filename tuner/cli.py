@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tuner.errors import DataError, Interrupted, TunerError, visible
+from tuner.errors import DataError, GateError, Interrupted, TunerError, visible
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -101,7 +101,9 @@ def check(recipe: RecipePath, overrides: Overrides = None, out: Out = None) -> N
         from tuner.memory import room
 
         told = [need.told() for need in needs(plan, out_dir)]
-        for line in told or ["the memory that training takes is told by the run: the recipe has yet to make its tokenizer"]:
+        for line in told or [
+            "the memory that training takes is told by the run: there is no tokenizer, or no row that can be used, yet"
+        ]:
             print(f"         {line}")
         free, where = room()
         print(f"         {free / 1e9:.1f} GB are left of {where}")
@@ -128,6 +130,7 @@ def launch(
     overrides: Overrides = None,
     out: Out = None,
     gpus: Annotated[bool, typer.Option("--gpus", help="Ask for a GPU for each process.")] = False,
+    cpus: Annotated[int, typer.Option(min=1, help="Cores to ask for, for each process.")] = 8,
     image: Annotated[str | None, typer.Option(help="Of the container; tuner:train-cpu, or tuner:train-cuda with --gpus.")] = None,
     to: Annotated[Path | None, typer.Option(help="The file to write; RECIPE.ENGINE.sh or .yaml here by default.")] = None,
     submit: Annotated[bool, typer.Option("--submit", help="Hand it in, too.")] = False,
@@ -136,7 +139,7 @@ def launch(
     from tuner.launch import write
 
     plan, out_dir = _plan(recipe, overrides, out)
-    path, command = write(plan.recipe, overrides or [], out_dir, on=on, gpus=gpus, image=image, to=to)
+    path, command = write(plan.recipe, overrides or [], out_dir, on=on, gpus=gpus, cpus=cpus, image=image, to=to)
     print(path)
     if submit:
         from tuner.launch import hand_in
@@ -442,6 +445,8 @@ def _in_processes(plan: Any) -> None:
             message = "several nodes need the address of node 0, such as 10.0.0.1:29500; on a cluster `tuner launch` finds it"
             raise plan.recipe.error(message, "launch")
         sys.exit(processes.start(plan.recipe.launch, sys.argv[1:]))
+    if processes.started():
+        processes.join()
     if not processes.first():
         processes.follow(plan)
         sys.exit(0)
@@ -479,7 +484,8 @@ def main() -> None:
     try:
         sys.exit(app(standalone_mode=False))
     except TunerError as error:
-        if not (isinstance(error, Interrupted) and int(os.environ.get("RANK", "0"))):  # the first of several says it
+        # What all of several processes meet the first of them says.
+        if not (isinstance(error, Interrupted | GateError | DataError) and int(os.environ.get("RANK", "0"))):
             print(f"tuner: {visible(str(error))}", file=sys.stderr)
         sys.exit(error.exit_code)
     except (MemoryError, OSError, RuntimeError) as error:
@@ -487,6 +493,7 @@ def main() -> None:
         from tuner.processes import lost
 
         if lost(error):
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which is on its way from whoever started both
             print("tuner: another process of this run is gone", file=sys.stderr)
             sys.exit(1)
         if not ran_out(error):

@@ -99,8 +99,10 @@ def fit(
     fresh = {"step": 0, "tokens": 0, "supervised": 0, "seconds": 0.0, "losses": [], "watched": [], "peak": None}
     expected = expected and expected + held()
     state: dict[str, Any] = resume.load(work, trained, optimizer) or {**fresh, "processes": 0}
+    parallel.same(state["step"], "checkpoints")
     if state["processes"] == parallel.count:
-        micro_batch_size = state["micro_batch_size"]  # with another one, sums would be rounded otherwise than before
+        # With another one, sums would be rounded otherwise than before; less memory than before is another matter.
+        micro_batch_size = min(micro_batch_size, state["micro_batch_size"])
     state |= {"processes": parallel.count, "micro_batch_size": micro_batch_size}
     if state["step"]:
         say(f"continuing at step {state['step']} of {schedule.steps}")
@@ -118,9 +120,11 @@ def fit(
                 group["lr"] = schedule.rate(step)
             given = [examples[index] for index in order.rows(step)]
             while True:
-                generator = torch.get_rng_state()
+                generator = torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
                 try:
+                    parallel.agree(step, schedule.seed)
                     rows = objective.begin(given, micro_batch_size)
+                    parallel.differ(step, schedule.seed)
                     supervised = sum(row.supervised for row in rows)
                     loss = _accumulate(objective, rows, micro_batch_size, supervised, parallel, list(trained.values()))
                     break
@@ -131,7 +135,8 @@ def fit(
                     micro_batch_size = _fewer(micro_batch_size, step, first=step == 0 and alone)
                 state["micro_batch_size"] = micro_batch_size
                 optimizer.zero_grad()
-                torch.set_rng_state(generator)
+                torch.set_rng_state(generator[0])
+                torch.cuda.set_rng_state_all(generator[1])
             if not math.isfinite(loss):
                 raise GateError(f"the loss is {loss} at step {step + 1}; a lower learning_rate usually helps")
             if step == first:

@@ -5,6 +5,7 @@ in between, is added up for any architecture before a weight is loaded.
 """
 
 import weakref
+from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -28,6 +29,10 @@ ROUNDED_BYTES = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0}
 IN_HEAP, HOLES, LOADED = 32 * 2**20, 0.12, 80_000_000
 
 
+# What configurations call it when logits are more than what the output layer makes of the hidden states.
+CAPS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier_scale")
+
+
 class Footprint:
     """A model that is trained by a method, without its numbers; all sizes are bytes."""
 
@@ -46,10 +51,12 @@ class Footprint:
         *,
         optimizer: str = "adamw",
         gradient_checkpointing: bool = False,
-        head_config: dict[str, Any] | None = None,
+        new_tokens: Sequence[int] = (),
+        shares: int = 1,
     ) -> None:
         """Of the architecture in transformers' `config` with this head, trained by a method with these options.
 
+        `new_tokens` are trained beside an adapter; weights, gradients and optimizer are split into so many `shares`.
         Raises RecipeError where the method's targets match nothing.
         """
         quiet()
@@ -57,8 +64,6 @@ class Footprint:
 
         kind, module = kinds.load("methods", method.kind), kinds.load("heads", head)
         stored = kind.storage(method)
-        for name, value in (head_config or {}).items():
-            setattr(config, name, value)
         with torch.device("meta"):
             model = getattr(transformers, module.AUTO).from_config(config, dtype=getattr(torch, COMPUTE[stored]))
         if adjust := getattr(module, "opened", None):
@@ -70,7 +75,7 @@ class Footprint:
         if gradient_checkpointing and model.supports_gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         with silent():
-            model = kind.prepare(model, method, family, architecture, [])
+            model = kind.prepare(model, method, family, architecture, [], new_tokens)
         if stored == "int8":
             for each in model.modules():
                 each.__dict__.pop("forward", None)  # peft's own is left to them, as it is by tuner/fused.py
@@ -87,7 +92,10 @@ class Footprint:
         count = sum(each.numel() for each in parameters if each.requires_grad)
         output = model.get_output_embeddings()
         self.output_trained = output is not None and output.weight.requires_grad
-        self.gradients, self.state = 4 * count, round(count * STATE_BYTES[optimizer])
+        self.weights = round(self.weights / shares)
+        self.gradients, self.state = 4 * count // shares, round(count * STATE_BYTES[optimizer] / shares)
+        # Some architectures scale or cap their logits, which are then there whole (tuner/likelihood.py).
+        self.whole_logits = any(getattr(text, name, None) not in (None, 1, 1.0) for name in CAPS)
         # One of them is unpacked at a time.
         self._unpacked = 2 * max((each.numel() for each in parameters if id(each) in small), default=0)
         self._body = getattr(model, "get_base_model", lambda: model)().base_model

@@ -16,16 +16,16 @@ def write(
     out: Path,
     *,
     on: str,
-    gpus: bool = False,
+    gpus: bool,
+    cpus: int,
     image: str | None = None,
     to: Path | None = None,
 ) -> tuple[Path, list[str]]:
     """(the file that was written, the command that hands it in). Raises RecipeError for an engine that there is not."""
     engine = kinds.load("clusters", on)
     launch = recipe.launch
-    task = Task(
-        recipe.path, overrides, out, launch.nodes, launch.processes, gpus, image or f"tuner:train-{'cuda' if gpus else 'cpu'}"
-    )
+    image = image or f"tuner:train-{'cuda' if gpus else 'cpu'}"
+    task = Task(recipe.path, overrides, out, launch.nodes, launch.processes, gpus, cpus, image)
     path = to or Path(f"{recipe.path.stem}.{engine.ENDING}")
     try:
         path.write_text(engine.text(task), encoding="utf-8")

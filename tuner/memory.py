@@ -57,16 +57,19 @@ def held() -> int:
     return _status("VmRSS")
 
 
-def room() -> tuple[int, str]:
-    """(how many bytes more can be held, what ends there): a GPU, this machine, a control group (a container), or `ulimit -v`."""
+def room(processes: int = 1) -> tuple[int, str]:
+    """(how many bytes more can be held, what ends there): a GPU, this machine, a control group (a container), or `ulimit -v`.
+
+    So many `processes` share the machine's and the group's; a GPU and `ulimit -v` each has to itself.
+    """
     import psutil
     import torch
 
     if torch.cuda.is_available():
         free, _ = torch.cuda.mem_get_info()
         return int(free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()), "the GPU's memory"
-    found = [(int(psutil.virtual_memory().available), "this machine's memory")]
-    found += [(free, "its control group's limit, such as a container's") for free in _rooms_of_groups()]
+    found = [(int(psutil.virtual_memory().available) // processes, "this machine's memory")]
+    found += [(free // processes, "its control group's limit, such as a container's") for free in _rooms_of_groups()]
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     if limit != resource.RLIM_INFINITY:
         found.append((limit - _status("VmSize"), "`ulimit -v`"))

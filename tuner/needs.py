@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from tuner import budget, kinds
 from tuner.data.example import Example
 from tuner.errors import DataError, TunerError
-from tuner.objective import BATCH_ROWS
 
 if TYPE_CHECKING:
     from tuner.footprint import Footprint
@@ -57,6 +56,8 @@ def needs(plan: "Plan", out_dir: Path) -> Iterator[Need]:
     from tuner.memory import held, room
     from tuner.run import tokenizer_now
 
+    launch = plan.recipe.launch
+    shares = launch.total if launch.strategy == "fsdp" else 1
     tokenizer, _ = tokenizer_now(plan, out_dir)
     config = _config(plan)
     if tokenizer is None or config is None:
@@ -67,10 +68,11 @@ def needs(plan: "Plan", out_dir: Path) -> Iterator[Need]:
         options, module = step.options, kinds.load("tasks", step.options.task.kind)
         sizes = Footprint(
             deepcopy(config), module.HEAD, options.method,  # models write into their configuration
-            optimizer=options.optimizer, gradient_checkpointing=options.gradient_checkpointing,
+            optimizer=options.optimizer, gradient_checkpointing=options.gradient_checkpointing, shares=shares,
+            new_tokens=range(step.gives == "adapter" and plan.new_tokens(step)),  # of the whole matrix there is a copy
         )  # fmt: skip
-        row, size = budget.longest(options.task, rows), options.batch_size
-        process, (free, where) = held(), room()
+        row, size = budget.longest(options.task, rows), -(-options.batch_size // launch.total)
+        process, (free, where) = held(), room(launch.processes)
         if options.micro_batch_size == "auto":
             try:
                 at_a_time = budget.rows_that_fit(sizes, options.task, row, size, free - sizes.weights, where)
@@ -80,11 +82,10 @@ def needs(plan: "Plan", out_dir: Path) -> Iterator[Need]:
             at_a_time = options.micro_batch_size
         batch = budget.batch_of(options.task, rows[:at_a_time]) if len(rows) >= at_a_time else row.times(at_a_time)
         training = budget.learning(sizes, options.task, batch, more=at_a_time < size)
-        read = row.times(BATCH_ROWS)
         # A quantized model is unpacked beside its files' numbers.
         copies = 2 if any(other.gives == "quantized" for other in plan.steps) else 1
         measuring = copies * 4 * sizes.parameters + max(
-            round(sizes.reading(read.sequences, read.length, 0) * 4 / sizes.width), _answering(plan, step, sizes, row)
+            round(budget.looking(sizes, options.task, row) * 4 / sizes.width), _answering(plan, step, sizes, row)
         )
         yield Need(step.name, process, sizes.weights, training, measuring, batch, size)
 

@@ -17,6 +17,8 @@ from tuner.processes import PATIENCE
 
 Strategy = Literal["ddp", "fsdp"]
 T = TypeVar("T")
+# Numbers that are summed over the processes at a time.
+BUCKET = 2**24
 
 
 class Parallel:
@@ -45,7 +47,11 @@ class Parallel:
         from transformers.modeling_layers import GradientCheckpointingLayer
 
         mesh = init_device_mesh(self.device.type, (self.count,))
-        blocks = [each for each in objective.model.modules() if isinstance(each, GradientCheckpointingLayer)]
+        marked = [each for each in objective.model.modules() if isinstance(each, GradientCheckpointingLayer)]
+        # Of blocks within blocks only the inner ones.
+        blocks = [
+            each for each in marked if not any(isinstance(part, GradientCheckpointingLayer) for part in list(each.modules())[1:])
+        ]
         if not blocks:
             raise RecipeError(f"launch.strategy: fsdp: {type(objective.model).__name__} has no blocks to split; use ddp")
         for each in (*blocks, objective.model):
@@ -69,13 +75,27 @@ class Parallel:
             for parameter in trained:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
-            for dtype in {parameter.dtype for parameter in trained}:
-                grads = [parameter.grad for parameter in trained if parameter.grad is not None and parameter.dtype == dtype]
+            for grads in _buckets([parameter.grad for parameter in trained if parameter.grad is not None]):
                 flat = torch.cat([grad.flatten() for grad in grads])
                 torch.distributed.all_reduce(flat)
                 for grad, part in zip(grads, torch.split(flat, [grad.numel() for grad in grads]), strict=True):
                     grad.copy_(part.view_as(grad))
         return self._reduced(total, torch.distributed.ReduceOp.SUM)
+
+    def agree(self, step: int, seed: int) -> None:
+        """Before each step: one state of the random generators for all, which follows from the seed and the step alone."""
+        if self.count > 1:
+            torch.manual_seed((seed * 1_000_003 + step) % 2**63)
+
+    def differ(self, step: int, seed: int) -> None:
+        """Before the forward passes: each process draws its own, such as what dropout leaves out."""
+        if self.count > 1:
+            torch.manual_seed((seed * 1_000_003 + step + 2**40 * (self.index + 1)) % 2**63)
+
+    def same(self, number: int, what: str) -> None:
+        """Raises RecipeError where the processes do not have the same number."""
+        if self.least(number) != -self.least(-number):
+            raise RecipeError(f"the processes have different {what}; they need the run's directory (--out) in common")
 
     def least(self, number: int) -> int:
         """The smallest of what the processes have."""
@@ -101,6 +121,18 @@ class Parallel:
         tensor = torch.tensor(number, dtype=torch.float64, device=self.device)
         torch.distributed.all_reduce(tensor, operation)
         return float(tensor)
+
+
+def _buckets(grads: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Gradients of one type together, up to BUCKET numbers: many small sums take long, and one of all takes memory."""
+    for dtype in sorted({grad.dtype for grad in grads}, key=str):
+        bucket: list[Tensor] = []
+        for grad in (each for each in grads if each.dtype == dtype):
+            if bucket and sum(each.numel() for each in bucket) + grad.numel() > BUCKET:
+                yield bucket
+                bucket = []
+            bucket.append(grad)
+        yield bucket
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -128,11 +128,11 @@ class Plan:
         last = [step for step in self.steps if step.trains][-1:]
         if self.result == "adapter" and last:
             method = kinds.load("methods", last[0].options.method.kind)
-            if why := method.not_live(last[0].options.method, self.architecture, new_tokens=self._new_tokens(last[0])):
+            if why := method.not_live(last[0].options.method, self.architecture, new_tokens=self.new_tokens(last[0])):
                 return f'the adapter cannot be served live: {why}; put "- merge: {{}}" last to serve it'
         return None
 
-    def _new_tokens(self, step: Step) -> bool:
+    def new_tokens(self, step: Step) -> bool:
         """The model that the step trains has just got tokens that it has yet to learn."""
         return bool(getattr(self.steps[step.index - 1].stage, "ADDS_TOKENS", False)) if step.index else self.facts.new_tokens
 

@@ -25,10 +25,14 @@ def save(work: Path, trained: dict[str, nn.Parameter], optimizer: Any, state: di
     """
     target = work / f"step-{state['step']:08d}"
     partial = work / "partial"
-    values, tensors, numbers = _values(trained), {}, {}
+    values, tensors, numbers = _values(trained, writes=writes), {}, {}
+    seen: set[int] = set()
     for name, value in _flat(optimizer.state_dict()["state"]):
         if isinstance(value, torch.Tensor):
-            tensors[name] = whole(value).clone()  # bitsandbytes shares some among parameters
+            found = _kept(value, writes=writes)
+            if found is not None:  # bitsandbytes shares some among parameters, and a file holds each once
+                tensors[name] = found.clone() if found.data_ptr() in seen else found
+                seen.add(found.data_ptr())
         else:
             numbers[name] = value
     if not writes:
@@ -60,7 +64,9 @@ def load(work: Path, trained: dict[str, nn.Parameter], optimizer: Any) -> dict[s
     tensors = load_file(found[-1] / "optimizer.safetensors")
     torch.set_rng_state(tensors.pop("random.cpu"))
     for name in sorted(name for name in tensors if name.startswith("random.cuda")):
-        torch.cuda.set_rng_state(tensors.pop(name), int(name.removeprefix("random.cuda")))
+        state_of, index = tensors.pop(name), int(name.removeprefix("random.cuda"))
+        if index < torch.cuda.device_count():
+            torch.cuda.set_rng_state(state_of, index)
     state: dict[str, Any] = json.loads((found[-1] / "state.json").read_text())
     entries: dict[int, Any] = {}
     parameters = list(trained.values())
@@ -78,7 +84,7 @@ def load(work: Path, trained: dict[str, nn.Parameter], optimizer: Any) -> dict[s
 
 def save_best(work: Path, trained: dict[str, nn.Parameter], *, writes: bool = True) -> None:
     """Keep the weights as they are now, beside the checkpoints; all processes call this, and one `writes`. Raises DiskFull."""
-    values = _values(trained)
+    values = _values(trained, writes=writes)
     if not writes:
         return
     with disk_errors(work):
@@ -101,8 +107,17 @@ def _flat(tree: dict[Any, Any], name: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{name}{key}", value
 
 
-def _values(trained: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
-    return {name: whole(parameter.detach()).contiguous() for name, parameter in trained.items()}
+def _values(trained: dict[str, nn.Parameter], *, writes: bool) -> dict[str, torch.Tensor]:
+    found = {name: _kept(parameter.detach(), writes=writes) for name, parameter in trained.items()}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _kept(tensor: torch.Tensor, *, writes: bool) -> torch.Tensor | None:
+    """All of the tensor for whoever writes it. What had to be gathered is in the processor's memory, one at a time."""
+    value = whole(tensor)
+    if not writes:
+        return None
+    return (value if value is tensor else value.cpu()).contiguous()
 
 
 def _set(trained: dict[str, nn.Parameter], saved: dict[str, torch.Tensor]) -> None:

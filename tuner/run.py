@@ -35,6 +35,9 @@ from tuner.source import base_bundle, base_folder
 from tuner.stages import Job
 from tuner.tasks import fits
 
+# Options from which nothing in the result follows, but for the order of sums.
+NOT_TOLD = {"gate", "tolerance", "checkpoint_every_steps", "chat_template", "micro_batch_size", "gradient_checkpointing"}
+
 
 def run(plan: Plan, out_dir: Path) -> list[Bundle]:
     """Every bundle of the recipe, oldest first; finished ones are found again by their fingerprint.
@@ -124,7 +127,7 @@ def _opened(key: str, path: Path) -> Bundle | None:
 def stage_fingerprint(plan: Plan, step: Step, parent: Bundle | None) -> str:
     """Changes with the stage's options and code version, the parent, the seed and the bytes of the training data."""
     data = plan.recipe.data
-    told = step.options.model_dump(mode="json", exclude={"gate", "tolerance", "checkpoint_every_steps", "chat_template"})
+    told = step.options.model_dump(mode="json", exclude=NOT_TOLD)
     read: list[Any] = getattr(step.stage, "reads", lambda *_: [])(plan.recipe, step.options)
     decided: list[Any] = []
     figure = getattr(step.stage, "decided_by", lambda *_: None)(step.options, parent)

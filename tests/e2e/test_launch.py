@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import command, tuner
+from tests.conftest import command, tuner, write_rows
 
 LORA = {"kind": "lora", "rank": 4, "storage": "fp32"}
 
@@ -123,7 +123,10 @@ def test_a_killed_worker_ends_the_run_and_the_resume_is_exact_with_any_number_of
 
 
 @pytest.mark.slow
-def test_a_run_of_two_processes_is_gone_on_with_by_one(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_of_two_processes_is_gone_on_with_by_one(
+    recipe_file: Callable[..., Path], tmp_path: Path, how: signal.Signals
+) -> None:
     out, path = tmp_path / "out", recipe_file(of(steps=40))
     started = subprocess.Popen(
         command("run", path, "--out", out, "--set", "launch.processes=2"), stderr=subprocess.PIPE, text=True, start_new_session=True
@@ -131,9 +134,11 @@ def test_a_run_of_two_processes_is_gone_on_with_by_one(recipe_file: Callable[...
     while not list(out.glob(".*.work/step-*")):
         assert started.poll() is None
         time.sleep(0.05)
-    started.terminate()  # as a scheduler does: both end their step
-    _, said = started.communicate(timeout=120)
-    assert started.returncode != 0 and "Traceback" not in said, said
+    # As Ctrl-C and a scheduler do: both end their step.
+    started.send_signal(how)
+    _, said = started.communicate(timeout=60)
+    assert started.returncode == 130 and "Traceback" not in said, said
+    assert said.count("tuner: stopped at step") == 1
     alone = run(path, out)
     assert alone.returncode == 0, alone.stderr
     assert "continuing at step" in alone.stderr
@@ -142,12 +147,17 @@ def test_a_run_of_two_processes_is_gone_on_with_by_one(recipe_file: Callable[...
     assert apart(weights(out), weights(tmp_path / "whole")) < 5e-3
 
 
-def test_what_cannot_be_launched_is_said(recipe: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_launched_is_said(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
+    recipe = recipe_file(of(watch={"every_steps": 2}))
     for launch, said in (
         ({"nodes": 2, "address": "here"}, "address here is not HOST:PORT, such as 10.0.0.1:29500"),
         ({"nodes": 2, "node": 2, "address": "127.0.0.1:29500"}, "node 2 of 2: they are counted from 0"),
         ({"processes": 0}, "greater than 0"),
         ({"processes": 2, "strategy": "zero"}, "ddp"),
+        (
+            {"processes": 2, "strategy": "fsdp"},
+            "tune.watch: with launch.strategy: fsdp this does not work; ddp measures while it trains",
+        ),
     ):
         done = run(recipe, tmp_path / "out", **launch)
         assert done.returncode == 2 and said in done.stderr, done.stderr
@@ -207,10 +217,10 @@ def test_ray_trains_on_two_workers(recipe: Path, tmp_path: Path) -> None:
         done = tuner("launch", recipe, "--on", "ray", "--to", script, "--out", out, "--set", "launch.nodes=2")
         assert done.returncode == 0, done.stderr
         # What `ray job submit` would start on the cluster; that itself wants a dashboard.
-        entry = shlex.split(script.read_text().splitlines()[-1])
-        entry = [sys.executable, *entry[entry.index("python") + 1 :]]
+        entry = shlex.split(script.read_text().splitlines()[-1])[-3:]
+        environment = {"RAY_ADDRESS": cluster.address, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
         run_there = subprocess.run(
-            entry, capture_output=True, text=True, timeout=400, env={**os.environ, "RAY_ADDRESS": cluster.address}, check=False
+            entry, capture_output=True, text=True, timeout=400, env={**os.environ, **environment}, check=False
         )
         assert run_there.returncode == 0, run_there.stdout + run_there.stderr
     finally:
@@ -218,3 +228,50 @@ def test_ray_trains_on_two_workers(recipe: Path, tmp_path: Path) -> None:
     alone = run(recipe, tmp_path / "alone")
     assert alone.returncode == 0
     assert apart(weights(out), weights(tmp_path / "alone")) < 1e-3
+
+
+@pytest.mark.slow
+def test_with_dropout_a_resume_is_exact_and_dpo_and_watching_work_in_two_processes(
+    recipe_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    pairs = [{"prompt": f"{n} the vm", "chosen": f" az vm {n}", "rejected": " network"} for n in range(56)]
+    write_rows(tmp_path / "pairs.jsonl", pairs[:48])
+    write_rows(tmp_path / "pairs-heldout.jsonl", pairs[48:])
+
+    def change(tree: dict[str, Any]) -> None:
+        of(task={"kind": "preference", "max_tokens": 64}, method={**LORA, "dropout": 0.3}, steps=30, watch={"every_steps": 10})(
+            tree
+        )
+        tree["data"] = {"train": "pairs.jsonl", "heldout": "pairs-heldout.jsonl"}
+        tree["stages"][0]["tune"]["gate"] = {"heldout_loss_drop": -10.0}
+
+    path = recipe_file(change)
+    whole = run(path, tmp_path / "whole", processes=2)
+    assert whole.returncode == 0, whole.stderr
+    assert whole.stderr.count("kept: step") == 1
+    out = tmp_path / "out"
+    started = subprocess.Popen(
+        command("run", path, "--out", out, "--set", "launch.processes=2"), stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    while not list(out.glob(".*.work/step-*")):
+        assert started.poll() is None
+        time.sleep(0.02)
+    os.kill(worker_of(started.pid, 0), signal.SIGKILL)
+    started.communicate(timeout=120)
+    resumed = run(path, out, processes=2)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "continuing at step" in resumed.stderr
+    assert apart(weights(out), weights(tmp_path / "whole")) == 0.0
+    # Of weights that are split, too: the likelihoods before training are computed by all.
+    split = run(path, tmp_path / "fsdp", processes=2, strategy="fsdp")
+    assert split.returncode == 2 and "watch" in split.stderr
+    split = tuner(
+        "run",
+        path,
+        "--out",
+        tmp_path / "fsdp",
+        *settings({"processes": 2, "strategy": "fsdp"}),
+        "--set",
+        "stages.0.tune.watch=null",
+    )
+    assert split.returncode == 0, split.stderr

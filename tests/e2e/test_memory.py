@@ -72,6 +72,7 @@ def test_a_run_takes_as_many_rows_at_a_time_as_fit_or_refuses_with_numbers(recip
         assert told["expected_memory_bytes"] == pytest.approx(told["peak_memory_bytes"], rel=0.1)
 
 
+@pytest.mark.slow
 def test_too_little_memory_is_a_sentence_wherever_it_runs_out(recipe: Path, tmp_path: Path) -> None:
     for more in (60, 160):
         done = run(recipe, tmp_path / str(more), more * MB)
@@ -98,6 +99,7 @@ def group() -> Iterator[Path]:
     folder.rmdir()
 
 
+@pytest.mark.slow
 def test_in_a_container_the_limit_of_its_group_counts(recipe: Path, tmp_path: Path, group: Path) -> None:
     done = run(recipe, tmp_path / "out", 0, within=group)
     assert done.returncode == 0, done.stderr  # and not killed, as processes are that go beyond

@@ -10,11 +10,14 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.conftest import tuner
+from tests.conftest import command, tuner
 
 
 def written(recipe: Path, engine: str, to: Path, *more: str) -> str:
-    done = tuner("launch", recipe, "--on", engine, "--to", to, "--out", to.parent / "my out", *more)
+    done = subprocess.run(
+        command("launch", recipe.name, "--on", engine, "--to", to, "--out", "my out", *more),
+        cwd=recipe.parent, capture_output=True, text=True, check=False,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[0] == str(to)
     return to.read_text()
@@ -44,6 +47,7 @@ def test_the_manifest_keeps_to_kubernetes_schemas(recipe: Path, tmp_path: Path, 
     assert pod["subdomain"] == service["metadata"]["name"] == job["metadata"]["name"]
     assert service["spec"]["selector"] == {"batch.kubernetes.io/job-name": job["metadata"]["name"]}
     arguments = pod["containers"][0]["args"]
+    assert arguments[:4] == ["run", recipe.name, "--out", "/runs/my out"]
     assert f"launch.address={job['metadata']['name']}-0.{pod['subdomain']}:29500" in arguments
     assert "launch.node=$(NODE)" in arguments and "launch.nodes=2" in arguments and "launch.processes=4" in arguments
     assert ("nvidia.com/gpu" in text) == bool(gpus)
@@ -52,24 +56,35 @@ def test_the_manifest_keeps_to_kubernetes_schemas(recipe: Path, tmp_path: Path, 
 
 def test_the_script_says_to_slurm_what_it_needs_and_to_each_node_who_it_is(recipe: Path, tmp_path: Path) -> None:
     script = tmp_path / "job.sh"
-    text = written(recipe, "slurm", script, "--gpus", "--set", "seed=3")
-    assert "#SBATCH --nodes=2\n#SBATCH --ntasks-per-node=1\n#SBATCH --gpus-per-node=4\n" in text
+    text = written(recipe, "slurm", script, "--gpus", "--cpus", "6", "--set", "seed=3")
+    assert "#SBATCH --nodes=2\n#SBATCH --ntasks-per-node=1\n#SBATCH --cpus-per-task=24\n#SBATCH --gpus-per-node=4\n" in text
+    assert f"#SBATCH --chdir={recipe.parent}\n" in text
     # Slurm's own commands, played: the step's command runs once for each node.
     commands = tmp_path / "bin"
     commands.mkdir()
     (commands / "scontrol").write_text('#!/bin/sh\n[ "$*" = "show hostnames n[1-2]" ] && printf "n1\\nn2\\n"\n')
-    (commands / "srun").write_text('#!/bin/sh\nshift\nfor SLURM_NODEID in 0 1; do export SLURM_NODEID; "$@"; done\n')
+    (commands / "srun").write_text(
+        '#!/bin/sh\n[ "$1" = --cpus-per-task=24 ] && shift 2\nfor SLURM_NODEID in 0 1; do export SLURM_NODEID; "$@"; done\n'
+    )
     (commands / "tuner").write_text('#!/bin/sh\nfor each; do printf "%s|" "$each"; done; echo\n')
     for each in commands.iterdir():
         each.chmod(0o755)
-    path = {"PATH": f"{commands}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "n[1-2]"}
+    path = {
+        "PATH": f"{commands}:{os.environ['PATH']}",
+        "SLURM_JOB_NODELIST": "n[1-2]",
+        "SLURM_JOB_ID": "40117",
+        "SLURM_CPUS_PER_TASK": "24",
+    }
     done = subprocess.run(["bash", script], capture_output=True, text=True, env={**os.environ, **path}, check=True)
     for node, line in enumerate(done.stdout.splitlines()):
         told = line.split("|")[:-1]
-        assert told[:4] == ["run", str(recipe), "--out", str(tmp_path / "my out")]
-        assert told[-4:] == ["--set", f"launch.node={node}", "--set", "launch.address=n1:29500"]
+        assert told[:4] == ["run", recipe.name, "--out", "my out"]
+        assert told[-4:] == ["--set", f"launch.node={node}", "--set", "launch.address=n1:20117"]
         assert "seed=3" in told
     assert node == 1
+    # The first comment is one line, whatever a setting holds.
+    broken = written(recipe, "slurm", script, "--set", 'data.made_by="two\n lines"').splitlines()
+    assert [line[:2] for line in broken[1:4]] == ["# ", "# ", "# "] and broken[4].startswith("#SBATCH")
 
 
 def test_the_job_for_ray_is_one_command(recipe: Path, tmp_path: Path) -> None:
@@ -77,12 +92,19 @@ def test_the_job_for_ray_is_one_command(recipe: Path, tmp_path: Path) -> None:
     assert subprocess.run(["sh", "-n", tmp_path / "job.sh"], check=False).returncode == 0
     words = shlex.split(text.splitlines()[-1])
     assert words[:4] == ["exec", "ray", "job", "submit"]
-    assert words[words.index("-m") + 1 :][:5] == ["tuner.clusters.ray", "2", "4", "0", "run"]
+    assert words[-3:-1] == ["sh", "-c"]
+    there = shlex.split(words[-1])
+    assert there[:3] == ["cd", str(recipe.parent), "&&"]
+    assert there[there.index("-m") + 1 :][:6] == ["tuner.clusters.ray", "2", "4", "0", "run", recipe.name]
 
 
 def test_what_cannot_be_launched_is_said(recipe: Path, tmp_path: Path) -> None:
     for arguments, said in (
         (["--on", "slurmm"], 'there is no "slurmm" in tuner/clusters/; did you mean "slurm"?'),
+        (
+            ["--on", "kubernetes", "--to", tmp_path / "a.yaml"],
+            "in the container there are /data, /runs, /cache; name it as it is seen from /data",
+        ),
         (["--on", "slurm", "--to", tmp_path / "no/where.sh"], "no/where.sh: cannot be written: No such file"),
         (["--on", "slurm", "--to", tmp_path / "a.sh", "--submit"], "sbatch is not there; where it is: sbatch "),
     ):

@@ -11,6 +11,8 @@ from pathlib import Path
 
 # Where node 0 is found by the others.
 PORT = 29500
+# From SIGTERM until a job is killed: a little more than its own processes are given (tuner/processes.py).
+GRACE_S = 120
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,8 @@ class Task:
     """On each node."""
     gpus: bool
     """One for each process."""
+    cpus: int
+    """Cores for each process."""
     image: str
     """Of the container, where the engine runs containers."""
 
@@ -44,4 +48,4 @@ class Task:
     def command(self) -> str:
         """What made the file, for its first line."""
         changed = "".join(f" --set {shlex.quote(each)}" for each in self.overrides)
-        return f"tuner launch {shlex.quote(str(self.recipe))}{changed}"
+        return f"tuner launch {shlex.quote(str(self.recipe))}{changed}".replace("\n", " ")

@@ -1,10 +1,13 @@
 """A manifest for Kubernetes: an indexed Job, whose pods find each other through a headless Service."""
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import yaml
 
-from tuner.clusters import PORT, Task
+from tuner.clusters import GRACE_S, PORT, Task
+from tuner.errors import RecipeError
 
 ENDING = "kubernetes.yaml"
 SUBMIT = ("kubectl", "apply", "-f")
@@ -14,11 +17,21 @@ INDEX = "batch.kubernetes.io/job-completion-index"
 
 
 def text(task: Task) -> str:
-    """The manifest. Claims `tuner-data`, `tuner-runs` and `tuner-cache` are to be there, readable on all nodes."""
+    """The manifest. Claims `tuner-data`, `tuner-runs` and `tuner-cache` are to be there, readable on all nodes.
+
+    Raises RecipeError for a path that is none in the container.
+    """
+    for path in (task.recipe, task.out):
+        if path.is_absolute() and not any(path.is_relative_to(mount) for mount in MOUNTS.values()):
+            mounts = ", ".join(MOUNTS.values())
+            raise RecipeError(f"{path}: in the container there are {mounts}; name it as it is seen from {MOUNTS['data']}")
+    out = task.out if task.out.is_absolute() else Path(MOUNTS["runs"]) / task.out.name
+    task = replace(task, out=out)
     told = (
         f"# {task.command()} --on kubernetes\n"
         "# The recipe, its data and its model lie in the claim tuner-data, which is /data; results come to tuner-runs. With\n"
-        "# several nodes the claims allow ReadWriteMany. A Job that was ended goes on at its last checkpoint when made again.\n"
+        "# several nodes the claims allow ReadWriteMany. A Job that was ended goes on at its last checkpoint once made again:\n"
+        f"# kubectl delete job {task.name}, and this once more.\n"
     )
     return told + yaml.safe_dump_all([_service(task), _job(task)], sort_keys=False, width=120)
 
@@ -39,7 +52,7 @@ def _service(task: Task) -> dict[str, Any]:
 
 
 def _job(task: Task) -> dict[str, Any]:
-    resources: dict[str, Any] = {"requests": {"cpu": str(2 * task.processes), "memory": f"{8 * task.processes}Gi"}}
+    resources: dict[str, Any] = {"requests": {"cpu": str(task.cpus * task.processes), "memory": f"{8 * task.processes}Gi"}}
     if task.gpus:
         resources["limits"] = {"nvidia.com/gpu": str(task.processes)}
     container = {
@@ -76,7 +89,7 @@ def _job(task: Task) -> dict[str, Any]:
             "seccompProfile": {"type": "RuntimeDefault"},
         },
         # After SIGTERM a step is ended and a checkpoint written.
-        "terminationGracePeriodSeconds": 120,
+        "terminationGracePeriodSeconds": GRACE_S,
         "containers": [container],
         "volumes": [
             *({"name": name, "persistentVolumeClaim": {"claimName": f"tuner-{name}"}} for name in MOUNTS),

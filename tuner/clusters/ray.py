@@ -5,6 +5,7 @@ import shlex
 import socket
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 from tuner.clusters import Task
@@ -17,12 +18,13 @@ SUBMIT = ("sh",)
 def text(task: Task) -> str:
     """The command that hands the job in, to the cluster that RAY_ADDRESS names."""
     words = shlex.join([str(task.nodes), str(task.processes), "1" if task.gpus else "0", *task.arguments()])
+    there = f"cd {shlex.quote(str(Path.cwd()))} && exec python -m tuner.clusters.ray {words}"
     return f"""#!/bin/sh
 # {task.command()} --on ray
 # RAY_ADDRESS is the address of the cluster's dashboard, such as http://head:8265. `tuner` is installed on all nodes, and the
 # recipe, its data, its model and {task.out} are at the same paths. A job that was ended goes on at its last checkpoint when it is
 # handed in again.
-exec ray job submit --submission-id "{task.name}-$(date +%s)" -- python -m tuner.clusters.ray {words}
+exec ray job submit --submission-id "{task.name}-$(date +%s)" -- sh -c {shlex.quote(there)}
 """
 
 
@@ -69,7 +71,7 @@ def _free_address() -> str:
 def _run(arguments: list[str]) -> int:
     # Ray hides the GPUs of whoever asked for none, and the recipe's own threads are for its processes to count.
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-    command = [sys.executable, "-c", "from tuner.cli import main; main()", *arguments]
+    command = [sys.executable, "-P", "-c", "from tuner.cli import main; main()", *arguments]
     return subprocess.run(command, env=environment, check=False).returncode
 
 

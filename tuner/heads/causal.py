@@ -186,7 +186,12 @@ def _habits(model: Any, wanted: Any) -> Iterator[None]:
 
 
 def loss_bytes(sizes: Any, positions: int, supervised: int) -> int:  # noqa: ARG001 - a head's common signature
-    """What `NextTokenLoss` holds at a time: logits of a few positions, and gradients of the hidden states and the output layer."""
+    """What `NextTokenLoss` holds at a time: logits of a few positions, and gradients of the hidden states and the output layer.
+
+    Where logits are scaled or capped, they are there whole, with their float32 and its gradient.
+    """
+    if sizes.whole_logits:
+        return int(sizes.vocabulary * supervised * (2 * sizes.width + 3 * 4))
     chunk = min(supervised * sizes.vocabulary, likelihood.MOST_LOGITS["cuda" if torch.cuda.is_available() else "cpu"])
     trained = 2 * 4 * sizes.vocabulary * sizes.hidden if sizes.output_trained else 0
     return int(chunk * (4 + sizes.width) + 2 * supervised * sizes.hidden * sizes.width + trained)

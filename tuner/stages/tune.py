@@ -121,6 +121,15 @@ def check(plan: "Plan", step: "Step") -> None:
     if most and options.task.max_tokens > most:
         message = f"max_tokens {options.task.max_tokens} is more than the {most} that {plan.facts.model_type} reads"
         raise plan.recipe.error(message, *place, "task", "max_tokens")
+    if plan.recipe.launch.strategy == "fsdp" and plan.recipe.launch.total > 1:
+        for key, used, instead in (
+            ("watch", options.watch is not None, "ddp measures while it trains"),
+            ("optimizer", options.optimizer != "adamw", "use adamw, whose state is split as well"),
+            ("method", kinds.load("methods", options.method.kind).storage(options.method) == "int8", "use nf4 or bf16"),
+            ("compile", options.compile, "leave it out"),
+        ):
+            if used:
+                raise plan.recipe.error(f"with launch.strategy: fsdp this does not work; {instead}", *place, key)
     compiler = os.environ.get("CXX") or "g++"
     if options.compile and not shutil.which(compiler):
         message = f"compile wants a compiler for C++, and {compiler} is not there; install it, or name one in CXX"
@@ -194,7 +203,7 @@ def train(job: Job) -> tuple[Any, Any, dict[str, Any], dict[str, Any], dict[str,
     from tuner.data.dataset import training_examples
     from tuner.data.packing import PackedRows
     from tuner.fit import fit
-    from tuner.processes import first
+    from tuner.processes import first, sharing
     from tuner.progress import say
 
     options: Any = job.options
@@ -231,7 +240,7 @@ def train(job: Job) -> tuple[Any, Any, dict[str, Any], dict[str, Any], dict[str,
     schedule, expected = _within_memory(
         job, objective, rows, _schedule(options, len(rows), job.recipe.seed, job.recipe.launch.strategy)
     )
-    with fused.compiled(model) if options.compile else nullcontext():
+    with fused.compiled(model) if options.compile else nullcontext(), sharing():
         measured = fit(objective, rows, schedule, layers=layers, work=job.work, watch=watch, expected=expected)
     training = {**measured, **untrained, "layers": len(layers), "trained_parameters": trained}
     if first() and job.recipe.launch.strategy == "fsdp" and job.recipe.launch.total > 1:
@@ -339,23 +348,20 @@ def _within_memory(job: Job, objective: Any, rows: Any, schedule: "Schedule") ->
     from transformers import AutoConfig
 
     from tuner import budget
-    from tuner.checkpoint import device
     from tuner.footprint import Footprint
     from tuner.memory import room
     from tuner.progress import say
 
-    options, place = job.options, ("stages", job.index, "tune")
+    options, place, launch = job.options, ("stages", job.index, "tune"), job.recipe.launch
     assert job.parent is not None
-    head = kinds.load("tasks", options.task.kind).HEAD
     sizes = Footprint(
-        AutoConfig.from_pretrained(job.parent.path.resolve()), head, options.method,
+        AutoConfig.from_pretrained(job.parent.path.resolve()), kinds.load("tasks", options.task.kind).HEAD, options.method,
         optimizer=options.optimizer, gradient_checkpointing=options.gradient_checkpointing,
+        new_tokens=range(*job.parent.manifest.serving.get("new_tokens", (0, 0))),
+        shares=launch.total if launch.strategy == "fsdp" else 1,
     )  # fmt: skip
-    row, (free, where) = budget.longest(options.task, rows), room()
-    launch = job.recipe.launch
+    row, (free, where) = budget.longest(options.task, rows), room(launch.processes)
     batch = -(-min(schedule.batch_size, len(rows)) // launch.total)
-    if launch.processes > 1 and device() == "cpu":
-        free //= launch.processes
     if options.micro_batch_size == "auto":
         try:
             most = budget.rows_that_fit(sizes, options.task, row, batch, free, where)
@@ -365,12 +371,14 @@ def _within_memory(job: Job, objective: Any, rows: Any, schedule: "Schedule") ->
             say(f"{most} of {batch} rows at a time, as many as {free / 1e9:.2f} GB of {where} have room for")
         schedule = replace(schedule, micro_batch_size=most)
     at_a_time = schedule.micro_batch_size
-    first = budget.first_batch(options.task, rows, schedule.batch_size, schedule.seed, objective.least_rows, at_a_time)
-    expected = budget.learning(sizes, options.task, first, more=at_a_time < batch)
-    if options.watch:
-        expected = max(expected, budget.looking(sizes, options.task, row))
-    if expected > free:
-        raise job.recipe.error(budget.refusal(expected, first, free, where), *place, "micro_batch_size")
+    told = (options.task, rows, schedule.batch_size, schedule.seed, objective.least_rows, at_a_time)
+    first, largest = budget.batches(*told)
+    expected, worst = (budget.learning(sizes, options.task, each, more=at_a_time < batch) for each in (first, largest))
+    if worst > free:
+        raise job.recipe.error(budget.refusal(worst, largest, free, where), *place, "micro_batch_size")
+    if (watched := sizes.state + budget.looking(sizes, options.task, row)) > free and options.watch:
+        message = f"measuring held-out rows while training takes about {watched / 1e9:.2f} GB beside the model"
+        raise job.recipe.error(f"{message}, and {max(free, 0) / 1e9:.2f} GB are left of {where}; leave it out", *place, "watch")
     return schedule, expected
 
 

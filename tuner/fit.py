@@ -122,11 +122,10 @@ def fit(
             while True:
                 generator = torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
                 try:
-                    parallel.agree(step, schedule.seed)
                     rows = objective.begin(given, micro_batch_size)
-                    parallel.differ(step, schedule.seed)
                     supervised = sum(row.supervised for row in rows)
-                    loss = _accumulate(objective, rows, micro_batch_size, supervised, parallel, list(trained.values()))
+                    with parallel.apart(step, schedule.seed):
+                        loss = _accumulate(objective, rows, micro_batch_size, supervised, parallel, list(trained.values()))
                     break
                 except (RuntimeError, MemoryError) as error:
                     if not ran_out(error):

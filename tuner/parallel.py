@@ -6,6 +6,7 @@ computes (Zhao et al. 2023, arXiv:2304.11277; torch's fully_shard); the numbers 
 
 import math
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -82,15 +83,19 @@ class Parallel:
                     grad.copy_(part.view_as(grad))
         return self._reduced(total, torch.distributed.ReduceOp.SUM)
 
-    def agree(self, step: int, seed: int) -> None:
-        """Before each step: one state of the random generators for all, which follows from the seed and the step alone."""
-        if self.count > 1:
-            torch.manual_seed((seed * 1_000_003 + step) % 2**63)
+    @contextmanager
+    def apart(self, step: int, seed: int) -> Iterator[None]:
+        """A block in which each process draws by itself, such as what dropout leaves out; after it all go on as if none had.
 
-    def differ(self, step: int, seed: int) -> None:
-        """Before the forward passes: each process draws its own, such as what dropout leaves out."""
-        if self.count > 1:
-            torch.manual_seed((seed * 1_000_003 + step + 2**40 * (self.index + 1)) % 2**63)
+        What they draw follows from the seed, the step and the process alone, so a resume needs no state of each.
+        """
+        if self.count == 1:
+            yield
+            return
+        common = torch.get_rng_state()
+        torch.manual_seed((seed * 1_000_003 + step + 2**40 * (self.index + 1)) % 2**63)
+        yield
+        torch.set_rng_state(common)
 
     def same(self, number: int, what: str) -> None:
         """Raises RecipeError where the processes do not have the same number."""

@@ -263,6 +263,37 @@ def same_losses(folder: Path) -> list[tuple[str, float, float]]:
     return found
 
 
+def adapts(size: Size, base: Bundle, folder: Path) -> bool:
+    """Whether a step for which the card has too little memory is taken in parts, and ends at the same loss; says what was seen."""
+    lora, task = kinds.load("methods", "lora"), kinds.load("tasks", "pretrain")
+    rows = [Example(each, each) for each in (ids(size, seed, size.length) for seed in range(2 * size.rows))]
+    schedule = Schedule(
+        steps=2, batch_size=size.rows, micro_batch_size=size.rows, learning_rate=1e-4, warmup_fraction=0.0, decay="constant",
+        weight_decay=0.0, max_grad_norm=1.0, checkpoint_every_steps=10_000, seed=0,
+    )  # fmt: skip
+    found, share = [], 1.0
+    for place in ("whole", "parts"):
+        torch.manual_seed(0)
+        model, fresh = open_base(base, "causal", {}, "bf16")
+        model = lora.prepare(model, lora.Options(rank=16), *family_of("llama"), fresh)
+        objective = task.objective(model, _Pad, task.Options())
+        torch.cuda.empty_cache()
+        fresh_peak()
+        torch.cuda.set_per_process_memory_fraction(share)
+        found.append(fit(objective, rows, schedule, layers=lora.layers(model), work=folder / place))
+        share = 0.75 * peak() / torch.cuda.get_device_properties(0).total_memory
+        del model, objective
+        gc.collect()
+    torch.cuda.set_per_process_memory_fraction(1.0)
+    whole, parts = found
+    apart = abs(whole["train_loss_last"] - parts["train_loss_last"])
+    print(
+        f"\nwith three quarters of the memory that {whole['micro_batch_size']} rows take, {parts['micro_batch_size']} were taken at a "
+        f"time, and the loss was {apart:.4f} apart"
+    )
+    return parts["micro_batch_size"] < whole["micro_batch_size"] and apart < SAME["bf16"]
+
+
 def main(arguments: list[str]) -> int:
     """Check, measure, print; 1 where the GPU does not learn what the CPU does."""
     parser = argparse.ArgumentParser(prog="python -m tests.gpu")
@@ -284,6 +315,8 @@ def main(arguments: list[str]) -> int:
             for storage, here, there in same_losses(folder):
                 failed += abs(here - there) > SAME[storage]
                 print(f"| {storage} | {here:.5f} | {there:.5f} | {abs(here - there):.5f}, {SAME[storage]} |", flush=True)
+        if told.only in ("", "memory") and torch.cuda.is_available():
+            failed += not adapts(size, checkpoint(size, folder), folder)
         if told.only in ("", "speed"):
             speed(size, folder, profiled=told.profile)
     return int(failed > 0)

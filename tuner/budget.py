@@ -14,8 +14,9 @@ from tuner.objective import BATCH_ROWS
 if TYPE_CHECKING:
     from tuner.footprint import Footprint
 
-# Room that is left: allocators keep what was freed, a later step finds other holes, and a container kills whoever needs more.
-MARGIN = 1.3
+# Room that is left. Over hundreds of steps of other lengths glibc's heap gets holes: a demo whose largest step took 0.55 GB beside
+# the model held 1.25 in the end. And a container kills whoever needs more than there is.
+MARGIN = 2.0
 # Rows among which the largest is looked for.
 LONGEST = 64
 

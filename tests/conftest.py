@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -180,3 +181,21 @@ def tuner(*arguments: str | Path, timeout: float = 300, **environment: str) -> s
 def command(*arguments: str | Path) -> list[str]:
     """The command line of `tuner` in this environment."""
     return [str(Path(sys.executable).parent / "tuner"), *map(str, arguments)]
+
+
+@contextmanager
+def saved_for_backward(model: Any) -> Iterator[dict[int, int]]:
+    """Filled with the size of each piece of memory that autograd saves in the block, the model's own weights left out."""
+    import torch
+
+    own = {each.untyped_storage().data_ptr() for each in (*model.parameters(), *model.buffers())}
+    saved: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield saved

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.conftest import saved_for_backward
 from tests.grid.test_grid import ARCHITECTURES
 from tuner import footprint, kinds
 from tuner.checkpoint import open_base
@@ -26,16 +27,7 @@ def test_what_is_kept_for_the_backward_pass_is_what_autograd_saves(
     told, most = Footprint(AutoConfig.from_pretrained(base.path), head, method)._gone_through(3, 48, learning=True)
     model, fresh = open_base(base, head, {}, "bf16")
     body = kinds.load("methods", "lora").prepare(model, method, family, architecture, fresh).train().get_base_model().base_model
-    own = {each.untyped_storage().data_ptr() for each in (*body.parameters(), *body.buffers())}
-    saved: dict[int, int] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with saved_for_backward(body) as saved:
         out = body(input_ids=torch.zeros(3, 48, dtype=torch.long))[0]
     # Within a tenth, and what comes out is there as well. Without numbers torch copies a little less in front of Mamba-2's products.
     assert 0.9 * sum(saved.values()) <= told <= 1.1 * sum(saved.values()) + 2 * out.nbytes

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.conftest import chat_rows
+from tests.conftest import chat_rows, saved_for_backward
 from tuner import budget, footprint, kinds
 from tuner.data.rows import BadRows, Row
 from tuner.errors import RecipeError
@@ -39,16 +39,7 @@ def test_what_is_kept_for_the_backward_pass_is_what_autograd_saves(
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=dtype)
     attention.use(model)
     model = kind.prepare(model, method, *family_of("llama"), []).train()
-    own = {each.untyped_storage().data_ptr() for each in (*model.parameters(), *model.buffers())}
-    saved: dict[int, int] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with saved_for_backward(model) as saved:
         out = getattr(model, "get_base_model", lambda: model)().base_model(torch.zeros(3, 200, dtype=torch.long)).last_hidden_state
     # Beside what autograd saves there is what comes out.
     assert sum(saved.values()) <= told <= sum(saved.values()) + 2 * out.nbytes

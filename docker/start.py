@@ -18,7 +18,7 @@ from pathlib import Path
 # Where commands write, beside what the state of an endpoint is kept in.
 WRITES = {
     "run": ["/runs", "/cache", "/tmp"], "prove": ["/runs", "/cache", "/tmp"], "python": ["/recipes", "/tmp"],
-    "serve": ["/cache", "/tmp"],
+    "serve": ["/cache", "/tmp"], "new": ["/cache", "/tmp"],
 }  # fmt: skip
 # In the state's folder; Prometheus reads it from there.
 METRICS_KEY = "metrics.key"
@@ -73,6 +73,8 @@ def lacking(places: list[str], *, serves: bool) -> str | None:
             who, owner = f"{os.getuid()}:{os.getgid()}", f"{told.st_uid}:{told.st_gid}"
             if os.statvfs(place).f_flag & os.ST_RDONLY:
                 return f"{place} is mounted read-only, and would be written to; give it a folder or volume: `-v FOLDER:{place}`"
+            if told.st_uid == 0:
+                return f"{place} belongs to root, as a folder does that was not there when it was mounted; `chown {who}` it outside"
             return (
                 f"{place} belongs to user {owner} and {who} may not write there; give it `--user {owner}` (Compose: TUNER_USER), "
                 f"or a folder or volume that {who} may write to: `-v FOLDER:{place}`"

@@ -13,6 +13,8 @@ ENDING = "kubernetes.yaml"
 SUBMIT = ("kubectl", "apply", "-f")
 # As in docker/compose.yaml and docker/k8s: what the images expect.
 MOUNTS = {"data": "/data", "runs": "/runs", "cache": "/cache"}
+# Not the endpoint's (docker/k8s): what selects its pods would find these, too.
+LABELS = {"app.kubernetes.io/name": "tuner-training"}
 INDEX = "batch.kubernetes.io/job-completion-index"
 
 
@@ -100,13 +102,13 @@ def _job(task: Task) -> dict[str, Any]:
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",
-        "metadata": {"name": task.name, "labels": {"app.kubernetes.io/name": "tuner"}},
+        "metadata": {"name": task.name, "labels": LABELS},
         "spec": {
             "completionMode": "Indexed",
             "completions": task.nodes,
             "parallelism": task.nodes,
             # One that fails ends the others: they cannot train without it.
             "backoffLimit": 0,
-            "template": {"metadata": {"labels": {"app.kubernetes.io/name": "tuner"}}, "spec": pod},
+            "template": {"metadata": {"labels": LABELS}, "spec": pod},
         },
     }

@@ -12,7 +12,7 @@ from pathlib import Path
 from tests.bench.__main__ import DATA, hardware
 from tests.conftest import tuner
 
-ROWS = 400
+ROWS = 200
 MODEL = {
     "model_type": "llama", "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4,
     "num_key_value_heads": 4, "max_position_embeddings": 256, "tie_word_embeddings": True,
@@ -22,10 +22,11 @@ MODEL = {
 def recipe(folder: Path, times: int, base: str | None) -> Path:
     """So many rows of 40 words, other ones each; without a base the tokenizer and the model are made, of one size for all."""
     text = " ".join(json.loads(line)["text"] for line in (DATA / "speeches/train.jsonl").read_text().splitlines()).split()
-    with (folder / f"{times}.jsonl").open("w") as file:
-        for number in range(ROWS * times):
-            start = number * 37 % (len(text) - 40)
-            file.write(json.dumps({"text": f"{number} " + " ".join(text[start : start + 40])}) + "\n")
+    for name, first, count in ((f"{times}", 0, ROWS * times), ("heldout", 10**7, 32)):
+        with (folder / f"{name}.jsonl").open("w") as file:
+            for number in range(first, first + count):
+                start = number * 37 % (len(text) - 40)
+                file.write(json.dumps({"text": f"{number} " + " ".join(text[start : start + 40])}) + "\n")
     made = [{"tokenizer": {"vocab_size": 4096}}, {"init": {"config": MODEL}}]
     tune = {
         "task": {"kind": "pretrain", "max_tokens": 128}, "method": "full", "epochs": 1, "batch_size": 8, "learning_rate": 1.0e-3,
@@ -33,7 +34,7 @@ def recipe(folder: Path, times: int, base: str | None) -> Path:
     }  # fmt: skip
     tree = {
         **({"model": base} if base else {}),
-        "data": {"train": str(folder / f"{times}.jsonl"), "heldout": str(folder / "1.jsonl"), "heldout_rows": 32},
+        "data": {"train": str(folder / f"{times}.jsonl"), "heldout": str(folder / "heldout.jsonl")},
         "stages": made if base is None else [{"tune": tune}],
         "evaluate": {"rows": 1},
     }

@@ -4,7 +4,7 @@ import json
 import os
 import signal
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from tuner.errors import DataError, GateError, Interrupted, TunerError, visible
+from tuner.memory import large_apart
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -477,6 +478,11 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # Large tensors in pages of 2 MB instead of 4 KB: a training step of Mamba-2 spent two thirds of its time on the small ones.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    # oneDNN keeps what it compiled for 1,024 shapes of products, 280 KB each, and rows of every other length bring a dozen. No step
+    # needs more than these.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+    with suppress(AttributeError):
+        large_apart()
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' bars, which would fill a log; read when tqdm is imported
     signal.signal(signal.SIGTERM, _interrupt)

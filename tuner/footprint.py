@@ -19,14 +19,16 @@ from torch.utils._pytree import tree_leaves
 from tuner import attention, kinds, scan
 from tuner.checkpoint import COMPUTE, ROUNDED, block_linears, device, quiet
 from tuner.families import family_of
+from tuner.memory import LARGE
 from tuner.optimizers import STATE_BYTES
 from tuner.progress import silent
 
 # Of a weight: one of 4 bits with its scales, which have 8 bits themselves (QLoRA, section 3), and one of 8 bits.
 ROUNDED_BYTES = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0}
-# glibc keeps what is smaller than this (malloc.h, M_MMAP_THRESHOLD) in a heap that has holes, about an eighth of it; and a first
-# step loads code and makes buffers (bytes). Measured on a CPU with SmolLM2 and MiniLM, in full and by adapters.
-IN_HEAP, HOLES, LOADED = 32 * 2**20, 0.12, 80_000_000
+# What is smaller than a large page is in glibc's heap, which has holes: an aligned piece is cut out of a larger one, and what is
+# left over at its sides is soon something small of somebody else's, so that the hole it leaves has no room for another like it
+# (glibc 2.36, malloc.c, _int_memalign). And a first step loads code and makes buffers (bytes). Measured on a CPU with SmolLM2.
+HOLES, LOADED = 0.6, 50_000_000
 
 
 # What configurations call it when logits are more than what the output layer makes of the hidden states.
@@ -213,7 +215,7 @@ class _Held(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if isinstance(each, torch.Tensor) and (storage := each.untyped_storage()) not in self._known:
                 self._known.add(storage)
                 size = storage.nbytes()
-                if size < IN_HEAP and not torch.cuda.is_available():
+                if size < LARGE and not torch.cuda.is_available():
                     size = round((1 + HOLES) * size)
                 self.now += size
                 self.most = max(self.most, self.now)

@@ -13,6 +13,8 @@ GROUPS = {
     "memory": ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 }
 
+M_MMAP_THRESHOLD, LARGE = -3, 2 * 2**20  # malloc.h; the size (bytes) of a large page
+
 
 @contextmanager
 def peak() -> Iterator[Callable[[], int | None]]:
@@ -39,6 +41,15 @@ def peak() -> Iterator[Callable[[], int | None]]:
 def give_back() -> None:
     """Let the system have what was freed: glibc keeps it unless asked (malloc_trim(3)). Raises AttributeError without glibc."""
     ctypes.CDLL(None).malloc_trim(0)
+
+
+def large_apart() -> None:
+    """Have what is as large as a page of 2 MB outside of glibc's heap from here on, so that it goes back when it is freed.
+
+    Left alone, glibc raises that size to 32 MB (mallopt(3), M_MMAP_THRESHOLD), and its heap gets holes that differ from run to run.
+    Raises AttributeError without glibc.
+    """
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE)
 
 
 def resident_peak() -> int:

@@ -22,7 +22,7 @@ import psutil
 import pytest
 import yaml
 
-from tests.conftest import free_port, tuner
+from tests.conftest import chat_rows, free_port, tuner, write_rows
 from tests.e2e.test_serving import QUESTION, QUICK
 
 ROOT = Path(__file__).parents[2]
@@ -212,10 +212,11 @@ def test_a_recipe_is_run_on_mounted_folders_by_a_user_without_rights_and_without
     assert "runs/quick/quantize" in trained.said
 
 
-def test_a_model_that_is_mounted_is_tuned_without_a_network_by_whoever_owns_the_folders(
-    train: Image, tiny_model: Path, recipe_file: Any, tmp_path: Path
+def test_rows_and_a_model_of_ones_own_are_tuned_without_a_network_by_whoever_owns_the_folders(
+    train: Image, tiny_model: Path, tmp_path: Path
 ) -> None:
-    recipe = recipe_file()
+    """README's commands: `new --data /data/... --out /runs/my.yaml`, then the recipe it wrote."""
+    write_rows(tmp_path / "rows.jsonl", chat_rows(48))
     shutil.copytree(tiny_model, tmp_path / "model")
     for name in ("runs", "cache"):
         (tmp_path / name).mkdir()
@@ -223,9 +224,11 @@ def test_a_model_that_is_mounted_is_tuned_without_a_network_by_whoever_owns_the_
     for parent in tmp_path.parents[:2]:
         parent.chmod(0o755)
     mounts = {"/data": tmp_path, "/runs": tmp_path / "runs", "/cache": tmp_path / "cache"}
-    container = Container(train, mounts, f"data/{recipe.name}", "--set", "model=/data/model", offline=True, who=1234)
-    assert container.wait(300) == 0, container.said
-    assert (tmp_path / "runs" / recipe.stem / "tune" / "bundle.json").stat().st_uid == 1234
+    wanted = ("new", "--data", "/data/rows.jsonl", "--base", "/data/model", "--out", "/runs/my.yaml")
+    for arguments in (wanted, ("check", "/runs/my.yaml"), ("/runs/my.yaml",)):
+        container = Container(train, mounts, *arguments, offline=True, who=1234)
+        assert container.wait(300) == 0, container.said
+    assert (tmp_path / "runs" / "my" / "tune" / "bundle.json").stat().st_uid == 1234
 
 
 def test_rows_are_made_by_another_user_in_folders_of_his_own(train: Image, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager, redirect_stderr, suppress
 from datetime import date
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from tuner import kinds
 from tuner.bundle import Bundle
@@ -330,6 +331,9 @@ def quiet() -> None:
         os.environ.setdefault(f"{name}_LOG_LEVEL", "ERROR")
     # Advice to programmers about arguments that are meant as they are.
     warnings.filterwarnings("ignore", category=UserWarning, module="transformers")
+    # scikit-learn takes a second to import, and is there for the models that guess ahead for another.
+    with patch("transformers.utils.is_sklearn_available", return_value=False):
+        import transformers.generation.candidate_generator  # noqa: F401 - imported with the next model otherwise
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()

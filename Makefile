@@ -4,7 +4,7 @@ BIN := .venv/bin
 export OMP_WAIT_POLICY = passive
 export PYTHONUNBUFFERED = 1
 
-.PHONY: help install data data-all browser node images bench demo check test test-all format clean
+.PHONY: help install data data-all browser node images deepspeed bench demo check test test-all format clean
 
 help:
 	@echo "make demo      install, prepare data, train, merge, quantize, serve, ask, and print one table"
@@ -14,6 +14,7 @@ help:
 	@echo "make bench     speed, memory and loss of every cell of the grid, scans, data, the gateway, and peers (an hour on two cores)"
 	@echo "make install   only the environment, from requirements/*.lock"
 	@echo "make browser   Debian's Chromium, which one test opens a page in (root installs it)"
+	@echo "make deepspeed DeepSpeed beside .venv, with which one test trains"
 	@echo "make node      Debian's npm, which brings OpenAI's client for JavaScript to one test (root installs it)"
 	@echo "make images    Debian's buildah and debootstrap, with which one test builds and runs the images (root installs them)"
 
@@ -47,6 +48,10 @@ images:
 		dpkg-deb --fsys-tarfile prometheus_*.deb | tar -x ./usr/bin/promtool && rm prometheus_*.deb && exit 0; fi; \
 	echo "no buildah: as root, \`apt-get install buildah debootstrap\`; until then the tests that build images are skipped"
 
+# Not in .venv: transformers imports it wherever it is.
+deepspeed: install
+	@test -d .cache/deepspeed || $(BIN)/pip install --quiet --no-deps --target .cache/deepspeed deepspeed==0.19.8 hjson==3.1.0
+
 bench: data-all
 	$(BIN)/python -m tests.bench
 	$(BIN)/python -m tests.bench.scan
@@ -66,7 +71,7 @@ check: install
 test: data
 	$(BIN)/pytest -m "not slow and not gpu"
 
-test-all: data-all browser node images
+test-all: data-all browser node images deepspeed
 	$(BIN)/pytest -m "not gpu"
 
 format: install

@@ -13,12 +13,12 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from tuner import optimizers, resume
+from tuner import optimizers, processes, resume
 from tuner.data.order import plan
 from tuner.errors import GateError, Interrupted, RecipeError
 from tuner.memory import held, peak, ran_out, room
 from tuner.objective import Objective
-from tuner.parallel import Parallel, Strategy, own
+from tuner.parallel import Parallel, Strategy
 from tuner.progress import say, track
 
 
@@ -54,6 +54,8 @@ class Schedule:
     optimizer: optimizers.Name = "adamw"
     strategy: Strategy = "ddp"
     """What several processes do with the weights: each has all of them, or a part."""
+    deepspeed: dict[str, Any] | None = None
+    """DeepSpeed's configuration (tuner/zero.py), where it makes the steps."""
 
     def rate(self, step: int) -> float:
         """Learning rate of optimizer step 0 .. steps-1: linear warm-up, then the decay."""
@@ -83,7 +85,7 @@ def fit(
     Raises GateError where a layer gets no gradient or the loss is no number, Interrupted (after saving) on SIGINT and SIGTERM,
     RecipeError where memory runs out.
     """
-    parallel = Parallel(schedule.strategy)
+    parallel = among(schedule)
     micro_batch_size = parallel.least(min(schedule.micro_batch_size, math.ceil(schedule.batch_size / parallel.count)))
     torch.manual_seed(schedule.seed)
     names = {parameter: name for name, parameter in objective.model.named_parameters()}
@@ -99,6 +101,7 @@ def fit(
     fresh = {"step": 0, "tokens": 0, "supervised": 0, "seconds": 0.0, "losses": [], "watched": [], "peak": None}
     expected = expected and expected + held()
     state: dict[str, Any] = resume.load(work, trained, optimizer) or {**fresh, "processes": 0}
+    optimizer = parallel.joined(objective, optimizer, list(trained.values()), schedule.max_grad_norm)
     parallel.same(state["step"], "checkpoints")
     if state["processes"] == parallel.count:
         # With another one, sums would be rounded otherwise than before; less memory than before is another matter.
@@ -147,7 +150,7 @@ def fit(
                     f"memory: the largest step takes {now / 1e9:.2f} GB, {expected / 1e9:.2f} were expected; "
                     f"{min(micro_batch_size, len(rows))} rows at a time, {room()[0] / 1e9:.1f} GB are left"
                 )
-            nn.utils.clip_grad_norm_(trained.values(), schedule.max_grad_norm)
+            parallel.clip(trained.values(), schedule.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
             seconds = time.monotonic() - started
@@ -179,6 +182,15 @@ def fit(
     return measured
 
 
+def among(schedule: Schedule) -> Parallel:
+    """This process among those that share the schedule's steps."""
+    if schedule.strategy == "deepspeed" and processes.started():
+        from tuner.zero import Zero
+
+        return Zero(schedule.deepspeed or {})
+    return Parallel(schedule.strategy)
+
+
 def _accumulate(
     objective: Objective, rows: list[Any], micro_batch_size: int, supervised: float, parallel: Parallel, trained: list[Any]
 ) -> float:
@@ -188,9 +200,10 @@ def _accumulate(
     by how few others it shares its micro-batch with.
     """
     total = 0.0
-    for part, counts in parallel.shares(rows, micro_batch_size):
-        loss = objective(objective.collate(part, parallel.device))
-        (loss * (counts / supervised)).backward()
+    shares = parallel.shares(rows, micro_batch_size)
+    for number, (part, counts) in enumerate(shares, 1):
+        loss = parallel.loss(objective, objective.collate(part, parallel.device))
+        parallel.learn(loss * (counts / supervised), last=number == len(shares))
         total += loss.item() * counts
     return parallel.add_up(total, trained) / supervised
 
@@ -280,7 +293,7 @@ def _require_gradients(layers: dict[str, list[nn.Parameter]], parallel: Parallel
     """Raises GateError that names the layers whose parameters all have a zero or no gradient."""
     alive = parallel.any(
         [
-            any(parameter.grad is not None and bool(own(parameter.grad).any()) for parameter in parameters)
+            any((gradient := parallel.gradient(parameter)) is not None and bool(gradient.any()) for parameter in parameters)
             for parameters in layers.values()
         ]
     )

@@ -5,7 +5,7 @@ computes (Zhao et al. 2023, arXiv:2304.11277; torch's fully_shard); the numbers 
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, TypeVar
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tuner.errors import RecipeError
 from tuner.processes import PATIENCE
 
-Strategy = Literal["ddp", "fsdp"]
+Strategy = Literal["ddp", "fsdp", "deepspeed"]
 T = TypeVar("T")
 # Numbers that are summed over the processes at a time.
 BUCKET = 2**24
@@ -60,13 +60,33 @@ class Parallel:
             each.set_gradient_divide_factor(1.0)  # sums: the loop divides once, by what is learned in all rows
             each.set_force_sum_reduction_for_comms(True)  # gloo knows no other
 
-    def shares(self, rows: list[T], at_a_time: int) -> Iterator[tuple[list[T], bool]]:
+    def shares(self, rows: list[T], at_a_time: int) -> list[tuple[list[T], bool]]:
         """This process's micro-batches, and whether they count: of a split model all compute as often, so some compute in vain."""
         parts = [rows[at : at + at_a_time] for at in range(0, len(rows), at_a_time)]
         own = parts[self.index :: self.count]
-        yield from ((part, True) for part in own)
-        if self.sharded:
-            yield from [(parts[0], False)] * (math.ceil(len(parts) / self.count) - len(own))
+        vain = math.ceil(len(parts) / self.count) - len(own) if self.sharded else 0
+        return [(part, True) for part in own] + [(parts[0], False)] * vain
+
+    def joined(self, objective: Any, optimizer: Any, trained: Sequence[nn.Parameter], max_grad_norm: float) -> Any:  # noqa: ARG002
+        """What makes the steps: the optimizer, unless something stands in front of it."""
+        return optimizer
+
+    def loss(self, objective: Any, batch: Any) -> Tensor:
+        """The sum over all that is learned in a batch, ready to learn from."""
+        found: Tensor = objective(batch)
+        return found
+
+    def learn(self, loss: Tensor, *, last: bool) -> None:  # noqa: ARG002
+        """Add to the gradients; the `last` is the last of this step."""
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    def gradient(self, parameter: nn.Parameter) -> Tensor | None:
+        """What of a gradient is in this process."""
+        return None if parameter.grad is None else own(parameter.grad)
+
+    def clip(self, trained: Iterable[nn.Parameter], max_grad_norm: float) -> None:
+        """Scale the gradients of all together down to this norm."""
+        nn.utils.clip_grad_norm_(trained, max_grad_norm)
 
     def add_up(self, total: float, trained: Iterable[nn.Parameter]) -> float:
         """Leave the sum of all processes' gradients in the parameters of each, and return the sum of their losses."""
@@ -142,6 +162,11 @@ def _buckets(grads: list[Tensor]) -> Iterator[list[Tensor]]:
 
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor of which this process may have a part. Where it has, every process has to ask."""
+    if hasattr(tensor, "ds_id") and hasattr(tensor, "ds_shape"):  # DeepSpeed's marks on what it split
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        found: Tensor = safe_get_full_fp32_param(tensor).view(tensor.ds_shape)
+        return found
     gather = getattr(tensor, "full_tensor", None)
     return tensor if gather is None else gather()
 

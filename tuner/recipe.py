@@ -126,13 +126,18 @@ class Launch(Options):
     """Which of them this is: `--set launch.node=1` on the second."""
     address: str | None = None
     """HOST:PORT of node 0, on which the others find it."""
-    strategy: Literal["ddp", "fsdp"] = "ddp"
-    """`ddp`: each process has the whole model. `fsdp`: each has a part of the weights, gradients and optimizer (FSDP2)."""
+    strategy: Literal["ddp", "fsdp", "deepspeed"] = "ddp"
+    """`ddp`: each process has the whole model. `fsdp`: each has a part of the weights, gradients and optimizer (FSDP2). `deepspeed`
+    splits what its own configuration says (ZeRO)."""
+    deepspeed: str | dict[str, Any] | None = None
+    """DeepSpeed's configuration, such as `{zero_optimization: {stage: 3}}`, or a JSON file with it; stage 2 without one."""
 
     @model_validator(mode="after")
     def _reachable(self) -> "Launch":
         if self.node >= self.nodes:
             raise ValueError(f"node {self.node} of {self.nodes}: they are counted from 0")
+        if self.deepspeed is not None and self.strategy != "deepspeed":
+            raise ValueError(f"`deepspeed` is for strategy: deepspeed, and this is {self.strategy}")
         host, _, port = (self.address or "node:1").rpartition(":")
         if not (host and port.isdecimal() and 0 < int(port) < 2**16):
             raise ValueError(f"address {self.address} is not HOST:PORT, such as 10.0.0.1:29500")
@@ -142,6 +147,11 @@ class Launch(Options):
     def total(self) -> int:
         """Processes on all machines."""
         return self.nodes * self.processes
+
+    @property
+    def splits(self) -> bool:
+        """Each process keeps a part of the model or of what trains it."""
+        return self.strategy != "ddp" and self.total > 1
 
 
 def _no_options(entry: Any) -> Any:
@@ -356,6 +366,9 @@ def _anchor(tree: dict[str, Any], folder: Path) -> None:
             template = options.get("chat_template") if isinstance(options, dict) else None
             if isinstance(template, str) and template != "chatml":
                 options["chat_template"] = str(folder / template)
+    launch = tree.get("launch")
+    if isinstance(launch, dict) and isinstance(launch.get("deepspeed"), str):
+        launch["deepspeed"] = str(folder / launch["deepspeed"])
     model = tree.get("model")
     if isinstance(model, str) and "://" not in model and (model.startswith((".", "/")) or (folder / model).exists()):
         tree["model"] = str(folder / model)

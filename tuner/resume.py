@@ -108,7 +108,7 @@ def _flat(tree: dict[Any, Any], name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _values(trained: dict[str, nn.Parameter], *, writes: bool) -> dict[str, torch.Tensor]:
-    found = {name: _kept(parameter.detach(), writes=writes) for name, parameter in trained.items()}
+    found = {name: _kept(parameter, writes=writes) for name, parameter in trained.items()}
     return {name: value for name, value in found.items() if value is not None}
 
 
@@ -117,7 +117,7 @@ def _kept(tensor: torch.Tensor, *, writes: bool) -> torch.Tensor | None:
     value = whole(tensor)
     if not writes:
         return None
-    return (value if value is tensor else value.cpu()).contiguous()
+    return (value.detach() if value is tensor else value.detach().cpu()).contiguous()
 
 
 def _set(trained: dict[str, nn.Parameter], saved: dict[str, torch.Tensor]) -> None:

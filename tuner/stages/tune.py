@@ -121,15 +121,19 @@ def check(plan: "Plan", step: "Step") -> None:
     if most and options.task.max_tokens > most:
         message = f"max_tokens {options.task.max_tokens} is more than the {most} that {plan.facts.model_type} reads"
         raise plan.recipe.error(message, *place, "task", "max_tokens")
-    if plan.recipe.launch.strategy == "fsdp" and plan.recipe.launch.total > 1:
+    if plan.recipe.launch.splits:
+        strategy = plan.recipe.launch.strategy
+        parts = _zero(plan.recipe)["zero_optimization"]["stage"] if strategy == "deepspeed" else 0
+        storage = kinds.load("methods", options.method.kind).storage(options.method)
         for key, used, instead in (
             ("watch", options.watch is not None, "ddp measures while it trains"),
             ("optimizer", options.optimizer != "adamw", "use adamw, whose state is split as well"),
-            ("method", kinds.load("methods", options.method.kind).storage(options.method) == "int8", "use nf4 or bf16"),
+            ("method", storage == "int8", "use nf4 or bf16"),
+            ("method", storage == "nf4" and parts == 3, "ZeRO's stage 2 and fsdp take weights of 4 bits"),
             ("compile", options.compile, "leave it out"),
         ):
             if used:
-                raise plan.recipe.error(f"with launch.strategy: fsdp this does not work; {instead}", *place, key)
+                raise plan.recipe.error(f"with launch.strategy: {strategy} this does not work; {instead}", *place, key)
     compiler = os.environ.get("CXX") or "g++"
     if options.compile and not shutil.which(compiler):
         message = f"compile wants a compiler for C++, and {compiler} is not there; install it, or name one in CXX"
@@ -237,13 +241,11 @@ def train(job: Job) -> tuple[Any, Any, dict[str, Any], dict[str, Any], dict[str,
         say(
             f"packed: {len(examples)} documents in {len(rows)} rows of {options.task.max_tokens} tokens, {rows.padding:.1%} padding"
         )
-    schedule, expected = _within_memory(
-        job, objective, rows, _schedule(options, len(rows), job.recipe.seed, job.recipe.launch.strategy)
-    )
+    schedule, expected = _within_memory(job, objective, rows, _schedule(options, len(rows), job.recipe))
     with fused.compiled(model) if options.compile else nullcontext(), sharing():
         measured = fit(objective, rows, schedule, layers=layers, work=job.work, watch=watch, expected=expected)
     training = {**measured, **untrained, "layers": len(layers), "trained_parameters": trained}
-    if first() and job.recipe.launch.strategy == "fsdp" and job.recipe.launch.total > 1:
+    if first() and job.recipe.launch.splits:
         from tuner import resume
 
         # Of the one that was trained this process has a part.
@@ -329,7 +331,17 @@ def _model(job: Job, tokenizer: Any) -> tuple[Any, dict[str, Any]]:
         raise job.recipe.error(str(error), "stages", job.index, "tune", "method") from None
 
 
-def _schedule(options: Options, rows: int, seed: int, strategy: Any) -> "Schedule":
+def _zero(recipe: Any) -> dict[str, Any]:
+    """DeepSpeed's configuration. Raises RecipeError where there is no DeepSpeed, or it is told what the recipe says."""
+    from tuner.zero import settings
+
+    try:
+        return settings(recipe.launch.deepspeed)
+    except RecipeError as error:
+        raise recipe.error(str(error), "launch") from None
+
+
+def _schedule(options: Options, rows: int, recipe: Any) -> "Schedule":
     import math
 
     from tuner.fit import Schedule
@@ -337,7 +349,9 @@ def _schedule(options: Options, rows: int, seed: int, strategy: Any) -> "Schedul
     told = {name: getattr(options, name) for name in Schedule.__dataclass_fields__ if hasattr(options, name)}
     told["steps"] = options.steps or math.ceil((options.epochs or 1) * math.ceil(rows / options.batch_size))
     told["micro_batch_size"] = options.batch_size if options.micro_batch_size == "auto" else options.micro_batch_size
-    return Schedule(**told, seed=seed, strategy=strategy)
+    launch = recipe.launch
+    zero = _zero(recipe) if launch.splits and launch.strategy == "deepspeed" else None
+    return Schedule(**told, seed=recipe.seed, strategy=launch.strategy, deepspeed=zero)
 
 
 def _within_memory(job: Job, objective: Any, rows: Any, schedule: "Schedule") -> tuple["Schedule", int]:

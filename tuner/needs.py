@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from tuner import budget, kinds
 from tuner.data.example import Example
 from tuner.errors import DataError, TunerError
+from tuner.gguf import read_once
 
 if TYPE_CHECKING:
     from tuner.footprint import Footprint
@@ -58,8 +59,9 @@ def needs(plan: "Plan", out_dir: Path) -> Iterator[Need]:
 
     launch = plan.recipe.launch
     shares = launch.total if launch.strategy == "fsdp" else 1
-    tokenizer, _ = tokenizer_now(plan, out_dir)
-    config = _config(plan)
+    with read_once():
+        tokenizer, _ = tokenizer_now(plan, out_dir)
+        config = _config(plan)
     if tokenizer is None or config is None:
         return
     for step in plan.steps:

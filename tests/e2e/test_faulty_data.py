@@ -140,6 +140,7 @@ def test_a_file_that_grows_during_the_run_stops_it(recipe_file: Callable[..., Pa
     assert "train.jsonl: changed since the run began; start it again" in done.stderr
 
 
+@pytest.mark.slow
 def test_two_runs_at_once_share_a_cache_and_end_alike(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
     recipe = recipe_file()
     write_rows(tmp_path / "train.jsonl", chat_rows(2_000, start=1_000))

@@ -24,6 +24,20 @@ def test_a_gguf_file_in_a_package_is_known_by_its_header() -> None:
     assert source.identity["version"] == "0.1.2"
 
 
+def test_a_file_is_read_once_for_all_that_is_asked_of_it_and_forgotten_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    import gguf as library
+
+    asked: list[Path] = []
+    monkeypatch.setattr(library.gguf_reader.GGUFReader, "__init__", lambda self, path: asked.append(path))
+    with gguf.read_once():
+        first = library.GGUFReader(Path("a"))
+        with gguf.read_once():
+            assert library.GGUFReader(Path("a")) is first
+        assert library.GGUFReader(Path("a")) is first and library.GGUFReader(Path("b")) is not first
+    assert asked == [Path("a"), Path("b")]
+    assert library.GGUFReader(Path("a")) is not first
+
+
 def test_the_header_is_what_the_library_gguf_reads() -> None:
     from gguf import GGUFReader
 

@@ -114,6 +114,8 @@ class Engine:
         path = self._folder / "http.sock"
         engine = engines.load(self.kind)
         plan = engine.launch(self.name, self.model, self.adapters, path=path, max_tokens=self.care.max_tokens)
+        # How many compiled products a training keeps (tuner/cli.py); an engine meets other shapes.
+        plan.environment.pop("ONEDNN_PRIMITIVE_CACHE_CAPACITY", None)
         if self.threads:
             plan.environment.update(engine.with_threads(self.threads))
         self._longest = engines.longest(self.model, self.adapters, self.care.max_tokens)

@@ -100,7 +100,7 @@ def fit(
     torch.manual_seed(schedule.seed)
     fresh = {"step": 0, "tokens": 0, "supervised": 0, "seconds": 0.0, "losses": [], "watched": [], "peak": None}
     expected = expected and expected + held()
-    state: dict[str, Any] = resume.load(work, trained, optimizer) or {**fresh, "processes": 0}
+    state: dict[str, Any] = resume.load(work, trained, parallel.remembering(optimizer)) or {**fresh, "processes": 0}
     optimizer = parallel.joined(objective, optimizer, list(trained.values()), schedule.max_grad_norm)
     parallel.same(state["step"], "checkpoints")
     if state["processes"] == parallel.count:
@@ -178,6 +178,7 @@ def fit(
         measured |= {"watched": state["watched"], "kept_step": best["step"]}
     if parallel.sharded:  # the model is of no use outside: whoever opens another one finds its weights here
         resume.save_best(work, trained, writes=parallel.first)
+    parallel.leave()
     objective.eval()
     return measured
 

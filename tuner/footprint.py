@@ -54,11 +54,11 @@ class Footprint:
         optimizer: str = "adamw",
         gradient_checkpointing: bool = False,
         new_tokens: Sequence[int] = (),
-        shares: int = 1,
+        shares: tuple[int, int, int] = (1, 1, 1),
     ) -> None:
         """Of the architecture in transformers' `config` with this head, trained by a method with these options.
 
-        `new_tokens` are trained beside an adapter; weights, gradients and optimizer are split into so many `shares`.
+        `new_tokens` are trained beside an adapter; weights, gradients and optimizer are each split into so many `shares`.
         Raises RecipeError where the method's targets match nothing.
         """
         quiet()
@@ -94,8 +94,8 @@ class Footprint:
         count = sum(each.numel() for each in parameters if each.requires_grad)
         output = model.get_output_embeddings()
         self.output_trained = output is not None and output.weight.requires_grad
-        self.weights = round(self.weights / shares)
-        self.gradients, self.state = 4 * count // shares, round(count * STATE_BYTES[optimizer] / shares)
+        self.weights = round(self.weights / shares[0])
+        self.gradients, self.state = 4 * count // shares[1], round(count * STATE_BYTES[optimizer] / shares[2])
         # Some architectures scale or cap their logits, which are then there whole (tuner/likelihood.py).
         self.whole_logits = any(getattr(text, name, None) not in (None, 1, 1.0) for name in CAPS)
         # One of them is unpacked at a time.

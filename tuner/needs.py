@@ -1,7 +1,7 @@
 """What a recipe will take of memory, told from shapes and from its longest rows, before anything is loaded."""
 
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,10 +56,11 @@ def needs(plan: "Plan", out_dir: Path) -> Iterator[Need]:
     from tuner.footprint import Footprint
     from tuner.memory import held, room
     from tuner.run import tokenizer_now
+    from tuner.zero import shares
 
     launch = plan.recipe.launch
-    shares = launch.total if launch.strategy == "fsdp" else 1
-    with read_once():
+    split = shares(launch)
+    with read_once() if plan.source and plan.source.is_gguf else nullcontext():
         tokenizer, _ = tokenizer_now(plan, out_dir)
         config = _config(plan)
     if tokenizer is None or config is None:
@@ -70,7 +71,7 @@ def needs(plan: "Plan", out_dir: Path) -> Iterator[Need]:
         options, module = step.options, kinds.load("tasks", step.options.task.kind)
         sizes = Footprint(
             deepcopy(config), module.HEAD, options.method,  # models write into their configuration
-            optimizer=options.optimizer, gradient_checkpointing=options.gradient_checkpointing, shares=shares,
+            optimizer=options.optimizer, gradient_checkpointing=options.gradient_checkpointing, shares=split,
             new_tokens=range(step.gives == "adapter" and plan.new_tokens(step)),  # of the whole matrix there is a copy
         )  # fmt: skip
         row, size = budget.longest(options.task, rows), -(-options.batch_size // launch.total)

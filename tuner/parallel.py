@@ -67,6 +67,13 @@ class Parallel:
         vain = math.ceil(len(parts) / self.count) - len(own) if self.sharded else 0
         return [(part, True) for part in own] + [(parts[0], False)] * vain
 
+    def remembering(self, optimizer: Any) -> Any:
+        """What a checkpoint's state of the optimizer is loaded into."""
+        return optimizer
+
+    def leave(self) -> None:
+        """All steps are made, and what was trained is written."""
+
     def joined(self, objective: Any, optimizer: Any, trained: Sequence[nn.Parameter], max_grad_norm: float) -> Any:  # noqa: ARG002
         """What makes the steps: the optimizer, unless something stands in front of it."""
         return optimizer

@@ -138,6 +138,8 @@ class Launch(Options):
             raise ValueError(f"node {self.node} of {self.nodes}: they are counted from 0")
         if self.deepspeed is not None and self.strategy != "deepspeed":
             raise ValueError(f"`deepspeed` is for strategy: deepspeed, and this is {self.strategy}")
+        if self.strategy == "deepspeed" and self.total == 1:
+            raise ValueError("strategy: deepspeed splits among processes, and there is one; processes: 2, or leave it out")
         host, _, port = (self.address or "node:1").rpartition(":")
         if not (host and port.isdecimal() and 0 < int(port) < 2**16):
             raise ValueError(f"address {self.address} is not HOST:PORT, such as 10.0.0.1:29500")

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tuner.errors import RecipeError
+from tuner.errors import GateError, RecipeError, nearest
 from tuner.parallel import Parallel
 from tuner.progress import silent
 
@@ -25,6 +25,14 @@ SAID = {
     "gradient_accumulation_steps": "micro_batch_size", "gradient_clipping": "max_grad_norm", "optimizer": "optimizer",
     "scheduler": "decay", "fp16": "method.storage", "bf16": "method.storage",
 }  # fmt: skip
+# Those that say nothing of what is learned.
+READ = (
+    "zero_optimization", "zero_force_ds_cpu_optimizer", "prescale_gradients", "steps_per_print", "wall_clock_breakdown",
+    "memory_breakdown", "comms_logger", "flops_profiler", "aio",
+)  # fmt: skip
+# Numbers that are summed at a time; DeepSpeed's own 500 million are 2 GB in each process.
+BUCKET = 50_000_000
+INSTALL = "pip install 'deepspeed>=0.19.8,<0.20'"
 # What AdamW remembers of a parameter.
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -44,15 +52,53 @@ def settings(given: str | dict[str, Any] | None) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise RecipeError(f"launch.deepspeed: {given}: found {type(found).__name__}, expected an object")
     found = _not_auto(found)
-    for key, ours in SAID.items():
-        if key in found and found[key] not in ({}, {"enabled": False}):
-            raise RecipeError(f'launch.deepspeed: "{key}" is for the recipe to say (tune.{ours}); leave it out, or "auto"')
-    found.setdefault("zero_optimization", {}).setdefault("stage", 2)
-    if (stage := found["zero_optimization"]["stage"]) not in (1, 2, 3):
-        raise RecipeError(f"launch.deepspeed: zero_optimization.stage is {stage}, and 1, 2 and 3 split something; use ddp")
+    for key, value in found.items():
+        if key in SAID and not _says_nothing(key, value):
+            raise RecipeError(f'launch.deepspeed: "{key}" is for the recipe to say (tune.{SAID[key]}); leave it out, or "auto"')
+        if key not in SAID and key not in READ:
+            raise RecipeError(f'launch.deepspeed: "{key}" is not read here{nearest(key, READ)}')
+    zero = found.get("zero_optimization", {})
+    if not isinstance(zero, dict):
+        raise RecipeError(f"launch.deepspeed: zero_optimization: found {zero!r}, expected an object")
+    zero = {"stage": 2, "reduce_bucket_size": BUCKET, **zero}
+    if zero["stage"] not in (1, 2, 3):
+        raise RecipeError(
+            f"launch.deepspeed: zero_optimization.stage is {zero['stage']!r}, and 1, 2 and 3 split something; use ddp"
+        )
+    for part in ("offload_optimizer", "offload_param"):
+        if isinstance(zero.get(part), dict) and zero[part].get("device") == "nvme":
+            raise RecipeError(f"launch.deepspeed: {part}: nvme was not tried with checkpoints of a whole state; use cpu")
+    _check(zero)
+    return {**{name: found[name] for name in found if name in READ}, "zero_optimization": zero}
+
+
+def _says_nothing(key: str, value: Any) -> bool:
+    """As it stands in the usual files: half precision that is not switched on, an optimizer all of whose settings were "auto"."""
+    if key in ("fp16", "bf16"):
+        return isinstance(value, dict) and value.get("enabled") is not True
+    return key in ("optimizer", "scheduler") and isinstance(value, dict) and not value.get("params")
+
+
+def _check(zero: dict[str, Any]) -> None:
+    """Raises RecipeError where DeepSpeed has no such settings, or is not there."""
     if find_spec("deepspeed") is None:
-        raise RecipeError("launch.strategy: deepspeed needs a package that is not there: `.venv/bin/pip install deepspeed`")
-    return {name: found[name] for name in found if name not in SAID}
+        raise RecipeError(f"launch.strategy: deepspeed needs a package that is not there: `{INSTALL}`")
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    try:
+        DeepSpeedZeroConfig(**zero)
+    except ValueError as error:
+        raise RecipeError(f"launch.deepspeed: zero_optimization: {' '.join(str(error).split())}") from None
+
+
+def shares(launch: Any) -> tuple[int, int, int]:
+    """Among how many processes weights, gradients and what the optimizer remembers are split."""
+    if not launch.splits:
+        return 1, 1, 1
+    stage = 3 if launch.strategy == "fsdp" else settings(launch.deepspeed)["zero_optimization"]["stage"]
+    weights, gradients, state = (launch.total if stage >= least else 1 for least in (3, 2, 1))
+    return weights, gradients, state
 
 
 def _not_auto(tree: dict[str, Any]) -> dict[str, Any]:
@@ -65,23 +111,27 @@ class Zero(Parallel):
 
     def __init__(self, given: dict[str, Any]) -> None:
         super().__init__()
-        self._given, self.sharded = given, True
+        self._given, self.sharded, self._read = given, True, _Read()
 
     def place(self, objective: Any) -> None:
         """The whole model goes on the device; it is split once it is known what is trained."""
         objective.to(self.device)
 
+    def remembering(self, optimizer: Any) -> Any:  # noqa: ARG002
+        """What a checkpoint held of the optimizer stays in the processor's memory until it is split."""
+        return self._read
+
     def joined(self, objective: Any, optimizer: Any, trained: Sequence[nn.Parameter], max_grad_norm: float) -> Any:
         """Split model and optimizer, with what it remembers. Raises RecipeError where DeepSpeed takes its configuration not."""
-        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-        os.environ.setdefault("DS_ACCELERATOR", self.device.type)
-        with silent():
-            import deepspeed
-            from deepspeed.utils import safe_set_full_optimizer_state
+        import deepspeed
+        from deepspeed.runtime.config import DeepSpeedConfigError
+        from deepspeed.runtime.zero.utils import ZeRORuntimeException
 
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled, and gloo does without
-        remembered = [optimizer.state.pop(each, {}) for each in trained]
-        weights = self._given["zero_optimization"]["stage"] == 3
+        self._weights = self._given["zero_optimization"]["stage"] == 3
+        if self._weights and objective.asks_first:
+            raise RecipeError("launch.deepspeed: stage 3 has no weights for what this task asks before a step; use stage 2 or fsdp")
         fixed = {
             "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "gradient_clipping": max_grad_norm,
             "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
@@ -92,19 +142,44 @@ class Zero(Parallel):
                     model=objective, optimizer=optimizer, model_parameters=list(trained), config={**fixed, **self._given},
                     dist_init_required=False,
                 )  # fmt: skip
-        except (ValueError, AssertionError, KeyError) as error:  # pydantic's are ValueErrors
-            raise RecipeError(f"DeepSpeed does not take launch.deepspeed: {error}") from None
-        inside = self._engine.optimizer
-        if remembered[0]:
-            for flat in inside.fp32_partitioned_groups_flat if weights else inside.single_partition_of_fp32_groups:
-                optimizer.state[flat] = {name: torch.zeros_like(flat) for name in MOMENTS}
-                optimizer.state[flat]["step"] = remembered[0]["step"].clone()
-            if not weights:
-                inside._lazy_init_hp_params_optimizer_state()
-            for parameter, state in zip(trained, remembered, strict=True):
-                for name in MOMENTS:
-                    safe_set_full_optimizer_state(parameter, state[name], name)
+        except (ValueError, AssertionError, KeyError, RuntimeError, DeepSpeedConfigError, ZeRORuntimeException) as error:
+            raise RecipeError(f"DeepSpeed does not take launch.deepspeed, or this model: {error}") from None
+        if self._read.state:
+            self._remember(optimizer, trained)
         return _Steps(self._engine, optimizer, trained)
+
+    def _remember(self, optimizer: Any, trained: Sequence[nn.Parameter]) -> None:
+        """Give each process its part of what a checkpoint held of every parameter."""
+        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+
+        inside, step = self._engine.optimizer, next(iter(self._read.state.values()))["step"]
+        for flat in inside.fp32_partitioned_groups_flat if self._weights else inside.single_partition_of_fp32_groups:
+            optimizer.state[flat] = {name: torch.zeros_like(flat) for name in MOMENTS}
+            optimizer.state[flat]["step"] = torch.as_tensor(step).to(flat.device, copy=True)
+        if not self._weights:
+            inside._lazy_init_hp_params_optimizer_state()
+        for index, parameter in enumerate(trained):
+            for name in MOMENTS:
+                if (value := self._read.state.get(index, {}).get(name)) is None:
+                    continue  # it had no gradient yet
+                if not self._weights:
+                    safe_set_full_optimizer_state(parameter, value, name)
+                    continue
+                # Parts are of one size, and the last is filled up.
+                size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
+                filled = torch.cat([value.flatten(), value.new_zeros(size * self.count - value.numel())])
+                safe_set_local_optimizer_state(parameter, filled[self.index * size :][:size], name)
+        self._read.state = {}
+
+    def leave(self) -> None:
+        """Let go of what DeepSpeed keeps, which would stay beside the next model."""
+        from deepspeed.runtime.zero import parameter_offload
+
+        self._engine.destroy()
+        parameter_offload.FWD_MODULE_STACK.clear()
+        for parameter in self._engine.module.parameters():
+            vars(parameter).pop("_z3_optimizer", None)
+        del self._engine
 
     def loss(self, objective: Any, batch: Any) -> Tensor:  # noqa: ARG002
         """Through DeepSpeed's own module, which gathers what it needs."""
@@ -133,6 +208,19 @@ class Zero(Parallel):
         """A part of DeepSpeed's own step."""
 
 
+class _Read:
+    """Holds an optimizer's state as it was in a checkpoint."""
+
+    def __init__(self) -> None:
+        self.state: dict[int, dict[str, Any]] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, found: dict[str, Any]) -> None:
+        self.state = found["state"]
+
+
 class _Steps:
     """DeepSpeed's engine in the place of an optimizer, whose state is whole."""
 
@@ -141,7 +229,10 @@ class _Steps:
         self.param_groups = engine.optimizer.param_groups
 
     def step(self) -> None:
+        """Raises GateError where DeepSpeed left the step out."""
         self._engine.step()
+        if not self._engine.was_step_applied():
+            raise GateError("the gradient is no number; a lower learning_rate usually helps")
 
     def zero_grad(self) -> None:
         """A part of the step."""

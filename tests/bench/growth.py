@@ -29,7 +29,7 @@ def recipe(folder: Path, times: int, base: str | None) -> Path:
                 file.write(json.dumps({"text": f"{number} " + " ".join(text[start : start + 40])}) + "\n")
     made = [{"tokenizer": {"vocab_size": 4096}}, {"init": {"config": MODEL}}]
     tune = {
-        "task": {"kind": "pretrain", "max_tokens": 128}, "method": "full", "epochs": 1, "batch_size": 8, "learning_rate": 1.0e-3,
+        "task": {"kind": "pretrain", "max_tokens": 128}, "method": "full", "epochs": 1, "batch_size": 2, "learning_rate": 1.0e-3,
         "gate": {"heldout_loss_drop": -10.0},
     }  # fmt: skip
     tree = {
@@ -45,7 +45,7 @@ def recipe(folder: Path, times: int, base: str | None) -> Path:
 
 def main() -> None:
     """Measure each size once."""
-    print(f"{hardware()}; a Llama of 4 layers of 128, trained in full on rows of at most 128 tokens, 8 a step\n")
+    print(f"{hardware()}; a Llama of 4 layers of 128, trained in full on rows of at most 128 tokens, 2 a step\n")
     print("| rows | steps | tokens | tokens/s of training | memory, GB | the whole run, seconds |\n|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)

@@ -261,6 +261,7 @@ def certificate(folder: Path) -> ssl.SSLContext:
     return ssl.create_default_context(cafile=str(folder / "cert.pem"))
 
 
+@pytest.mark.slow
 def test_where_names_lead_survives_a_crash_and_tls_is_from_files(bundles: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "deploy.yaml").write_text(yaml.safe_dump({"models": {"live": str(bundles["a-tune"])}}))
     first = Endpoint(tmp_path / "state", tmp_path / "deploy.yaml")

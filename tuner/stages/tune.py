@@ -128,7 +128,7 @@ def check(plan: "Plan", step: "Step") -> None:
         for key, used, instead in (
             ("watch", options.watch is not None, "ddp measures while it trains"),
             ("optimizer", options.optimizer != "adamw", "use adamw, whose state is split as well"),
-            ("method", storage == "int8", "use nf4 or bf16"),
+            ("method", storage == "int8", "use bf16" if parts == 3 else "use nf4 or bf16"),
             ("method", storage == "nf4" and parts == 3, "ZeRO's stage 2 and fsdp take weights of 4 bits"),
             ("compile", options.compile, "leave it out"),
         ):
@@ -365,6 +365,7 @@ def _within_memory(job: Job, objective: Any, rows: Any, schedule: "Schedule") ->
     from tuner.footprint import Footprint
     from tuner.memory import room
     from tuner.progress import say
+    from tuner.zero import shares
 
     options, place, launch = job.options, ("stages", job.index, "tune"), job.recipe.launch
     assert job.parent is not None
@@ -372,7 +373,7 @@ def _within_memory(job: Job, objective: Any, rows: Any, schedule: "Schedule") ->
         AutoConfig.from_pretrained(job.parent.path.resolve()), kinds.load("tasks", options.task.kind).HEAD, options.method,
         optimizer=options.optimizer, gradient_checkpointing=options.gradient_checkpointing,
         new_tokens=range(*job.parent.manifest.serving.get("new_tokens", (0, 0))),
-        shares=launch.total if launch.strategy == "fsdp" else 1,
+        shares=shares(launch),
     )  # fmt: skip
     row, (free, where) = budget.longest(options.task, rows), room(launch.processes)
     batch = -(-min(schedule.batch_size, len(rows)) // launch.total)

@@ -137,6 +137,7 @@ def _objective(model: Any, pad_id: int, options: Options) -> Any:
 
         # A single row without negatives has nothing to be told apart from.
         least_rows = 2 if options.loss == "contrastive" else 1
+        asks_first = options.loss == "contrastive"
 
         def __init__(self) -> None:
             super().__init__(model, pad_id)

@@ -23,6 +23,7 @@ from serve.errors import EngineError
 from serve.replay import replay, say_something
 from tuner.bundle import Bundle, verify
 from tuner.errors import TunerError
+from tuner.memory import COMPILED
 
 # So many short questions in a row must fail.
 FAILURES = 3
@@ -115,7 +116,8 @@ class Engine:
         engine = engines.load(self.kind)
         plan = engine.launch(self.name, self.model, self.adapters, path=path, max_tokens=self.care.max_tokens)
         # How many compiled products a training keeps (tuner/cli.py); an engine meets other shapes.
-        plan.environment.pop("ONEDNN_PRIMITIVE_CACHE_CAPACITY", None)
+        for each in COMPILED:
+            plan.environment.pop(each, None)
         if self.threads:
             plan.environment.update(engine.with_threads(self.threads))
         self._longest = engines.longest(self.model, self.adapters, self.care.max_tokens)

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from tuner.errors import DataError, GateError, Interrupted, TunerError, visible
-from tuner.memory import large_apart
+from tuner.memory import COMPILED, large_apart
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -478,9 +478,8 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # Large tensors in pages of 2 MB instead of 4 KB: a training step of Mamba-2 spent two thirds of its time on the small ones.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    # oneDNN keeps what it compiled for 1,024 shapes of products, 280 KB each, and rows of every other length bring a dozen.
-    # These are enough for a few lengths in turns, and compiling one again takes a quarter of a millisecond.
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+    for name, count in COMPILED.items():
+        os.environ.setdefault(name, count)
     with suppress(AttributeError):
         large_apart()
     if not sys.stderr.isatty():

@@ -22,7 +22,7 @@ from typing import Any
 
 from tests.bench.__main__ import BERT, DATA, LLAMA, NEW, hardware
 from tuner.bundle import Bundle, open_bundle
-from tuner.memory import large_apart
+from tuner.memory import COMPILED, large_apart
 from tuner.source import base_bundle, find
 
 RANK, SEED = 16, 0
@@ -511,8 +511,7 @@ def run(name: str, side: str, base: Bundle, out: Path) -> dict[str, float]:
     """What one side measured. Threads that wait do not spin, for both; what `tuner` sets for itself is set for both."""
     out.mkdir(parents=True)
     code = f"from tests.bench.peers import one; one({name!r}, {side!r}, {str(base.path)!r}, {str(out)!r})"
-    environment = {**os.environ, "OMP_WAIT_POLICY": "passive", "THP_MEM_ALLOC_ENABLE": "1", "TQDM_DISABLE": "1"}
-    environment["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] = "64"
+    environment = {**os.environ, **COMPILED, "OMP_WAIT_POLICY": "passive", "THP_MEM_ALLOC_ENABLE": "1", "TQDM_DISABLE": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{name}, {side}: {done.stderr[-3000:]}")

@@ -42,11 +42,11 @@ def recipe(recipe_file: Callable[..., Path], tmp_path: Path) -> Path:
     return recipe_file(change)
 
 
-def run(recipe: Path, out: Path, more: int, *, within: Path | None = None) -> subprocess.CompletedProcess[str]:
+def run(recipe: Path, out: Path, more: int, *options: str, within: Path | None = None) -> subprocess.CompletedProcess[str]:
     """The command line with `more` bytes of address space, or in a control group."""
     enter = f"import os; open('{within}/cgroup.procs', 'w').write(str(os.getpid()))\n" if within else ""
     return subprocess.run(
-        [sys.executable, "-c", enter + LIMITED, str(more), "run", str(recipe), "--out", str(out)],
+        [sys.executable, "-c", enter + LIMITED, str(more), "run", str(recipe), "--out", str(out), *options],
         cwd=ROOT, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
 
@@ -70,6 +70,16 @@ def test_a_run_takes_as_many_rows_at_a_time_as_fit_or_refuses_with_numbers(recip
     for out in ("whole", "less"):
         told = training(tmp_path / out)
         assert told["expected_memory_bytes"] == pytest.approx(told["peak_memory_bytes"], rel=0.1)
+
+
+def test_a_whole_run_of_rows_of_many_lengths_holds_what_was_told(recipe: Path, tmp_path: Path) -> None:
+    write_rows(tmp_path / "long.jsonl", [{"text": "machine " * (number + 60)} for number in range(128)])
+    write_rows(tmp_path / "held.jsonl", [{"text": "machine " * 40}])
+    changes = ("method.storage=bf16", "batch_size=1", "steps=128")
+    done = run(recipe, tmp_path / "out", 0, *(f"--set=stages.0.tune.{each}" for each in changes))
+    assert done.returncode == 0, done.stderr
+    told = training(tmp_path / "out")
+    assert told["peak_memory_bytes"] == pytest.approx(told["expected_memory_bytes"], rel=0.1)
 
 
 @pytest.mark.slow

@@ -19,13 +19,17 @@ from torch.nn.functional import linear
 MOST_LOGITS = {"cpu": 2**22, "cuda": 2**25}
 
 
-def plain_output(model: Any) -> nn.Linear | None:
+def plain_output(model: Any) -> Any | None:
     """The model's output layer, where its logits are what this layer makes of the hidden states and nothing else; else None.
+
+    A linear, or one of which peft trains the rows of some tokens.
 
     Some architectures scale or cap their logits. Rather than knowing which, three tokens are asked both ways.
     """
     layer = model.get_output_embeddings()
-    if type(layer) is not nn.Linear:
+    rows_trained = hasattr(layer, "token_adapter")  # peft's TrainableTokensWrapper
+    own = layer.original_module if rows_trained else layer
+    if type(own) is not nn.Linear or (rows_trained and own.bias is not None):  # peft leaves such a bias out
         return None
     ids = torch.arange(3, device=model.device)[None]
     training = model.training
@@ -34,13 +38,13 @@ def plain_output(model: Any) -> nn.Linear | None:
         logits = model(input_ids=ids, use_cache=False).logits
         with hidden_instead(layer):
             hidden = model(input_ids=ids, use_cache=False).logits
-        same = hidden.shape[-1] == layer.in_features and torch.equal(layer(hidden.to(layer.weight.dtype)).to(logits.dtype), logits)
+        same = hidden.shape[-1] == own.in_features and torch.equal(layer(hidden.to(own.weight.dtype)).to(logits.dtype), logits)
     model.train(training)
     return layer if same else None
 
 
 @contextmanager
-def hidden_instead(layer: nn.Linear) -> Iterator[None]:
+def hidden_instead(layer: nn.Module) -> Iterator[None]:
     """A block in which the model gives the hidden states before this layer in place of logits."""
     layer.forward = lambda input: input  # type: ignore[method-assign]  # noqa: A006 - torch's name
     try:
@@ -49,10 +53,14 @@ def hidden_instead(layer: nn.Linear) -> Iterator[None]:
         del layer.forward
 
 
-def loss_sum(hidden_ND: Tensor, layer: nn.Linear, targets_N: Tensor) -> Tensor:
-    """The sum of the targets' negative log-likelihoods (nats), a scalar, in float32 at least."""
+def loss_sum(hidden_ND: Tensor, layer: Any, targets_N: Tensor) -> Tensor:
+    """The sum of the targets' negative log-likelihoods (nats), a scalar, in float32 at least; `layer` is a `plain_output`."""
     apply: Any = _LossSum.apply
-    found: Tensor = apply(hidden_ND.to(layer.weight.dtype), layer.weight, layer.bias, targets_N, torch.is_grad_enabled())
+    rows_trained = hasattr(layer, "token_adapter")
+    # peft's weight with the trained rows in it is there while the adapter is off, too.
+    off = rows_trained and layer.disable_adapters
+    weight_VD, bias_V = layer.original_module.weight if off else layer.weight, None if rows_trained else layer.bias
+    found: Tensor = apply(hidden_ND.to(weight_VD.dtype), weight_VD, bias_V, targets_N, torch.is_grad_enabled())
     return found
 
 

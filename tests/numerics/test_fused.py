@@ -14,6 +14,7 @@ from tuner.checkpoint import load_model
 from tuner.documents import Documents, documents
 from tuner.families import family_of
 from tuner.heads.causal import NextTokenLoss, supervised_log_likelihood
+from tuner.methods import lora
 
 
 class _Layer:
@@ -142,6 +143,29 @@ def test_logits_that_are_more_than_the_output_layers_are_noticed(checkpoints: An
     batch = {"input_ids": ids, "labels": ids}
     by_logits, _ = supervised_log_likelihood(model, batch)
     torch.testing.assert_close(NextTokenLoss(model, 0)(batch), -by_logits.sum(), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "llama"])  # the output layer is the embeddings, or a matrix of its own
+def test_the_loss_without_logits_reaches_new_tokens(checkpoints: Any, model_type: str) -> None:  # noqa: F811
+    model = load_model(checkpoints(model_type))
+    model = lora.prepare(model, lora.Options(rank=2), *family_of(model_type), [], new_tokens=range(20, 30)).eval()
+    objective, ids = NextTokenLoss(model, 0), torch.arange(3, 40).view(1, -1)
+    assert objective._layer[0] is not None
+    trained = [(name, each) for name, each in model.named_parameters() if each.requires_grad]
+    assert any("trainable_tokens" in name for name, _ in trained)
+    with torch.no_grad():
+        for _, each in trained:  # of an adapter one half is zero at first
+            each += 0.1 * torch.randn(each.shape, generator=torch.Generator().manual_seed(1))
+    batch = {"input_ids": ids, "labels": ids}
+    found, wanted = objective(batch), -supervised_log_likelihood(model, batch)[0].sum()
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-4)
+    gradients = (torch.autograd.grad(loss, [each for _, each in trained]) for loss in (found, wanted))
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    with model.disable_adapter(), torch.no_grad():
+        off = objective(batch)
+        torch.testing.assert_close(off, -supervised_log_likelihood(model, batch)[0].sum(), rtol=1e-5, atol=1e-4)
+    assert abs(float(off - found)) > 0.01
 
 
 def test_scores_that_an_architecture_caps_are_capped(checkpoints: Any) -> None:  # noqa: F811

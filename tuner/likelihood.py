@@ -46,7 +46,7 @@ def plain_output(model: Any) -> Any | None:
 @contextmanager
 def hidden_instead(layer: nn.Module) -> Iterator[None]:
     """A block in which the model gives the hidden states before this layer in place of logits."""
-    layer.forward = lambda input: input  # type: ignore[method-assign]  # noqa: A006 - torch's name
+    layer.forward = lambda input: input  # noqa: A006 - torch's name
     try:
         yield
     finally:

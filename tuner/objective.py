@@ -25,9 +25,6 @@ class Objective(nn.Module):
         super().__init__()
         self.model, self.pad_id = model, pad_id
 
-    asks_first = False
-    """`begin` asks the model, outside of `forward`."""
-
     def collate(self, examples: list[Any], device: str | torch.device = "cpu") -> dict[str, Tensor]:
         """The batch that `forward` takes."""
         raise NotImplementedError

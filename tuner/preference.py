@@ -159,7 +159,6 @@ class JudgedLoss(Comparison):
     """
 
     compares = True
-    asks_first = True
 
     def __init__(self, model: Any, pad_id: int, options: Any) -> None:
         super().__init__(model, pad_id)

@@ -130,8 +130,6 @@ class Zero(Parallel):
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled, and gloo does without
         self._weights = self._given["zero_optimization"]["stage"] == 3
-        if self._weights and objective.asks_first:
-            raise RecipeError("launch.deepspeed: stage 3 has no weights for what this task asks before a step; use stage 2 or fsdp")
         fixed = {
             "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "gradient_clipping": max_grad_norm,
             "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,

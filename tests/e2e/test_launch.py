@@ -232,6 +232,28 @@ def test_what_cannot_be_launched_is_said(recipe_file: Callable[..., Path], tmp_p
         assert said in str(error.value)
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("deepspeed")
+def test_what_has_no_whole_weights_before_a_step_is_refused(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
+    task = {"kind": "preference", "loss": "kto", "max_tokens": 64}
+    write_rows(
+        tmp_path / "judged.jsonl", [{"prompt": f"machine {at}?", "completion": "yes", "label": at % 2 == 0} for at in range(8)]
+    )
+
+    def change(tree: dict[str, Any]) -> None:
+        of(task=task)(tree)
+        tree["data"] = {"train": "judged.jsonl"}
+
+    recipe = recipe_file(change)
+    for stage, code in ((3, 2), (2, 0)):
+        launch = {"processes": 2, "strategy": "deepspeed", "deepspeed": zero(stage)}
+        done = tuner("check", recipe, *settings(launch))
+        assert done.returncode == code, done.stderr
+        assert (
+            "tune.task: with launch.strategy: deepspeed this does not work; it asks the model before a step" in done.stderr
+        ) == (stage == 3)
+
+
 @pytest.fixture
 def hosts() -> Iterator[list[str]]:
     """Two network namespaces with a cable between them."""

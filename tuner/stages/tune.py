@@ -125,12 +125,18 @@ def check(plan: "Plan", step: "Step") -> None:
         strategy = plan.recipe.launch.strategy
         parts = _zero(plan.recipe)["zero_optimization"]["stage"] if strategy == "deepspeed" else 0
         storage = kinds.load("methods", options.method.kind).storage(options.method)
+        asks_first = getattr(kinds.load("tasks", options.task.kind), "asks_first", None)
         for key, used, instead in (
             ("watch", options.watch is not None, "ddp measures while it trains"),
             ("optimizer", options.optimizer != "adamw", "use adamw, whose state is split as well"),
             ("method", storage == "int8", "use bf16" if parts == 3 else "use nf4 or bf16"),
             ("method", storage == "nf4" and parts == 3, "ZeRO's stage 2 and fsdp take weights of 4 bits"),
             ("compile", options.compile, "leave it out"),
+            (
+                "task",
+                parts == 3 and asks_first and asks_first(options.task),
+                "it asks the model before a step; use stage 2 or fsdp",
+            ),
         ):
             if used:
                 raise plan.recipe.error(f"with launch.strategy: {strategy} this does not work; {instead}", *place, key)

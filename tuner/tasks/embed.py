@@ -59,6 +59,11 @@ def check_row(record: dict[str, Any], options: Options, *, chat_template: bool =
     texts(record, options)
 
 
+def asks_first(options: Options) -> bool:
+    """Its loss asks the model before the forward pass of a step: every vector is made by all of them."""
+    return options.loss == "contrastive"
+
+
 def check(options: Options, known: "Facts") -> None:
     """Raises RecipeError where the model says how it makes its vectors, and the recipe says nothing."""
     if known.pooling not in (None, options.pooling) and "pooling" not in options.model_fields_set:
@@ -137,7 +142,6 @@ def _objective(model: Any, pad_id: int, options: Options) -> Any:
 
         # A single row without negatives has nothing to be told apart from.
         least_rows = 2 if options.loss == "contrastive" else 1
-        asks_first = options.loss == "contrastive"
 
         def __init__(self) -> None:
             super().__init__(model, pad_id)

@@ -56,6 +56,11 @@ class Options(BaseOptions):
         return values
 
 
+def asks_first(options: Options) -> bool:
+    """Its loss asks the model before the forward pass of a step: how far it has moved."""
+    return options.loss == "kto"
+
+
 def check_row(record: dict[str, Any], options: Options, *, chat_template: bool = True) -> None:
     """Raises DataError unless the record has a prompt and the answers that the loss learns from."""
     if "messages" in record:

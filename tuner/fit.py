@@ -91,7 +91,7 @@ def fit(
     names = {parameter: name for name, parameter in objective.model.named_parameters()}
     parallel.place(objective)
     objective.eval()
-    examples = objective.prepared(examples)
+    examples = objective.prepared(examples, micro_batch_size, parallel)
     trained = {name: parameter for name, parameter in objective.model.named_parameters() if parameter.requires_grad}
     layers = {layer: [trained[names[each]] for each in parameters] for layer, parameters in layers.items()}
     optimizer = optimizers.optimizer(

@@ -1,12 +1,15 @@
 """What the loop asks of an objective: batches, a sum of losses, and what depends on more rows than one batch."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from tuner.progress import track
+
+if TYPE_CHECKING:
+    from tuner.parallel import Parallel
 
 # Rows that are measured together.
 BATCH_ROWS = 16
@@ -33,8 +36,11 @@ class Objective(nn.Module):
         """The sum of the examples' losses, a scalar. The loop divides it by the sum of their `supervised`."""
         raise NotImplementedError
 
-    def prepared(self, examples: Sequence[Any]) -> Sequence[Any]:
-        """The examples with what the model says of them before it is trained. Called once, before the first step."""
+    def prepared(self, examples: Sequence[Any], at_a_time: int = BATCH_ROWS, among: "Parallel | None" = None) -> Sequence[Any]:  # noqa: ARG002
+        """The examples with what the model says of them before it is trained. Called once, before the first step.
+
+        No more than `at_a_time` are in memory, and each process says its share of them, if this one is `among` several.
+        """
         return examples
 
     def begin(self, rows: list[Any], micro_batch_size: int) -> list[Any]:  # noqa: ARG002 - for those who need it

@@ -5,7 +5,7 @@ computes (Zhao et al. 2023, arXiv:2304.11277; torch's fully_shard); the numbers 
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, TypeVar
 
@@ -18,6 +18,7 @@ from tuner.processes import PATIENCE
 
 Strategy = Literal["ddp", "fsdp", "deepspeed"]
 T = TypeVar("T")
+S = TypeVar("S")
 # Numbers that are summed over the processes at a time.
 BUCKET = 2**24
 
@@ -148,6 +149,16 @@ class Parallel:
         listed = [what]
         torch.distributed.broadcast_object_list(listed)
         return listed[0]
+
+    def shared(self, work: Callable[[list[T]], list[S]], given: list[T]) -> list[S]:
+        """What `work` makes of each of those given, some in each process: as many in all, since a split model is gathered."""
+        if self.count == 1 or not given:
+            return work(given)
+        most = math.ceil(len(given) / self.count)
+        own = [given[min(at, len(given) - 1)] for at in range(self.index, most * self.count, self.count)]
+        found: list[Any] = [None] * self.count
+        torch.distributed.all_gather_object(found, work(own))
+        return [each for turn in zip(*found, strict=True) for each in turn][: len(given)]
 
     def _reduced(self, number: float, operation: Any) -> float:
         tensor = torch.tensor(number, dtype=torch.float64, device=self.device)

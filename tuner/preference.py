@@ -6,7 +6,7 @@ Shapes: B pairs or judged answers. A log-likelihood is the sum over an answer's 
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ from tuner.data.example import IGNORE, Example
 from tuner.heads.causal import collate, supervised_log_likelihood
 from tuner.objective import BATCH_ROWS, Objective
 from tuner.progress import track
+
+if TYPE_CHECKING:
+    from tuner.parallel import Parallel
 
 
 @dataclass(frozen=True)
@@ -117,11 +120,12 @@ class PairLoss(Comparison):
         self.options = options
         self.compares = options.loss == "dpo"
 
-    def prepared(self, examples: Sequence[Pair]) -> Sequence[Pair]:
+    def prepared(self, examples: Sequence[Pair], at_a_time: int = BATCH_ROWS, among: "Parallel | None" = None) -> Sequence[Pair]:
         """The pairs with the log-likelihoods of the model as it is, an adapter switched off."""
         if not self.compares:
             return examples
-        found = reference(self.model, [each for pair in examples for each in (pair.chosen, pair.rejected)], self.pad_id)
+        both = [each for pair in examples for each in (pair.chosen, pair.rejected)]
+        found = reference(self.model, both, self.pad_id, 2 * at_a_time, among)
         return [replace(pair, reference=(found[2 * at], found[2 * at + 1])) for at, pair in enumerate(examples)]
 
     def collate(self, examples: list[Pair], device: str | torch.device = "cpu") -> dict[str, Tensor]:
@@ -165,16 +169,18 @@ class JudgedLoss(Comparison):
         self.options = options
         self._divergence = torch.zeros(())
 
-    def prepared(self, examples: Sequence[Judged]) -> Sequence[Judged]:
+    def prepared(
+        self, examples: Sequence[Judged], at_a_time: int = BATCH_ROWS, among: "Parallel | None" = None
+    ) -> Sequence[Judged]:
         """Each answer with a mismatched one, and the log-likelihoods of both by the model as it is."""
         # Half the rows away: neighbours may be two answers to one prompt.
         if len(examples) < 2:
             # There is no other prompt, so nothing says how far the model has moved there.
-            alone = reference(self.model, [row.answer for row in examples], self.pad_id)
+            alone = reference(self.model, [row.answer for row in examples], self.pad_id, at_a_time, among)
             return [replace(row, reference=(value, 0.0)) for row, value in zip(examples, alone, strict=True)]
         away, most = len(examples) // 2, self.options.max_tokens
         mixed = [_swapped(row.answer, examples[at - away].answer, most) for at, row in enumerate(examples)]
-        found = reference(self.model, [row.answer for row in examples] + mixed, self.pad_id)
+        found = reference(self.model, [row.answer for row in examples] + mixed, self.pad_id, at_a_time, among)
         halves = zip(found[: len(examples)], found[len(examples) :], strict=True)
         return [replace(row, mismatched=other, reference=both) for row, other, both in zip(examples, mixed, halves, strict=True)]
 
@@ -231,16 +237,20 @@ def answers(model: Any, examples: Sequence[Example], pad_id: int, batch_rows: in
     return found
 
 
-def reference(model: Any, examples: list[Example], pad_id: int) -> list[float]:
+def reference(model: Any, examples: list[Example], pad_id: int, at_a_time: int, among: "Parallel | None" = None) -> list[float]:
     """The log-likelihood of each answer by the model without its adapter, if it has one: no second model is needed."""
-    found: list[float] = []
-    off = model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext()
-    with off, track("log-probabilities before training", len(examples)) as advance:
-        for at in range(0, len(examples), 8 * BATCH_ROWS):
-            part = examples[at : at + 8 * BATCH_ROWS]
-            found += answers(model, part, pad_id)
-            advance(len(part))
-    return found
+
+    def asked(own: list[Example]) -> list[float]:
+        found: list[float] = []
+        with track("log-probabilities before training", len(own)) as advance:
+            for at in range(0, len(own), 8 * BATCH_ROWS):
+                part = own[at : at + 8 * BATCH_ROWS]
+                found += answers(model, part, pad_id, min(at_a_time, BATCH_ROWS))
+                advance(len(part))
+        return found
+
+    with model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext():
+        return among.shared(asked, examples) if among else asked(examples)
 
 
 def _swapped(one: Example, other: Example, most: int) -> Example:

@@ -321,22 +321,31 @@ def test_ray_trains_on_two_workers(recipe: Path, tmp_path: Path) -> None:
     assert apart(weights(out), weights(tmp_path / "alone")) < 1e-3
 
 
+def preferring(folder: Path, **tune: Any) -> Callable[[dict[str, Any]], None]:
+    """A change of the recipe: it learns from pairs of answers, an odd number of them."""
+    pairs = [{"prompt": f"{n} the vm", "chosen": f" az vm {n}", "rejected": " network"} for n in range(55)]
+    write_rows(folder / "pairs.jsonl", pairs[:47])
+    write_rows(folder / "pairs-heldout.jsonl", pairs[47:])
+
+    def change(tree: dict[str, Any]) -> None:
+        of(task={"kind": "preference", "max_tokens": 64}, **tune)(tree)
+        tree["data"] = {"train": "pairs.jsonl", "heldout": "pairs-heldout.jsonl"}
+        tree["stages"][0]["tune"]["gate"] = {"heldout_loss_drop": -10.0}
+
+    return change
+
+
+@pytest.mark.slow
+def test_dpo_shares_what_it_asks_before_training(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
+    ways = {"ddp": {}, "fsdp": {"strategy": "fsdp"}}
+    ends_alike(recipe_file(preferring(tmp_path)), tmp_path, "adapter_model", ways)
+
+
 @pytest.mark.slow
 def test_with_dropout_a_resume_is_exact_and_dpo_and_watching_work_in_two_processes(
     recipe_file: Callable[..., Path], tmp_path: Path
 ) -> None:
-    pairs = [{"prompt": f"{n} the vm", "chosen": f" az vm {n}", "rejected": " network"} for n in range(56)]
-    write_rows(tmp_path / "pairs.jsonl", pairs[:48])
-    write_rows(tmp_path / "pairs-heldout.jsonl", pairs[48:])
-
-    def change(tree: dict[str, Any]) -> None:
-        of(task={"kind": "preference", "max_tokens": 64}, method={**LORA, "dropout": 0.3}, steps=30, watch={"every_steps": 10})(
-            tree
-        )
-        tree["data"] = {"train": "pairs.jsonl", "heldout": "pairs-heldout.jsonl"}
-        tree["stages"][0]["tune"]["gate"] = {"heldout_loss_drop": -10.0}
-
-    path = recipe_file(change)
+    path = recipe_file(preferring(tmp_path, method={**LORA, "dropout": 0.3}, steps=30, watch={"every_steps": 10}))
     whole = run(path, tmp_path / "whole", processes=2)
     assert whole.returncode == 0, whole.stderr
     assert whole.stderr.count("kept: step") == 1

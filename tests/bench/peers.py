@@ -2,7 +2,8 @@
 
 Both sides learn from the same tokens in as many optimizer steps, each in a process of its own. Non-pad tokens of the rows for each second
 of the training loop are counted by one function for both, what was learned is measured by one evaluator, and memory is what the kernel says
-of the process while it trains. `python -m tests.bench.peers chat --runs 1` takes the jobs whose names contain that.
+of the process while it trains. What `tuner` sets for itself of threads and memory is set for the peer, too; once it runs as it comes.
+`python -m tests.bench.peers chat --runs 1` takes the jobs whose names contain that.
 """
 
 import argparse
@@ -26,6 +27,8 @@ from tuner.memory import COMPILED, large_apart
 from tuner.source import base_bundle, find
 
 RANK, SEED = 16, 0
+# What `tuner` sets for itself: threads that wait do not spin, large tensors lie in large pages, few compiled products are kept.
+SET = {**COMPILED, "OMP_WAIT_POLICY": "passive", "THP_MEM_ALLOC_ENABLE": "1"}
 
 
 @dataclass(frozen=True)
@@ -501,17 +504,22 @@ def timed(trainer: Any, count: int, folder: Path, of: Callable[[Any], Any] = lam
     return {"tokens_per_s": count / (clock[1] - clock[0]), "peak": float(held or 0)}
 
 
-def one(name: str, side: str, base: str, folder: str) -> None:
+def one(name: str, side: str, base: str, folder: str, alike: bool) -> None:
     """A process of its own: one side trains one job once and prints what it measured."""
-    large_apart()
+    if alike:
+        large_apart()
     print(json.dumps(getattr(JOBS[name], side)(open_bundle(Path(base)), Path(folder))))
 
 
-def run(name: str, side: str, base: Bundle, out: Path) -> dict[str, float]:
-    """What one side measured. Threads that wait do not spin, for both; what `tuner` sets for itself is set for both."""
+def run(name: str, side: str, base: Bundle, out: Path, *, alike: bool = True) -> dict[str, float]:
+    """What one side measured, with what `tuner` sets for itself, or as it comes."""
     out.mkdir(parents=True)
-    code = f"from tests.bench.peers import one; one({name!r}, {side!r}, {str(base.path)!r}, {str(out)!r})"
-    environment = {**os.environ, **COMPILED, "OMP_WAIT_POLICY": "passive", "THP_MEM_ALLOC_ENABLE": "1", "TQDM_DISABLE": "1"}
+    code = f"from tests.bench.peers import one; one({name!r}, {side!r}, {str(base.path)!r}, {str(out)!r}, {alike})"
+    environment = {
+        **{key: value for key, value in os.environ.items() if key not in SET},
+        "TQDM_DISABLE": "1",
+        **(SET if alike else {}),
+    }
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{name}, {side}: {done.stderr[-3000:]}")
@@ -529,8 +537,11 @@ def main(arguments: list[str]) -> None:
     import trl
 
     print(f"{hardware()}; TRL {trl.__version__}, transformers {transformers.__version__}; median of {told.runs} runs in turns\n")
-    print("| job | steps of rows | Tuner, tokens/s | peer | tokens/s | ratio (each run) | memory, GB: Tuner, peer | Tuner | peer |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    print(
+        "| job | steps of rows | Tuner, tokens/s | peer | tokens/s | ratio (each run) | memory, GB: Tuner, peer | "
+        "the peer as it comes (one run): tokens/s, GB | Tuner | peer |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|")
     median: Callable[[list[float]], float] = statistics.median
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
@@ -540,13 +551,15 @@ def main(arguments: list[str]) -> None:
             base = base_bundle(find(job.model), folder / "base")
             outs = [[folder / name / f"{side}-{number}" for side in ("ours", "theirs")] for number in range(told.runs)]
             runs = [[run(name, side, base, out) for side, out in zip(("ours", "theirs"), pair, strict=True)] for pair in outs]
+            plain = run(name, "theirs", base, folder / name / "plain", alike=False)
             speeds = [[found["tokens_per_s"] for found in side] for side in zip(*runs, strict=True)]
             held = [median([found["peak"] for found in side]) / 1e9 for side in zip(*runs, strict=True)]
             ratios = sorted(own / other for own, other in zip(*speeds, strict=True))
             learned = " | ".join(job.learned(base, out) for out in outs[0])
             print(
                 f"| {name} | {job.steps} of {job.batch} | {median(speeds[0]):.0f} | {job.peer} | {median(speeds[1]):.0f} | "
-                f"**{median(ratios):.2f}** ({', '.join(f'{each:.2f}' for each in ratios)}) | {held[0]:.2f}, {held[1]:.2f} | {learned} |",
+                f"**{median(ratios):.2f}** ({', '.join(f'{each:.2f}' for each in ratios)}) | {held[0]:.2f}, {held[1]:.2f} | "
+                f"{plain['tokens_per_s']:.0f}, {plain['peak'] / 1e9:.2f} | {learned} |",
                 flush=True,
             )
 

@@ -23,7 +23,6 @@ from serve.errors import EngineError
 from serve.replay import replay, say_something
 from tuner.bundle import Bundle, verify
 from tuner.errors import TunerError
-from tuner.memory import COMPILED
 
 # So many short questions in a row must fail.
 FAILURES = 3
@@ -33,6 +32,8 @@ LONGEST_FOLDER = 70
 GUARD_GRACE_S = 10
 # Among an engine's own metrics.
 QUEUE = re.compile(r"^(?:vllm:)?num_requests_(running|waiting)(?:\{[^}]*\})? ([\d.e+]+)$", re.MULTILINE)
+# What `tuner` sets for trainings, how many compiled products are kept (tuner/memory.py); an engine meets other shapes.
+COMPILED = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "64"}
 # How often a child is looked at. A client must see 503 within 2 s of its death.
 WATCH_INTERVAL_S = 0.25
 
@@ -115,9 +116,9 @@ class Engine:
         path = self._folder / "http.sock"
         engine = engines.load(self.kind)
         plan = engine.launch(self.name, self.model, self.adapters, path=path, max_tokens=self.care.max_tokens)
-        # How many compiled products a training keeps (tuner/cli.py); an engine meets other shapes.
-        for each in COMPILED:
-            plan.environment.pop(each, None)
+        for name, count in COMPILED.items():
+            if plan.environment.get(name) == count:
+                del plan.environment[name]
         if self.threads:
             plan.environment.update(engine.with_threads(self.threads))
         self._longest = engines.longest(self.model, self.adapters, self.care.max_tokens)

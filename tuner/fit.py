@@ -91,7 +91,10 @@ def fit(
     names = {parameter: name for name, parameter in objective.model.named_parameters()}
     parallel.place(objective)
     objective.eval()
-    examples = objective.prepared(examples, micro_batch_size, parallel)
+    earlier = resume.counters(work) or {"processes": 0}
+    # As many at a time as at the first start: other batches are rounded otherwise.
+    asked_rows = min(micro_batch_size, earlier["asked_rows"] if earlier["processes"] == parallel.count else micro_batch_size)
+    examples = parallel.prepared(objective, examples, asked_rows)
     trained = {name: parameter for name, parameter in objective.model.named_parameters() if parameter.requires_grad}
     layers = {layer: [trained[names[each]] for each in parameters] for layer, parameters in layers.items()}
     optimizer = optimizers.optimizer(
@@ -106,7 +109,7 @@ def fit(
     if state["processes"] == parallel.count:
         # With another one, sums would be rounded otherwise than before; less memory than before is another matter.
         micro_batch_size = min(micro_batch_size, state["micro_batch_size"])
-    state |= {"processes": parallel.count, "micro_batch_size": micro_batch_size}
+    state |= {"processes": parallel.count, "micro_batch_size": micro_batch_size, "asked_rows": asked_rows}
     if state["step"]:
         say(f"continuing at step {state['step']} of {schedule.steps}")
     if watch and not state["step"] and (parallel.first or parallel.sharded):

@@ -93,6 +93,8 @@ class Footprint:
         )
         count = sum(each.numel() for each in parameters if each.requires_grad)
         output = model.get_output_embeddings()
+        # Where rows of it are trained, peft makes a copy with them in it.
+        self.output_copied = hasattr(output, "token_adapter")
         self.output_trained = output is not None and output.weight.requires_grad
         self.weights = round(self.weights / shares[0])
         self.gradients, self.state = 4 * count // shares[1], round(count * STATE_BYTES[optimizer] / shares[2])

@@ -57,9 +57,8 @@ def loss_sum(hidden_ND: Tensor, layer: Any, targets_N: Tensor) -> Tensor:
     """The sum of the targets' negative log-likelihoods (nats), a scalar, in float32 at least; `layer` is a `plain_output`."""
     apply: Any = _LossSum.apply
     rows_trained = hasattr(layer, "token_adapter")
-    # peft's weight with the trained rows in it is there while the adapter is off, too.
-    off = rows_trained and layer.disable_adapters
-    weight_VD, bias_V = layer.original_module.weight if off else layer.weight, None if rows_trained else layer.bias
+    # peft's own has the trained rows in it, unless its adapter is off; it is put together each time.
+    weight_VD, bias_V = layer.weight, None if rows_trained else layer.bias
     found: Tensor = apply(hidden_ND.to(weight_VD.dtype), weight_VD, bias_V, targets_N, torch.is_grad_enabled())
     return found
 

@@ -150,6 +150,13 @@ class Parallel:
         torch.distributed.broadcast_object_list(listed)
         return listed[0]
 
+    def prepared(self, objective: Any, examples: Sequence[Any], at_a_time: int) -> Sequence[Any]:
+        """The examples with what the model says of them before it is trained."""
+        found: Sequence[Any] = objective.prepared(examples, at_a_time, self)
+        if again := getattr(objective.model, "reshard", None):
+            again()  # without a backward pass fully_shard leaves what lies outside of the blocks put together
+        return found
+
     def shared(self, work: Callable[[list[T]], list[S]], given: list[T]) -> list[S]:
         """What `work` makes of each of those given, some in each process: as many in all, since a split model is gathered."""
         if self.count == 1 or not given:

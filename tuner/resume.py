@@ -55,10 +55,18 @@ def save(work: Path, trained: dict[str, nn.Parameter], optimizer: Any, state: di
             shutil.rmtree(old)
 
 
+def counters(work: Path) -> dict[str, Any] | None:
+    """What the newest checkpoint in `work` counts, if there is one."""
+    found = sorted(work.glob("step-*"))
+    state: dict[str, Any] | None = json.loads((found[-1] / "state.json").read_text()) if found else None
+    return state
+
+
 def load(work: Path, trained: dict[str, nn.Parameter], optimizer: Any) -> dict[str, Any] | None:
     """Load the newest checkpoint in `work`, if there is one, and return its counters."""
     found = sorted(work.glob("step-*"))
-    if not found:
+    state = counters(work)
+    if state is None:
         return None
     _set(trained, load_file(found[-1] / "trained.safetensors"))
     tensors = load_file(found[-1] / "optimizer.safetensors")
@@ -67,7 +75,6 @@ def load(work: Path, trained: dict[str, nn.Parameter], optimizer: Any) -> dict[s
         state_of, index = tensors.pop(name), int(name.removeprefix("random.cuda"))
         if index < torch.cuda.device_count():
             torch.cuda.set_rng_state(state_of, index)
-    state: dict[str, Any] = json.loads((found[-1] / "state.json").read_text())
     entries: dict[int, Any] = {}
     parameters = list(trained.values())
     for name, value in {**tensors, **state.pop("optimizer")}.items():

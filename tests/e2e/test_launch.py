@@ -232,17 +232,23 @@ def test_what_cannot_be_launched_is_said(recipe_file: Callable[..., Path], tmp_p
         assert said in str(error.value)
 
 
+JUDGED = [{"prompt": f"machine {at}?", "completion": "yes", "label": at % 2 == 0} for at in range(8)]
+ALIKE = [{"anchor": f"machine {at}", "positive": f"vm {at}"} for at in range(8)]
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("deepspeed")
-def test_what_has_no_whole_weights_before_a_step_is_refused(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
-    task = {"kind": "preference", "loss": "kto", "max_tokens": 64}
-    write_rows(
-        tmp_path / "judged.jsonl", [{"prompt": f"machine {at}?", "completion": "yes", "label": at % 2 == 0} for at in range(8)]
-    )
+@pytest.mark.parametrize(
+    ("task", "rows"), [({"kind": "preference", "loss": "kto"}, JUDGED), ({"kind": "embed", "loss": "contrastive"}, ALIKE)]
+)
+def test_what_has_no_whole_weights_before_a_step_is_refused(
+    recipe_file: Callable[..., Path], tmp_path: Path, task: dict[str, Any], rows: list[Any]
+) -> None:
+    write_rows(tmp_path / "rows.jsonl", rows)
 
     def change(tree: dict[str, Any]) -> None:
-        of(task=task)(tree)
-        tree["data"] = {"train": "judged.jsonl"}
+        of(task={**task, "max_tokens": 64})(tree)
+        tree["data"] = {"train": "rows.jsonl"}
 
     recipe = recipe_file(change)
     for stage, code in ((3, 2), (2, 0)):
@@ -322,7 +328,7 @@ def test_ray_trains_on_two_workers(recipe: Path, tmp_path: Path) -> None:
 
 
 def preferring(folder: Path, **tune: Any) -> Callable[[dict[str, Any]], None]:
-    """A change of the recipe: it learns from pairs of answers, an odd number of them."""
+    """A change of the recipe: it learns from pairs of answers."""
     pairs = [{"prompt": f"{n} the vm", "chosen": f" az vm {n}", "rejected": " network"} for n in range(55)]
     write_rows(folder / "pairs.jsonl", pairs[:47])
     write_rows(folder / "pairs-heldout.jsonl", pairs[47:])
@@ -336,9 +342,22 @@ def preferring(folder: Path, **tune: Any) -> Callable[[dict[str, Any]], None]:
 
 
 @pytest.mark.slow
-def test_dpo_shares_what_it_asks_before_training(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("tune", "name"), [({}, "adapter_model"), (FULL, "model")])
+def test_dpo_shares_what_it_asks_before_training(
+    recipe_file: Callable[..., Path], tmp_path: Path, tune: dict[str, Any], name: str
+) -> None:
     ways = {"ddp": {}, "fsdp": {"strategy": "fsdp"}}
-    ends_alike(recipe_file(preferring(tmp_path)), tmp_path, "adapter_model", ways)
+    ends_alike(recipe_file(preferring(tmp_path, **tune)), tmp_path, name, ways)
+
+
+@pytest.mark.slow
+def test_new_tokens_are_trained_by_two_processes(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
+    def change(tree: dict[str, Any]) -> None:
+        of()(tree)
+        tree["stages"].insert(0, {"extend": {"listed": ["machine", "network"]}})
+        del tree["serve"]
+
+    ends_alike(recipe_file(change), tmp_path, "adapter_model", {"ddp": {}, "fsdp": {"strategy": "fsdp"}})
 
 
 @pytest.mark.slow

@@ -31,6 +31,13 @@ def test_serve_takes_only_bundle_and_errors_from_tuner(path: Path) -> None:
     assert all(name.startswith(("tuner.bundle", "tuner.errors")) for name in taken), taken
 
 
+def test_an_engine_takes_back_what_trainings_want() -> None:
+    from serve import engine
+    from tuner import memory
+
+    assert engine.COMPILED == memory.COMPILED
+
+
 @pytest.mark.parametrize("path", TUNER, ids=lambda path: str(path.relative_to(ROOT)))
 def test_only_the_command_line_takes_anything_from_serve(path: Path) -> None:
     taken = {name for name in imports(path) if name.split(".")[0] == "serve"}

@@ -193,5 +193,6 @@ def loss_bytes(sizes: Any, positions: int, supervised: int) -> int:  # noqa: ARG
     if sizes.whole_logits:
         return int(sizes.vocabulary * supervised * (2 * sizes.width + 3 * 4))
     chunk = min(supervised * sizes.vocabulary, likelihood.MOST_LOGITS["cuda" if torch.cuda.is_available() else "cpu"])
-    trained = 2 * 4 * sizes.vocabulary * sizes.hidden if sizes.output_trained else 0
+    whole = sizes.vocabulary * sizes.hidden
+    trained = (2 * 4 * whole if sizes.output_trained else 0) + (sizes.width * whole if sizes.output_copied else 0)
     return int(chunk * (4 + sizes.width) + 2 * supervised * sizes.hidden * sizes.width + trained)

@@ -37,7 +37,9 @@ def until_ready(endpoint: Endpoint, timeout_s: float = 60) -> None:
         time.sleep(0.1)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hung"])
+@pytest.mark.parametrize(
+    "number", [pytest.param(signal.SIGKILL, marks=pytest.mark.slow, id="killed"), pytest.param(signal.SIGSTOP, id="hung")]
+)
 def test_an_engine_that_is_gone_or_hangs_is_replaced_and_proven_again(running: Endpoint, number: int) -> None:
     with Load(running, "live", threads=2) as load:
         time.sleep(0.5)
@@ -57,6 +59,7 @@ def test_an_engine_that_is_gone_or_hangs_is_replaced_and_proven_again(running: E
     assert 'tuner_engine_restarts{engine="a-merge@' in httpx.get(f"{running.url}/metrics").text
 
 
+@pytest.mark.slow
 def test_requests_for_which_an_engine_has_no_memory_are_503_and_others_are_answered(running: Endpoint) -> None:
     right = running.ask("live").json()["choices"][0]["message"]["content"]
     engine(running).rlimit(psutil.RLIMIT_AS, (1, 1))  # from now on the kernel gives it nothing

@@ -78,12 +78,12 @@ def kill_in(stage: str, recipe: Path, out: Path) -> str:
     return said
 
 
-@pytest.mark.parametrize("killed", [["tune-lora", "merge"], pytest.param(STAGES, marks=pytest.mark.slow)])
-def test_a_run_killed_in_its_stages_finishes_with_the_same_adapter(recipe: Path, tmp_path: Path, killed: list[str]) -> None:
+@pytest.mark.slow
+def test_a_run_killed_in_each_of_its_stages_finishes_with_the_same_adapter(recipe: Path, tmp_path: Path) -> None:
     whole = tuner("run", recipe, "--out", tmp_path / "whole")
     assert whole.returncode == 0, whole.stderr
     out = tmp_path / "killed"
-    for stage in killed:
+    for stage in STAGES:
         kill_in(stage, recipe, out)
     last = tuner("run", recipe, "--out", out)
     assert last.returncode == 0, last.stderr
@@ -142,6 +142,7 @@ def test_a_bundle_of_an_earlier_run_can_be_merged_without_held_out_rows(recipe_f
         assert (tmp_path / "second" / "merge").resolve().joinpath(each["path"], "bundle.json").is_file()
 
 
+@pytest.mark.slow
 def test_layers_without_a_gradient_end_the_run_with_their_names(
     recipe_file: Callable[..., Path], tiny_model: Path, tmp_path: Path
 ) -> None:

@@ -267,6 +267,7 @@ def test_an_engine_that_renders_a_conversation_otherwise_never_gets_ready(out: P
     assert "serving" not in done.stderr
 
 
+@pytest.mark.slow
 def test_an_engine_that_dies_at_start_is_one_sentence_with_its_own_words(out: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(out / "merge", broken)

@@ -106,7 +106,7 @@ def test_every_listed_architecture_has_a_small_configuration() -> None:
 
 
 # What these add to LoRA is the same code on every architecture: one of each family, and the rest where there is time.
-SLOW = {(name, way) for name in ARCHITECTURES for way in ("int8", "rslora") if name not in ("llama", "bert", "mamba2")}
+SLOW = {(name, way) for name in ARCHITECTURES for way in ("int8", "rslora", "dora") if name not in ("llama", "bert", "mamba2")}
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ def tuned(out: Path) -> dict[str, str]:
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in weights}
 
 
-@pytest.mark.parametrize("family", ["gpt", "mamba", pytest.param("bert", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("family", ["gpt", *(pytest.param(each, marks=pytest.mark.slow) for each in ("mamba", "bert"))])
 def test_killed_in_the_second_epoch_and_resumed_ends_with_the_same_bytes(checkpoints: Any, tmp_path: Path, family: str) -> None:
     from tuner.plan import make_plan
     from tuner.recipe import read_recipe

@@ -104,6 +104,7 @@ with peak() as most:
 """
 
 
+@pytest.mark.slow
 def test_merging_takes_the_memory_of_the_largest_file_and_not_of_the_model(checkpoints: Any, tmp_path: Path) -> None:
     import transformers
 

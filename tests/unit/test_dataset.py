@@ -343,6 +343,7 @@ def test_nothing_half_written_is_kept_where_a_row_stops_the_run(read: Any, tmp_p
     assert entries() == before
 
 
+@pytest.mark.slow
 def test_two_runs_may_make_the_same_at_once(read: Any, tmp_path: Path, tiny_model: Path) -> None:
     recipe = read()
     code = (

@@ -130,6 +130,7 @@ def test_each_row_that_is_nearly_another_one_is_counted_once(examined: Any) -> N
     assert quality.leaks.count > 30 and quality.near_duplicates.count > 200
 
 
+@pytest.mark.slow
 def test_a_benchmark_need_not_have_the_form_of_the_training_rows(recipe_file: Any, tmp_path: Path) -> None:
     conversation = (
         json.loads((tmp_path / "train.jsonl").read_text().splitlines()[0]) if (tmp_path / "train.jsonl").is_file() else None

@@ -226,6 +226,7 @@ def test_an_edited_template_makes_another_tokenizer(tmp_path: Path) -> None:
     assert len(made) == 2
 
 
+@pytest.mark.slow
 def test_an_encoder_is_made_from_text_alone(tmp_path: Path) -> None:
     """WordPiece, a new BERT, hidden words, then labels: one recipe, four stages."""
     write_rows(tmp_path / "train.jsonl", [{"text": text, "label": "far" if "old" in text else "near"} for text in TEXTS])

@@ -121,6 +121,7 @@ def test_pieces_that_keep_no_spaces_are_shown_as_words() -> None:
     assert pieces("list quagga vm", own) == ["list", " qua", "gga", " vm"]
 
 
+@pytest.mark.slow
 def test_a_text_that_is_shown_without_colours_has_a_stroke_between_tokens(of_bytes: Path) -> None:
     done = tuner("tokens", of_bytes, "--text", "az vm")
     assert done.stdout.splitlines()[-1] == "a|z| |v|m"

@@ -49,30 +49,38 @@ HELDOUT: dict[str, dict[str, Any]] = {
 }
 
 
+CELLS = [
+    ("llama", "classify"),
+    ("bert", "classify-multi"),
+    ("bert", "classify-number"),
+    ("gpt2", "tokens"),
+    ("bert", "classify"),
+    ("bert", "tokens"),
+    ("distilbert", "masked"),
+    ("modernbert", "classify"),
+    ("deberta-v2", "tokens"),
+    ("mamba", "sft"),
+    *(("llama", f"preference-{loss}") for loss in LOSSES),
+    ("mamba2", "preference-dpo"),
+    ("bert", "embed"),
+    ("bert", "embed-cosine"),
+    ("llama", "embed"),
+    ("mamba2", "sft"),
+    ("jamba", "classify"),
+    ("falcon_h1", "sft"),
+]
+
+
 @pytest.mark.parametrize(
-    ("model_type", "task"),
+    ("model_type", "task", "method"),
     [
-        ("llama", "classify"),
-        ("bert", "classify-multi"),
-        ("bert", "classify-number"),
-        ("gpt2", "tokens"),
-        ("bert", "classify"),
-        ("bert", "tokens"),
-        ("distilbert", "masked"),
-        ("modernbert", "classify"),
-        ("deberta-v2", "tokens"),
-        ("mamba", "sft"),
-        *(("llama", f"preference-{loss}") for loss in LOSSES),
-        ("mamba2", "preference-dpo"),
-        ("bert", "embed"),
-        ("bert", "embed-cosine"),
-        ("llama", "embed"),
-        ("mamba2", "sft"),
-        ("jamba", "classify"),
-        ("falcon_h1", "sft"),
+        pytest.param(
+            *cell, method, marks=pytest.mark.slow if method == "full" and cell[0] not in ("llama", "bert", "mamba2") else ()
+        )
+        for cell in CELLS
+        for method in ("full", "lora")
     ],
 )
-@pytest.mark.parametrize("method", ["full", "lora"])
 def test_what_was_tuned_is_what_is_opened_again_and_merged(
     checkpoints: Any, tmp_path: Path, model_type: str, task: str, method: str
 ) -> None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 # Room that is left. Over hundreds of steps of other lengths glibc's heap gets holes: a process of 1.56 GB at its largest step, a
 # third of them beside the model, held 2.06 in the end. And a container kills whoever needs more than there is.
-MARGIN = 2.0
+MARGIN = 1.5
 # Rows among which the largest is looked for.
 LONGEST = 64
 

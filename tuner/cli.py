@@ -101,13 +101,15 @@ def check(recipe: RecipePath, overrides: Overrides = None, out: Out = None) -> N
     if any(step.trains for step in plan.steps):
         from tuner.memory import room
 
-        told = [need.told() for need in needs(plan, out_dir)]
-        for line in told or [
+        found = list(needs(plan, out_dir))
+        for line in [need.told() for need in found] or [
             "the memory that training takes is told by the run: there is no tokenizer, or no row that can be used, yet"
         ]:
             print(f"         {line}")
         free, where = room()
         print(f"         {free / 1e9:.1f} GB are left of {where}")
+        if any(need.measuring > free for need in found):
+            print("note:    that is less than measuring the result takes: the run would end there, with what was trained kept")
 
 
 @app.command()

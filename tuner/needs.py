@@ -32,6 +32,8 @@ class Need:
     batch: budget.Batch
     of: int
     """Rows of a step."""
+    processes: int = 1
+    """So many on this machine take it, each."""
 
     @property
     def most(self) -> int:
@@ -42,9 +44,11 @@ class Need:
         """One line, in GB."""
         parts = [each / 1e9 for each in (self.most, self.process, self.weights, self.training, self.measuring)]
         rows = f"{self.batch.rows} of {self.of} rows at a time" if self.batch.rows < self.of else f"{self.of} rows"
+        each_of = f" in each of {self.processes} processes" if self.processes > 1 else ""
         return (
-            f"{self.name} about {parts[0]:.1f} GB of memory: {parts[1]:.2f} Python and its libraries, {parts[2]:.2f} weights and "
-            f"{parts[3]:.2f} training on {rows} of up to {self.batch.length} tokens; then {parts[4]:.2f} for measuring the result"
+            f"{self.name} about {parts[0]:.1f} GB of memory{each_of}: {parts[1]:.2f} Python and its libraries, "
+            f"{parts[2]:.2f} weights and {parts[3]:.2f} training on {rows} of up to {self.batch.length} tokens; "
+            f"then {parts[4]:.2f} for measuring the result"
         )
 
 
@@ -74,7 +78,9 @@ def needs(plan: "Plan", out_dir: Path) -> Iterator[Need]:
             optimizer=options.optimizer, gradient_checkpointing=options.gradient_checkpointing, shares=split,
             new_tokens=range(step.gives == "adapter" and plan.new_tokens(step)),  # of the whole matrix there is a copy
         )  # fmt: skip
-        row, size = budget.longest(options.task, rows), -(-options.batch_size // launch.total)
+        known = plan.data.rows.get("train", 0) if "train" not in plan.data.more else 0
+        whole = min(options.batch_size, known or options.batch_size)
+        row, size = budget.longest(options.task, rows), -(-whole // launch.total)
         process, (free, where) = held(), room(launch.processes)
         if options.micro_batch_size == "auto":
             try:
@@ -90,7 +96,7 @@ def needs(plan: "Plan", out_dir: Path) -> Iterator[Need]:
         measuring = copies * 4 * sizes.parameters + max(
             round(budget.looking(sizes, options.task, row) * 4 / sizes.width), _answering(plan, step, sizes, row)
         )
-        yield Need(step.name, process, sizes.weights, training, measuring, batch, size)
+        yield Need(step.name, process, sizes.weights, training, measuring, batch, size, launch.processes)
 
 
 def _answering(plan: "Plan", step: "Step", sizes: "Footprint", row: budget.Batch) -> int:

@@ -96,6 +96,13 @@ class Plan:
         task = task_of(self.recipe)
         if self.recipe.evaluate.metrics and not hasattr(kinds.load("tasks", task.kind), "reference"):
             said.append(f"evaluate.metrics scores answers in words, and {task.kind} gives none")
+        launch, rows = self.recipe.launch, self.data.rows.get("train", 0)
+        if launch.nodes > 1 and not launch.address:
+            said.append("several nodes need launch.address, that of node 0; on a cluster `tuner launch` finds it")
+        written = [step.options for step in self.steps if step.trains and "batch_size" in step.options.model_fields_set]
+        most = max((options.batch_size for options in written), default=0)
+        if most > rows > 0 and "train" not in self.data.more:
+            said.append(f"a step of {most} rows is more than there are: it learns from all {rows}")
         for options in tasks_of(self.recipe):
             said += getattr(kinds.load("tasks", options.kind), "remarks", lambda *_: [])(options, self.family)
         if self.data.unread:

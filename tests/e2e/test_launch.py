@@ -207,6 +207,7 @@ def test_what_cannot_be_launched_is_said(recipe_file: Callable[..., Path], tmp_p
         ({"nodes": 2, "address": "here"}, "address here is not HOST:PORT, such as 10.0.0.1:29500"),
         ({"nodes": 2, "node": 2, "address": "127.0.0.1:29500"}, "node 2 of 2: they are counted from 0"),
         ({"processes": 0}, "greater than 0"),
+        ({"processes": 9}, "9 processes share a step of 8 rows, so some would have none"),
         ({"processes": 2, "strategy": "zero"}, "ddp"),
         ({"processes": 2, "deepspeed": "{}"}, "`deepspeed` is for strategy: deepspeed, and this is ddp"),
         ({**split, "deepspeed": "none.json"}, "none.json: No such file"),
@@ -311,7 +312,7 @@ def test_ray_trains_on_two_workers(recipe: Path, tmp_path: Path) -> None:
     try:
         cluster.add_node(num_cpus=1)
         script, out = tmp_path / "job.sh", tmp_path / "out"
-        done = tuner("launch", recipe, "--on", "ray", "--to", script, "--out", out, "--set", "launch.nodes=2")
+        done = tuner("launch", recipe, "--on", "ray", "--cpus", "1", "--to", script, "--out", out, "--set", "launch.nodes=2")
         assert done.returncode == 0, done.stderr
         # What `ray job submit` would start on the cluster; that itself wants a dashboard.
         entry = shlex.split(script.read_text().splitlines()[-1])[-3:]

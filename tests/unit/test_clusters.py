@@ -95,7 +95,7 @@ def test_the_job_for_ray_is_one_command(recipe: Path, tmp_path: Path) -> None:
     assert words[-3:-1] == ["sh", "-c"]
     there = shlex.split(words[-1])
     assert there[:3] == ["cd", str(recipe.parent), "&&"]
-    assert there[there.index("-m") + 1 :][:6] == ["tuner.clusters.ray", "2", "4", "0", "run", recipe.name]
+    assert there[there.index("-m") + 1 :][:6] == ["tuner.clusters.ray", "2", "4", "8", "0", "run"]
 
 
 def test_what_cannot_be_launched_is_said(recipe: Path, tmp_path: Path) -> None:
@@ -110,6 +110,15 @@ def test_what_cannot_be_launched_is_said(recipe: Path, tmp_path: Path) -> None:
     ):
         done = tuner("launch", recipe, *arguments, PATH=str(Path(os.environ["PATH"].split(":")[0])))
         assert done.returncode == 2 and said in done.stderr, done.stderr
+    (tmp_path / "inside").mkdir()
+    above = command("launch", f"../{recipe.name}", "--on", "kubernetes", "--out", "runs")
+    done = subprocess.run(above, cwd=tmp_path / "inside", capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "../recipe.yaml: it leads out of /data, where the container starts" in done.stderr
+    done = tuner("check", recipe)
+    assert "note:    several nodes need launch.address" in done.stdout and " in each of 4 processes: " in done.stdout
+    done = tuner("check", recipe, "--set", "stages.0.tune.batch_size=500")
+    assert "note:    a step of 500 rows is more than there are: it learns from all 48" in done.stdout
+    assert "training on 6 rows of" in done.stdout  # 48 among 8
     done = tuner("run", recipe, "--out", tmp_path / "out")
     assert done.returncode == 2
     assert (

@@ -48,4 +48,5 @@ class Task:
     def command(self) -> str:
         """What made the file, for its first line."""
         changed = "".join(f" --set {shlex.quote(each)}" for each in self.overrides)
-        return f"tuner launch {shlex.quote(str(self.recipe))}{changed}".replace("\n", " ")
+        asked = f" --cpus {self.cpus}{' --gpus' if self.gpus else ''}"
+        return f"tuner launch {shlex.quote(str(self.recipe))}{changed} --out {shlex.quote(str(self.out))}{asked}".replace("\n", " ")

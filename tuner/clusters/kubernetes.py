@@ -27,12 +27,15 @@ def text(task: Task) -> str:
         if path.is_absolute() and not any(path.is_relative_to(mount) for mount in MOUNTS.values()):
             mounts = ", ".join(MOUNTS.values())
             raise RecipeError(f"{path}: in the container there are {mounts}; name it as it is seen from {MOUNTS['data']}")
+        if ".." in path.parts:
+            raise RecipeError(f"{path}: it leads out of {MOUNTS['data']}, where the container starts")
     out = task.out if task.out.is_absolute() else Path(MOUNTS["runs"]) / task.out.name
     task = replace(task, out=out)
     told = (
         f"# {task.command()} --on kubernetes\n"
-        "# The recipe, its data and its model lie in the claim tuner-data, which is /data; results come to tuner-runs. With\n"
-        "# several nodes the claims allow ReadWriteMany. A Job that was ended goes on at its last checkpoint once made again:\n"
+        "# The recipe, its data and its model lie in the claim tuner-data, which is /data; results come to tuner-runs, and\n"
+        "# tuner-cache keeps what is made of data. With several nodes the claims allow ReadWriteMany.\n"
+        "# A Job that was ended goes on at its last checkpoint once made again:\n"
         f"# kubectl delete job {task.name}, and this once more.\n"
     )
     return told + yaml.safe_dump_all([_service(task), _job(task)], sort_keys=False, width=120)

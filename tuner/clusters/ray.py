@@ -17,7 +17,7 @@ SUBMIT = ("sh",)
 
 def text(task: Task) -> str:
     """The command that hands the job in, to the cluster that RAY_ADDRESS names."""
-    words = shlex.join([str(task.nodes), str(task.processes), "1" if task.gpus else "0", *task.arguments()])
+    words = shlex.join([*map(str, (task.nodes, task.processes, task.cpus, int(task.gpus))), *task.arguments()])
     there = f"cd {shlex.quote(str(Path.cwd()))} && exec python -m tuner.clusters.ray {words}"
     return f"""#!/bin/sh
 # {task.command()} --on ray
@@ -28,20 +28,20 @@ exec ray job submit --submission-id "{task.name}-$(date +%s)" -- sh -c {shlex.qu
 """
 
 
-def drive(nodes: int, processes: int, gpus: int, arguments: list[str]) -> int:
+def drive(nodes: int, processes: int, cpus: int, gpus: int, arguments: list[str]) -> int:
     """Run `tuner` with these arguments on as many nodes, each on a machine of its own; the first exit code that is not 0."""
     import ray
     from ray.util.placement_group import placement_group
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
     ray.init(log_to_driver=True)
-    needs = {"CPU": float(processes)} | ({"GPU": float(processes)} if gpus else {})
+    needs = {"CPU": float(cpus * processes)} | ({"GPU": float(processes)} if gpus else {})
     group = placement_group([needs] * nodes, strategy="STRICT_SPREAD")
     if not group.wait(timeout_seconds=600):
         say(f"no {nodes} nodes with {needs} each were free within 10 minutes")
         return 2
     place: Any = lambda node: PlacementGroupSchedulingStrategy(placement_group=group, placement_group_bundle_index=node)  # noqa: E731
-    whole = {"num_cpus": processes, "num_gpus": processes if gpus else 0, "max_retries": 0}
+    whole = {"num_cpus": cpus * processes, "num_gpus": processes if gpus else 0, "max_retries": 0}
     address = ray.get(ray.remote(**whole)(_free_address).options(scheduling_strategy=place(0)).remote())
     run = ray.remote(**whole)(_run)
     waiting = [
@@ -76,5 +76,5 @@ def _run(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    count, each, has_gpus = map(int, sys.argv[1:4])
-    sys.exit(drive(count, each, has_gpus, sys.argv[4:]))
+    count, each, cores, has_gpus = map(int, sys.argv[1:5])
+    sys.exit(drive(count, each, cores, has_gpus, sys.argv[5:]))

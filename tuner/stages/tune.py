@@ -121,6 +121,9 @@ def check(plan: "Plan", step: "Step") -> None:
     if most and options.task.max_tokens > most:
         message = f"max_tokens {options.task.max_tokens} is more than the {most} that {plan.facts.model_type} reads"
         raise plan.recipe.error(message, *place, "task", "max_tokens")
+    if (count := plan.recipe.launch.total) > options.batch_size:
+        message = f"{count} processes share a step of {options.batch_size} rows, so some would have none"
+        raise plan.recipe.error(message, *place, "batch_size")
     if plan.recipe.launch.splits:
         strategy = plan.recipe.launch.strategy
         parts = _zero(plan.recipe)["zero_optimization"]["stage"] if strategy == "deepspeed" else 0

@@ -331,6 +331,8 @@ def quiet() -> None:
         os.environ.setdefault(f"{name}_LOG_LEVEL", "ERROR")
     # Advice to programmers about arguments that are meant as they are.
     warnings.filterwarnings("ignore", category=UserWarning, module="transformers")
+    # torch's own, with a stack of C++, where memory has run out: what is tried instead ends with an error that is told.
+    warnings.filterwarnings("ignore", message="mkldnn_matmul failed")
     # scikit-learn takes a second to import, and is there for the models that guess ahead for another.
     with patch("transformers.utils.is_sklearn_available", return_value=False):
         import transformers.generation.candidate_generator  # noqa: F401 - imported with the next model otherwise

@@ -14,8 +14,8 @@ from tuner.objective import BATCH_ROWS
 if TYPE_CHECKING:
     from tuner.footprint import Footprint
 
-# Room that is left. Over hundreds of steps of other lengths glibc's heap gets holes: a process of 1.56 GB at its largest step, a
-# third of them beside the model, held 2.06 in the end. And a container kills whoever needs more than there is.
+# Room that is left. What is told may be a tenth off, glibc's heap gets more holes by rows of other lengths (a process of 3.73 GB at
+# its largest step, most of them beside the model, held 4.14 in the end), and a container kills whoever needs more than there is.
 MARGIN = 1.5
 # Rows among which the largest is looked for.
 LONGEST = 64

@@ -32,8 +32,9 @@ LONGEST_FOLDER = 70
 GUARD_GRACE_S = 10
 # Among an engine's own metrics.
 QUEUE = re.compile(r"^(?:vllm:)?num_requests_(running|waiting)(?:\{[^}]*\})? ([\d.e+]+)$", re.MULTILINE)
-# What `tuner` sets for trainings, how many compiled products are kept (tuner/memory.py); an engine meets other shapes.
-COMPILED = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "64"}
+# What `tuner` sets for trainings (tuner/memory.py): how long threads wait awake, and how many compiled products are kept. An engine
+# shares its cores with the gateway, and meets other shapes.
+OWN = {"GOMP_SPINCOUNT": "3000", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "64"}
 # How often a child is looked at. A client must see 503 within 2 s of its death.
 WATCH_INTERVAL_S = 0.25
 
@@ -116,7 +117,7 @@ class Engine:
         path = self._folder / "http.sock"
         engine = engines.load(self.kind)
         plan = engine.launch(self.name, self.model, self.adapters, path=path, max_tokens=self.care.max_tokens)
-        for name, count in COMPILED.items():
+        for name, count in OWN.items():
             if plan.environment.get(name) == count:
                 del plan.environment[name]
         if self.threads:

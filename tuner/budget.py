@@ -6,10 +6,12 @@ from heapq import nlargest
 from typing import TYPE_CHECKING, Any
 
 from tuner import kinds
+from tuner.checkpoint import device
 from tuner.data.example import Packed
 from tuner.data.order import plan
 from tuner.errors import RecipeError
 from tuner.objective import BATCH_ROWS
+from tuner.passes import padded
 
 if TYPE_CHECKING:
     from tuner.footprint import Footprint
@@ -23,16 +25,22 @@ LONGEST = 64
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows that are in memory together: how many sequences they are made into, padded to how many tokens, and what is learned."""
+    """Rows that are in memory together: how many sequences they are made into, how long the longest is, and what is learned."""
 
     rows: int
     sequences: int
     length: int
     supervised: float
+    padded: int
+    """Tokens of all, with what is padded in each pass through the model."""
 
     def times(self, count: int) -> "Batch":
         """So many batches like this in one."""
-        return Batch(count * self.rows, count * self.sequences, self.length, count * self.supervised)
+        return Batch(count * self.rows, count * self.sequences, self.length, count * self.supervised, count * self.padded)
+
+    def alike(self, sizes: "Footprint") -> int:
+        """How many sequences of the longest's length are as many tokens."""
+        return self.sequences if sizes.in_one_pass else -(-self.padded // self.length)
 
 
 def batch_of(task: Any, examples: Sequence[Any]) -> Batch:
@@ -40,7 +48,11 @@ def batch_of(task: Any, examples: Sequence[Any]) -> Batch:
     parts = [_parts(task, each) for each in examples]
     # Of a pair of answers `supervised` says that it is one, and its parts how many of their tokens are learned.
     learned = sum(max(each.supervised, sum(part.supervised for part in own)) for each, own in zip(examples, parts, strict=True))
-    return Batch(len(examples), sum(map(len, parts)), max(len(part.ids) for own in parts for part in own), learned)
+    lengths = [len(part.ids) for own in parts for part in own]
+    passes = getattr(kinds.load("tasks", task.kind), "PASSES", False)
+    return Batch(
+        len(examples), len(lengths), max(lengths), learned, padded(lengths, device()) if passes else len(lengths) * max(lengths)
+    )
 
 
 def _parts(task: Any, example: Any) -> list[Any]:
@@ -58,7 +70,8 @@ def longest(task: Any, examples: Sequence[Any]) -> Batch:
     """The largest that a row can be: as many sequences as any of the longest ones has, as long as the longest among them."""
     lengths = lengths_of(examples)
     found = [batch_of(task, [examples[index]]) for index in nlargest(LONGEST, range(len(lengths)), key=lengths.__getitem__)]
-    return Batch(1, max(row.sequences for row in found), max(row.length for row in found), max(row.supervised for row in found))
+    sequences, length = max(row.sequences for row in found), max(row.length for row in found)
+    return Batch(1, sequences, length, max(row.supervised for row in found), sequences * length)
 
 
 def batches(task: Any, examples: Sequence[Any], batch_size: int, seed: int, least_rows: int, at_a_time: int) -> tuple[Batch, Batch]:
@@ -76,7 +89,7 @@ def batches(task: Any, examples: Sequence[Any], batch_size: int, seed: int, leas
 
 def learning(sizes: "Footprint", task: Any, batch: Batch, *, more: bool) -> int:
     """The bytes that a step on this batch, and `more` before it, holds at most beside the weights."""
-    return sizes.state + sizes.step(batch.sequences, batch.length, _loss(sizes, task, batch), more=more)
+    return sizes.state + sizes.step(batch.alike(sizes), batch.length, _loss(sizes, task, batch), more=more)
 
 
 def looking(sizes: "Footprint", task: Any, row: Batch) -> int:

@@ -97,6 +97,7 @@ class Footprint:
         self.output_copied = hasattr(output, "token_adapter")
         self.output_trained = output is not None and output.weight.requires_grad
         self.weights = round(self.weights / shares[0])
+        self.in_one_pass = shares != (1, 1, 1)
         self.gradients, self.state = 4 * count // shares[1], round(count * STATE_BYTES[optimizer] / shares[2])
         # Some architectures scale or cap their logits, which are then there whole (tuner/likelihood.py).
         self.whole_logits = any(getattr(text, name, None) not in (None, 1, 1.0) for name in CAPS)

@@ -55,30 +55,48 @@ def hidden_instead(layer: nn.Module) -> Iterator[None]:
 
 def loss_sum(hidden_ND: Tensor, layer: Any, targets_N: Tensor) -> Tensor:
     """The sum of the targets' negative log-likelihoods (nats), a scalar, in float32 at least; `layer` is a `plain_output`."""
-    apply: Any = _LossSum.apply
+    return _losses(hidden_ND, layer, targets_N, each=False)
+
+
+def loss_each(hidden_ND: Tensor, layer: Any, targets_N: Tensor) -> Tensor:
+    """(N,) negative log-likelihoods; of a layer that is `frozen`, since what a weight learns hangs on all that is made of them."""
+    return _losses(hidden_ND, layer, targets_N, each=True)
+
+
+def frozen(layer: nn.Module) -> bool:
+    """Nothing of the layer is trained."""
+    return not any(each.requires_grad for each in layer.parameters())
+
+
+def _losses(hidden_ND: Tensor, layer: Any, targets_N: Tensor, *, each: bool) -> Tensor:
+    apply: Any = _Losses.apply
     rows_trained = hasattr(layer, "token_adapter")
     # peft's own has the trained rows in it, unless its adapter is off; it is put together each time.
     weight_VD, bias_V = layer.weight, None if rows_trained else layer.bias
-    found: Tensor = apply(hidden_ND.to(weight_VD.dtype), weight_VD, bias_V, targets_N, torch.is_grad_enabled())
+    found: Tensor = apply(hidden_ND.to(weight_VD.dtype), weight_VD, bias_V, targets_N, torch.is_grad_enabled(), each)
     return found
 
 
-class _LossSum(torch.autograd.Function):
+class _Losses(torch.autograd.Function):
+    """Of each position (N,), or the sum of all."""
+
     @staticmethod
-    def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_N: Tensor, learning: bool) -> Tensor:
+    def forward(
+        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_N: Tensor, learning: bool, each: bool
+    ) -> Tensor:
         # What needs a gradient says so while nothing is learned, too.
         wanted = [learning and needs for needs in ctx.needs_input_grad[:3]]
         wide = torch.promote_types(hidden_ND.dtype, torch.float32)
         g_hidden = torch.empty_like(hidden_ND) if wanted[0] else None
         g_weight = torch.zeros_like(weight_VD, dtype=wide) if wanted[1] else None
         g_bias = torch.zeros_like(bias_V, dtype=wide) if bias_V is not None and wanted[2] else None
-        total = torch.zeros((), dtype=wide, device=hidden_ND.device)
+        losses_N = torch.empty(len(targets_N), dtype=wide, device=hidden_ND.device)
         count = max(1, MOST_LOGITS[hidden_ND.device.type] // len(weight_VD))
         for at in range(0, len(targets_N), count):
             hidden, targets = hidden_ND[at : at + count], targets_N[at : at + count, None]
             logs = linear(hidden, weight_VD, bias_V).log_softmax(-1, dtype=wide)
             picked = logs.gather(-1, targets)
-            total -= picked.sum()
+            losses_N[at : at + count] = -picked[:, 0]
             if not any(wanted):
                 continue
             slope = torch.exp(logs, out=torch.empty_like(logs, dtype=hidden.dtype))
@@ -91,9 +109,10 @@ class _LossSum(torch.autograd.Function):
                 g_weight += slope.t() @ hidden
         ctx.save_for_backward(g_hidden, g_weight, g_bias)
         ctx.types = (hidden_ND.dtype, weight_VD.dtype, None if bias_V is None else bias_V.dtype)
-        return total
+        return losses_N if each else losses_N.sum()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         found = zip(ctx.saved_tensors, ctx.types, strict=True)
-        return *(None if each is None else (each * gradients[0]).to(dtype) for each, dtype in found), None, None
+        slope = gradients[0] if gradients[0].dim() == 0 else gradients[0][:, None]
+        return *(None if each is None else (each * slope).to(dtype) for each, dtype in found), None, None, None

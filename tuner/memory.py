@@ -15,10 +15,12 @@ GROUPS = {
 
 M_MMAP_THRESHOLD, LARGE = -3, 2 * 2**20  # malloc.h; the size (bytes) of a large page
 
+# Threads of OpenMP wait for their next piece of work by turning so often (libgomp) before they sleep, some 50 microseconds. A step
+# on few tokens is thousands of such pieces, and waking a thread up takes as long as most of them.
 # oneDNN, and torch's own layer above it, each keep what was compiled for 1,024 shapes of products, 280 KB a shape, and rows of
 # every other length bring a dozen. These are enough for a few lengths in turns, and compiling one again takes a quarter of a
 # millisecond. Read when they are first used.
-COMPILED = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "64"}
+OWN = {"GOMP_SPINCOUNT": "3000", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "64"}
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import Tensor, nn
 
 from tuner.errors import RecipeError
+from tuner.passes import in_one
 from tuner.processes import PATIENCE
 
 Strategy = Literal["ddp", "fsdp", "deepspeed"]
@@ -44,6 +45,7 @@ class Parallel:
         if not self.sharded:
             objective.to(self.device)
             return
+        in_one(objective.model)
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
         from transformers.modeling_layers import GradientCheckpointingLayer

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from tuner.data.example import IGNORE, Example
-from tuner.heads.causal import collate, supervised_log_likelihood
+from tuner.heads.causal import collate, supervised_losses
+from tuner.likelihood import plain_output
 from tuner.objective import BATCH_ROWS, Objective
+from tuner.passes import in_passes
 from tuner.progress import track
 
 if TYPE_CHECKING:
@@ -99,10 +101,15 @@ def kto(answer_B: Tensor, reference_B: Tensor, good_B: Tensor, divergence: Tenso
 
 
 class Comparison(Objective):
-    """What PairLoss and JudgedLoss share: where the model's own dropout is on, it is not the model that it is compared with."""
+    """What PairLoss and JudgedLoss share: how likely answers are, now and before training."""
+
+    def __init__(self, model: Any, pad_id: int, options: Any) -> None:
+        super().__init__(model, pad_id)
+        self.options = options
+        self._layer = (plain_output(model),)  # a tuple, or it would be registered as one more module
 
     def train(self, mode: bool = True) -> "Comparison":
-        """Training mode, in which only an adapter's dropout drops anything."""
+        """Training mode, in which only an adapter's dropout drops anything: with its own on, a model is not what it was."""
         super().train(mode)
         for name, module in self.named_modules() if self.compares else ():
             for key, value in vars(module).items():
@@ -111,13 +118,53 @@ class Comparison(Objective):
                     setattr(module, key, 0.0)
         return self
 
+    def log_likelihoods(self, batch: dict[str, Tensor]) -> Tensor:
+        """(B,) of each row's supervised tokens together."""
+
+        def summed(part: dict[str, Tensor]) -> Tensor:
+            losses_N = supervised_losses(self.model, part, self._layer[0])
+            keep_BT = part["labels"][:, 1:] != IGNORE
+            sums_B = torch.zeros(len(keep_BT), dtype=losses_N.dtype, device=losses_N.device)
+            return -sums_B.index_add(0, keep_BT.nonzero()[:, 0], losses_N)
+
+        return in_passes(self.model, batch, summed)
+
+    def answers(self, examples: Sequence[Example], rows: int = BATCH_ROWS) -> list[float]:
+        """The log-likelihood of each answer, without a gradient, so many of them at a time."""
+        found = [0.0] * len(examples)
+        order = sorted(range(len(examples)), key=lambda index: len(examples[index].ids))
+        training = self.model.training
+        self.model.eval()
+        with torch.no_grad():
+            for at in range(0, len(order), rows):
+                chosen = order[at : at + rows]
+                batch = collate([examples[index] for index in chosen], self.pad_id, self.model.device)
+                for index, value in zip(chosen, self.log_likelihoods(batch).tolist(), strict=True):
+                    found[index] = value
+        self.model.train(training)
+        return found
+
+    def before(self, examples: list[Example], at_a_time: int, among: "Parallel | None" = None) -> list[float]:
+        """The log-likelihood of each answer by the model without its adapter, if it has one: no second model is needed."""
+
+        def asked(own: list[Example]) -> list[float]:
+            found: list[float] = []
+            with track("log-probabilities before training", len(own)) as advance:
+                for at in range(0, len(own), 8 * BATCH_ROWS):
+                    part = own[at : at + 8 * BATCH_ROWS]
+                    found += self.answers(part, min(at_a_time, BATCH_ROWS))
+                    advance(len(part))
+            return found
+
+        with self.model.disable_adapter() if hasattr(self.model, "disable_adapter") else nullcontext():
+            return among.shared(asked, examples) if among else asked(examples)
+
 
 class PairLoss(Comparison):
     """Sum over a batch's pairs of the loss that the task's options name."""
 
     def __init__(self, model: Any, pad_id: int, options: Any) -> None:
-        super().__init__(model, pad_id)
-        self.options = options
+        super().__init__(model, pad_id, options)
         self.compares = options.loss == "dpo"
 
     def prepared(self, examples: Sequence[Pair], at_a_time: int = BATCH_ROWS, among: "Parallel | None" = None) -> Sequence[Pair]:
@@ -125,7 +172,7 @@ class PairLoss(Comparison):
         if not self.compares:
             return examples
         both = [each for pair in examples for each in (pair.chosen, pair.rejected)]
-        found = reference(self.model, both, self.pad_id, 2 * at_a_time, among)
+        found = self.before(both, 2 * at_a_time, among)
         return [replace(pair, reference=(found[2 * at], found[2 * at + 1])) for at, pair in enumerate(examples)]
 
     def collate(self, examples: list[Pair], device: str | torch.device = "cpu") -> dict[str, Tensor]:
@@ -139,7 +186,7 @@ class PairLoss(Comparison):
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         """A scalar."""
-        chosen_B, rejected_B = log_likelihoods(self.model, batch).chunk(2)
+        chosen_B, rejected_B = self.log_likelihoods(batch).chunk(2)
         options = self.options
         if options.loss == "dpo":
             return dpo(chosen_B, rejected_B, batch["reference"], options.beta).sum()
@@ -149,8 +196,7 @@ class PairLoss(Comparison):
 
     def margins(self, pairs: list[Pair]) -> list[float]:
         """How much better the chosen answer of each pair is by the loss's own measure, before its scale and margin (nats)."""
-        chosen = answers(self.model, [pair.chosen for pair in pairs], self.pad_id)
-        rejected = answers(self.model, [pair.rejected for pair in pairs], self.pad_id)
+        chosen, rejected = self.answers([pair.chosen for pair in pairs]), self.answers([pair.rejected for pair in pairs])
         if self.compares:
             return [(a - p.reference[0]) - (b - p.reference[1]) for a, b, p in zip(chosen, rejected, pairs, strict=True)]
         return [a / p.chosen.supervised - b / p.rejected.supervised for a, b, p in zip(chosen, rejected, pairs, strict=True)]
@@ -165,8 +211,7 @@ class JudgedLoss(Comparison):
     compares = True
 
     def __init__(self, model: Any, pad_id: int, options: Any) -> None:
-        super().__init__(model, pad_id)
-        self.options = options
+        super().__init__(model, pad_id, options)
         self._divergence = torch.zeros(())
 
     def prepared(
@@ -176,18 +221,18 @@ class JudgedLoss(Comparison):
         # Half the rows away: neighbours may be two answers to one prompt.
         if len(examples) < 2:
             # There is no other prompt, so nothing says how far the model has moved there.
-            alone = reference(self.model, [row.answer for row in examples], self.pad_id, at_a_time, among)
+            alone = self.before([row.answer for row in examples], at_a_time, among)
             return [replace(row, reference=(value, 0.0)) for row, value in zip(examples, alone, strict=True)]
         away, most = len(examples) // 2, self.options.max_tokens
         mixed = [_swapped(row.answer, examples[at - away].answer, most) for at, row in enumerate(examples)]
-        found = reference(self.model, [row.answer for row in examples] + mixed, self.pad_id, at_a_time, among)
+        found = self.before([row.answer for row in examples] + mixed, at_a_time, among)
         halves = zip(found[: len(examples)], found[len(examples) :], strict=True)
         return [replace(row, mismatched=other, reference=both) for row, other, both in zip(examples, mixed, halves, strict=True)]
 
     def begin(self, rows: list[Judged], micro_batch_size: int) -> list[Judged]:
         """Measures the divergence, of which no gradient is taken: the mean over the rows, not below zero."""
         mixed = [row.mismatched for row in rows if row.mismatched is not None]
-        now = answers(self.model, mixed, self.pad_id, micro_batch_size)
+        now = self.answers(mixed, micro_batch_size)
         moved = sum(value - row.reference[1] for value, row in zip(now, rows, strict=bool(mixed))) / len(rows)
         self._divergence = torch.tensor(max(0.0, moved))
         return rows
@@ -202,55 +247,15 @@ class JudgedLoss(Comparison):
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         """A scalar."""
-        answer_B = log_likelihoods(self.model, batch)
+        answer_B = self.log_likelihoods(batch)
         weights = (self.options.good_weight, self.options.bad_weight)
         divergence = self._divergence.to(answer_B.device)
         return kto(answer_B, batch["reference"], batch["good"], divergence, self.options.beta, weights).sum()
 
     def margins(self, rows: list[Judged]) -> list[float]:
         """How much likelier each answer has become, less likely counting as more for a bad one (nats)."""
-        now = answers(self.model, [row.answer for row in rows], self.pad_id)
+        now = self.answers([row.answer for row in rows])
         return [(1 if row.good else -1) * (value - row.reference[0]) for value, row in zip(now, rows, strict=True)]
-
-
-def log_likelihoods(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    """(B,) of each row's supervised tokens together."""
-    found_N, _ = supervised_log_likelihood(model, batch)
-    keep_BT = batch["labels"][:, 1:] != IGNORE
-    sums_B = torch.zeros(len(keep_BT), dtype=found_N.dtype, device=found_N.device)
-    return sums_B.index_add(0, keep_BT.nonzero()[:, 0], found_N)
-
-
-def answers(model: Any, examples: Sequence[Example], pad_id: int, batch_rows: int = BATCH_ROWS) -> list[float]:
-    """The log-likelihood of each answer, without a gradient."""
-    found = [0.0] * len(examples)
-    order = sorted(range(len(examples)), key=lambda index: len(examples[index].ids))
-    training = model.training
-    model.eval()
-    with torch.no_grad():
-        for at in range(0, len(order), batch_rows):
-            chosen = order[at : at + batch_rows]
-            batch = collate([examples[index] for index in chosen], pad_id, model.device)
-            for index, value in zip(chosen, log_likelihoods(model, batch).tolist(), strict=True):
-                found[index] = value
-    model.train(training)
-    return found
-
-
-def reference(model: Any, examples: list[Example], pad_id: int, at_a_time: int, among: "Parallel | None" = None) -> list[float]:
-    """The log-likelihood of each answer by the model without its adapter, if it has one: no second model is needed."""
-
-    def asked(own: list[Example]) -> list[float]:
-        found: list[float] = []
-        with track("log-probabilities before training", len(own)) as advance:
-            for at in range(0, len(own), 8 * BATCH_ROWS):
-                part = own[at : at + 8 * BATCH_ROWS]
-                found += answers(model, part, pad_id, min(at_a_time, BATCH_ROWS))
-                advance(len(part))
-        return found
-
-    with model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext():
-        return among.shared(asked, examples) if among else asked(examples)
 
 
 def _swapped(one: Example, other: Example, most: int) -> Example:

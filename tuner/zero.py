@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from tuner.errors import GateError, RecipeError, nearest
 from tuner.parallel import Parallel
+from tuner.passes import in_one
 from tuner.progress import silent
 
 # Keys of DeepSpeed's configuration, and of a `tune` stage, which says the same.
@@ -115,6 +116,7 @@ class Zero(Parallel):
 
     def place(self, objective: Any) -> None:
         """The whole model goes on the device; it is split once it is known what is trained."""
+        in_one(objective.model)
         objective.to(self.device)
 
     def remembering(self, optimizer: Any) -> Any:  # noqa: ARG002

@@ -134,6 +134,19 @@ def test_the_loss_without_logits_is_the_loss(bias: bool, most: int, monkeypatch:
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("most", [2**22, 250])
+def test_each_loss_without_logits_is_that_of_its_token(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(likelihood.MOST_LOGITS, "cpu", most)
+    torch.manual_seed(0)
+    layer, hidden = nn.Linear(16, 100).requires_grad_(False), torch.randn(9, 16, requires_grad=True)
+    targets, weights = torch.randint(0, 100, (9,)), torch.randn(9)
+    wanted = nn.functional.cross_entropy(layer(hidden), targets, reduction="none")
+    found = likelihood.loss_each(hidden, layer, targets)
+    torch.testing.assert_close(found, wanted)
+    (one,), (other,) = (torch.autograd.grad((each.square() * weights).sum(), [hidden]) for each in (found, wanted))
+    torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("model_type", [name for name in SMALL if "causal" in family_of(name)[0].heads])
 def test_logits_that_are_more_than_the_output_layers_are_noticed(checkpoints: Any, model_type: str) -> None:  # noqa: F811
     model = load_model(checkpoints(model_type))

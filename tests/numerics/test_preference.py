@@ -191,9 +191,10 @@ def test_the_reference_is_the_model_with_its_adapter_off(tiny_model: Any, tokeni
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
                 parameter += 0.1
-    found = preference.PairLoss(adapted, 0, task.Options()).prepared(pairs)
+    loss = preference.PairLoss(adapted, 0, task.Options())
+    found = loss.prepared(pairs)
     assert [pair.reference for pair in found] == [pair.reference for pair in wanted]
-    assert preference.answers(adapted, [pairs[0].chosen], 0)[0] != wanted[0].reference[0], "the adapter is on again"
+    assert loss.answers([pairs[0].chosen])[0] != wanted[0].reference[0], "the adapter is on again"
 
 
 @pytest.mark.parametrize(

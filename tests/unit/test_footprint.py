@@ -72,7 +72,7 @@ def test_fewer_rows_are_taken_until_they_fit_and_not_even_one_is_said_with_numbe
     from transformers import AutoConfig
 
     sizes, task = Footprint(AutoConfig.from_pretrained(tiny_model), "causal", lora.Options()), sft.Options()
-    row = budget.Batch(1, 1, 200, 100)
+    row = budget.Batch(1, 1, 200, 100, 200)
     one, all_of_them = (budget.learning(sizes, task, row.times(count), more=False) for count in (1, 64))
     assert budget.rows_that_fit(sizes, task, row, 64, 2 * all_of_them, "memory") == 64
     some = budget.rows_that_fit(sizes, task, row, 64, all_of_them, "memory")

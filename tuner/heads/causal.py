@@ -86,6 +86,15 @@ def supervised_log_likelihood(model: Any, batch: dict[str, Tensor]) -> tuple[Ten
     return -nn.functional.cross_entropy(logits_NV, targets_N, reduction="none"), logits_NV
 
 
+def supervised_losses(model: Any, batch: dict[str, Tensor], layer: Any | None) -> Tensor:
+    """(N,) negative log-likelihoods of the supervised tokens (nats), row by row; with the model's `plain_output` without logits."""
+    if layer is None or (torch.is_grad_enabled() and not likelihood.frozen(layer)):
+        return -supervised_log_likelihood(model, batch)[0]
+    with likelihood.hidden_instead(layer):
+        hidden_ND, targets_N = _supervised(model, batch)
+    return likelihood.loss_each(hidden_ND, layer, targets_N)
+
+
 def _supervised(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """(what the model gives (N, ...) where the next token is supervised, that token (N,)), row by row."""
     labels_BT = batch["labels"][:, 1:]

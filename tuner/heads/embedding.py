@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from tuner.passes import in_passes
 from tuner.source import POOLINGS
 
 AUTO = "AutoModel"
@@ -36,14 +37,17 @@ def collate(texts: list[list[int]], pad_id: int, device: str | torch.device = "c
 
 def embed(model: Any, batch: dict[str, Tensor], pooling: Pooling) -> Tensor:
     """(M, D) in float32, each of length one: the mean over a text's tokens, or its first or last token's hidden state."""
-    output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-    hidden_MTD, mask_MT = output.last_hidden_state.float(), batch["attention_mask"]
-    if pooling == "mean":
-        pooled_MD = (hidden_MTD * mask_MT[..., None]).sum(1) / mask_MT.sum(1, keepdim=True)
-    else:
+
+    def pooled(part: dict[str, Tensor]) -> Tensor:
+        hidden_MTD, mask_MT = model(**part).last_hidden_state.float(), part["attention_mask"]
+        if pooling == "mean":
+            mean_MD: Tensor = (hidden_MTD * mask_MT[..., None]).sum(1) / mask_MT.sum(1, keepdim=True)
+            return mean_MD
         place_M = mask_MT.sum(1) - 1 if pooling == "last" else torch.zeros(len(mask_MT), dtype=torch.long, device=mask_MT.device)
-        pooled_MD = hidden_MTD[torch.arange(len(hidden_MTD), device=hidden_MTD.device), place_M]
-    return normalize(pooled_MD, dim=-1)
+        at_place_MD: Tensor = hidden_MTD[torch.arange(len(hidden_MTD), device=hidden_MTD.device), place_M]
+        return at_place_MD
+
+    return normalize(in_passes(model, batch, pooled), dim=-1)
 
 
 def vectors(model: Any, texts: list[list[int]], pooling: Pooling, device: str) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tuner.data.example import Labelled
 from tuner.objective import Objective
+from tuner.passes import in_passes
 
 AUTO = "AutoModelForSequenceClassification"
 LABELLED = True
@@ -47,7 +48,7 @@ class LabelLoss(Objective):
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         """A scalar."""
-        logits_BL = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()
+        logits_BL = in_passes(self.model, batch, lambda part: self.model(**part).logits.float())
         if self.problem == SINGLE:
             loss_B = nn.functional.cross_entropy(logits_BL, batch["target"][:, 0].long(), reduction="none")
         elif self.problem == MULTI:

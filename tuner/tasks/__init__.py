@@ -23,6 +23,7 @@ shown(example, options)       a name and an Example for each part of an example,
 proposed(shape, labels, family, facts)
                               the options for `tuner new`, where they are more than those in SHAPES
 asks_first(options)           whether its loss asks the model before a step's forward pass, which ZeRO's stage 3 cannot
+PASSES                        True where rows of unlike length go through the model in several passes (tuner/passes.py)
 TOO_LONG                      what `tuner new` does with rows that are too long: `skip` where nothing is said
 BLOCK_TOKENS                  longer documents become several; nothing is too long
 unnamed(options)              whether the one output of its head has no name that would matter

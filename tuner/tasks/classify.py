@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from tuner.source import Facts
 
 HEAD = "sequence"
+PASSES = True
 # The beginning of a text says what it is.
 TOO_LONG = "truncate"
 KEYS = frozenset({"text", "label", "labels", "score"})

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 HEAD = "embedding"
 TOO_LONG = "truncate"
+PASSES = True
 KEYS = frozenset({"anchor", "positive", "negative", "negatives", "sentence1", "sentence2", "score"})
 SHAPES: dict[str, dict[str, Any]] = {
     "pairs": {},

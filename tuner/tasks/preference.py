@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from tuner import kinds
 from tuner.data.example import IGNORE, Example
 from tuner.data.rows import BadRows, Row, lacking, usable
 from tuner.errors import DataError
@@ -17,6 +18,7 @@ from tuner.recipe import Evaluate
 from tuner.tasks import sft
 
 HEAD = "causal"
+PASSES = True
 KEYS = (sft.SPOKEN - {"messages.weight"}) | {"prompt", "chosen", "rejected", "completion", "label"}
 SHAPES = {"preference pairs": {"loss": "dpo"}, "judged answers": {"loss": "kto"}}
 # Nats that float sums in another order can make; a model that was not trained yet prefers neither answer.
@@ -130,8 +132,10 @@ def shown(example: Any, options: Options) -> list[tuple[str, Example]]:
     return [("chosen", example.chosen), ("rejected", example.rejected)]
 
 
-def loss_bytes(sizes: Any, positions: int, supervised: int) -> int:  # noqa: ARG001 - a task's common signature
-    """Logits of the answers with their gradient, and in float32 log-probabilities with theirs."""
+def loss_bytes(sizes: Any, positions: int, supervised: int) -> int:
+    """As its head says; where the output layer is trained, logits of the answers and log-probabilities, with their gradients."""
+    if not (sizes.output_trained or sizes.output_copied):
+        return int(kinds.load("heads", HEAD).loss_bytes(sizes, positions, supervised))
     return int(sizes.vocabulary * supervised * (2 * sizes.width + 3 * 4))
 
 

@@ -79,9 +79,8 @@ def test_dpo_through_the_whole_model_is_trls_trainers(tiny_model: Any, tokenizer
 
     now, before = model(tiny_model, 1), model(tiny_model, 2)
     pairs = rows("dpo", tokenizer)
-    objective = preference.PairLoss(before, 0, task.Options(beta=0.3))
-    pairs = objective.prepared(pairs)
-    objective.model = now
+    pairs = preference.PairLoss(before, 0, task.Options(beta=0.3)).prepared(pairs)
+    objective = preference.PairLoss(now, 0, task.Options(beta=0.3))
     with torch.no_grad():
         ours = objective(objective.collate(pairs)) / len(pairs)
     config = DPOConfig(
@@ -116,9 +115,8 @@ def test_kto_through_the_whole_model_is_trls_trainers(tiny_model: Any, tokenizer
     now, before = model(tiny_model, 1), model(tiny_model, 2)
     judged = rows("kto", tokenizer)
     options = task.Options(loss="kto", beta=0.3, good_weight=1.5, bad_weight=0.7)
-    objective = preference.JudgedLoss(before, 0, options)
-    judged = objective.prepared(judged)
-    objective.model = now
+    judged = preference.JudgedLoss(before, 0, options).prepared(judged)
+    objective = preference.JudgedLoss(now, 0, options)
     config = KTOConfig(
         output_dir=str(tmp_path), beta=0.3, desirable_weight=1.5, undesirable_weight=0.7, per_device_train_batch_size=4, use_cpu=True,
         report_to=[], bf16=False, max_length=None, gradient_checkpointing=False,

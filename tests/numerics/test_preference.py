@@ -146,12 +146,10 @@ def test_kto_through_the_whole_model_is_trls_trainers(tiny_model: Any, tokenizer
 
 def test_ktos_divergence_is_the_mean_change_on_mismatched_answers_and_not_below_zero(tiny_model: Any, tokenizer: Any) -> None:
     now, before = model(tiny_model, 1), model(tiny_model, 2)
-    objective = preference.JudgedLoss(before, 0, task.Options(loss="kto"))
-    judged = objective.prepared(rows("kto", tokenizer))
+    judged, options = rows("kto", tokenizer), task.Options(loss="kto")
     for first, second in ((now, before), (before, now)):
-        objective.model = second
-        prepared = objective.prepared(judged)
-        objective.model = first
+        prepared = preference.JudgedLoss(second, 0, options).prepared(judged)
+        objective = preference.JudgedLoss(first, 0, options)
         objective.begin(prepared, 2)
         changes = []
         for row in prepared:

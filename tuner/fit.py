@@ -56,6 +56,8 @@ class Schedule:
     """What several processes do with the weights: each has all of them, or a part."""
     deepspeed: dict[str, Any] | None = None
     """DeepSpeed's configuration (tuner/zero.py), where it makes the steps."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of the products of float32 weights; `bf16` is mixed precision (Micikevicius et al. 2018, arXiv:1710.03740)."""
 
     def rate(self, step: int) -> float:
         """Learning rate of optimizer step 0 .. steps-1: linear warm-up, then the decay."""
@@ -128,7 +130,8 @@ def fit(
             while True:
                 generator = torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
                 try:
-                    rows = objective.begin(given, micro_batch_size)
+                    with parallel.products():
+                        rows = objective.begin(given, micro_batch_size)
                     supervised = sum(row.supervised for row in rows)
                     with parallel.apart(step, schedule.seed):
                         loss = _accumulate(objective, rows, micro_batch_size, supervised, parallel, list(trained.values()))
@@ -192,7 +195,7 @@ def among(schedule: Schedule) -> Parallel:
         from tuner.zero import Zero
 
         return Zero(schedule.deepspeed or {})
-    return Parallel(schedule.strategy)
+    return Parallel(schedule.strategy, mixed=schedule.precision == "bf16")
 
 
 def _accumulate(
@@ -206,7 +209,9 @@ def _accumulate(
     total = 0.0
     shares = parallel.shares(rows, micro_batch_size)
     for number, (part, counts) in enumerate(shares, 1):
-        loss = parallel.loss(objective, objective.collate(part, parallel.device))
+        batch = objective.collate(part, parallel.device)
+        with parallel.products():
+            loss = parallel.loss(objective, batch)
         parallel.learn(loss * (counts / supervised), last=number == len(shares))
         total += loss.item() * counts
     return parallel.add_up(total, trained) / supervised

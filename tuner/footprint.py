@@ -65,7 +65,7 @@ class Footprint:
         import transformers
 
         kind, module = kinds.load("methods", method.kind), kinds.load("heads", head)
-        stored = kind.storage(method)
+        stored, self.mixed = kind.storage(method), getattr(method, "precision", "fp32") == "bf16"
         with torch.device("meta"):
             model = getattr(transformers, module.AUTO).from_config(config, dtype=getattr(torch, COMPUTE[stored]))
         if adjust := getattr(module, "opened", None):
@@ -139,8 +139,10 @@ class Footprint:
                 # All blocks of queries are alike, and there may be thousands.
                 blocks = attention._blocks
                 stack.enter_context(patch.object(attention, "_blocks", lambda *given: blocks(*given)[:1]))
+                stack.enter_context(patch.object(attention, "_seed", lambda: 0))
                 stack.enter_context(patch.object(scan, "_kernels", lambda: (_nothing, _nothing)))
                 stack.enter_context(torch.set_grad_enabled(learning))
+                stack.enter_context(torch.autocast(device(), torch.bfloat16, enabled=self.mixed and learning))
                 stack.enter_context(self._mode)
                 ids = torch.zeros(rows, length, dtype=torch.long, device=device())
                 held = stack.enter_context(_Held([*body.parameters(), *body.buffers()]))

@@ -73,6 +73,9 @@ def _losses(hidden_ND: Tensor, layer: Any, targets_N: Tensor, *, each: bool) -> 
     rows_trained = hasattr(layer, "token_adapter")
     # peft's own has the trained rows in it, unless its adapter is off; it is put together each time.
     weight_VD, bias_V = layer.weight, None if rows_trained else layer.bias
+    if torch.is_autocast_enabled(hidden_ND.device.type):
+        short = torch.get_autocast_dtype(hidden_ND.device.type)
+        weight_VD, bias_V = weight_VD.to(short), None if bias_V is None else bias_V.to(short)
     found: Tensor = apply(hidden_ND.to(weight_VD.dtype), weight_VD, bias_V, targets_N, torch.is_grad_enabled(), each)
     return found
 

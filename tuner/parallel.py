@@ -6,7 +6,7 @@ computes (Zhao et al. 2023, arXiv:2304.11277; torch's fully_shard); the numbers 
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -27,18 +27,22 @@ BUCKET = 2**24
 class Parallel:
     """This process among those that the launcher started; one by itself is the usual case."""
 
-    def __init__(self, strategy: Strategy = "ddp") -> None:
+    def __init__(self, strategy: Strategy = "ddp", *, mixed: bool = False) -> None:
         self._accelerator = Accelerator(
             cpu=not torch.cuda.is_available(), kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)]
         )
         self.count, self.index = self._accelerator.num_processes, self._accelerator.process_index
         self.device = self._accelerator.device
-        self.sharded = strategy == "fsdp" and self.count > 1
+        self.sharded, self.mixed = strategy == "fsdp" and self.count > 1, mixed
 
     @property
     def first(self) -> bool:
         """The one that says things and writes files."""
         return bool(self.index == 0)
+
+    def products(self) -> AbstractContextManager[Any]:
+        """A block in which a model in float32 multiplies in bfloat16, if it is to; a split one does so by itself."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.mixed and not self.sharded)
 
     def place(self, objective: Any) -> None:
         """Put the model, or this process's part of it, on the device. Raises RecipeError where it has no blocks to split."""
@@ -47,7 +51,7 @@ class Parallel:
             return
         in_one(objective.model)
         from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
         from transformers.modeling_layers import GradientCheckpointingLayer
 
         mesh = init_device_mesh(self.device.type, (self.count,))
@@ -58,8 +62,10 @@ class Parallel:
         ]
         if not blocks:
             raise RecipeError(f"launch.strategy: fsdp: {type(objective.model).__name__} has no blocks to split; use ddp")
+        # Weights are gathered in bfloat16, gradients summed in float32.
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if self.mixed else MixedPrecisionPolicy()
         for each in (*blocks, objective.model):
-            fully_shard(each, mesh=mesh)
+            fully_shard(each, mesh=mesh, mp_policy=policy)
             each.set_gradient_divide_factor(1.0)  # sums: the loop divides once, by what is learned in all rows
             each.set_force_sum_reduction_for_comms(True)  # gloo knows no other
 
@@ -154,7 +160,8 @@ class Parallel:
 
     def prepared(self, objective: Any, examples: Sequence[Any], at_a_time: int) -> Sequence[Any]:
         """The examples with what the model says of them before it is trained."""
-        found: Sequence[Any] = objective.prepared(examples, at_a_time, self)
+        with self.products():
+            found: Sequence[Any] = objective.prepared(examples, at_a_time, self)
         if again := getattr(objective.model, "reshard", None):
             again()  # without a backward pass fully_shard leaves what lies outside of the blocks put together
         return found

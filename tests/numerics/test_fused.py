@@ -198,3 +198,72 @@ def test_scores_that_an_architecture_caps_are_capped(checkpoints: Any) -> None: 
             torch.testing.assert_close(own(ids).logits, theirs(ids).logits, rtol=0, atol=1e-5)
             found[cap] = theirs(ids).logits
     assert float((found[0.01] - found[None]).abs().max()) > 1e-4, "the cap is felt"
+
+
+def drawn(rows: int, group: int, length: int, width: int) -> list[torch.Tensor]:
+    """query, key and value in float64."""
+    torch.manual_seed(0)
+    shapes = (rows, group, length, width), (rows, length, width), (rows, length, width)
+    return [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("most", [2**19, 130])  # scores at a time
+def test_dropout_leaves_weights_out_and_scales_the_others(causal: bool, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "MOST_SCORES", most)
+    query, key, _ = drawn(3, 2, 128, 8)
+    one_each = torch.eye(128, dtype=torch.float64).expand(3, -1, -1)  # the values; what comes out are the weights
+    query = torch.cat([query, query[..., :1].expand(-1, -1, -1, 120)], -1)
+    key = torch.cat([key, torch.zeros(3, 128, 120, dtype=torch.float64)], -1)
+    plain, dropped, again, other = (
+        attention._Attention.apply(query, key, one_each, None, 0.3, causal, rate, seed)  # type: ignore[no-untyped-call]
+        for rate, seed in ((0.0, 0), (0.1, 7), (0.1, 7), (0.1, 8))
+    )
+    kept = dropped != 0
+    there = plain != 0
+    torch.testing.assert_close(dropped[kept], plain[kept] / 0.9, rtol=1e-4, atol=0)
+    assert 1 - float(kept.sum() / there.sum()) == pytest.approx(0.1, abs=4 * (0.09 / int(there.sum())) ** 0.5)
+    assert torch.equal(dropped, again)
+    # Two seeds agree on as many as independent draws do: 0.81 + 0.01.
+    agree = float(((other != 0) == kept)[there].float().mean())
+    assert agree == pytest.approx(0.82, abs=0.01)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("most", [2**19, 64])
+def test_the_gradient_with_dropout_is_that_of_what_was_computed(causal: bool, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "MOST_SCORES", most)
+    inputs = drawn(2, 2, 9, 4)
+    assert torch.autograd.gradcheck(lambda *given: attention._Attention.apply(*given, None, 0.5, causal, 0.3, 5), inputs)
+
+
+def test_an_encoder_drops_attention_as_its_configuration_says() -> None:
+    import transformers
+
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+        "hidden_dropout_prob": 0.0,
+    }
+    found = []
+    for used in (False, True):
+        torch.manual_seed(0)
+        model = transformers.BertModel(transformers.BertConfig(vocab_size=100, attention_probs_dropout_prob=0.5, **sizes)).train()
+        if used:
+            attention.use(model)
+        ids, mask = torch.arange(5, 85).view(2, 40), torch.ones(2, 40, dtype=torch.long)
+        mask[1, 30:] = 0
+        with torch.no_grad():
+            runs = torch.stack([model(ids, attention_mask=mask).last_hidden_state for _ in range(2000)])
+        assert float((runs[0] - runs[1]).abs().max()) > 0.01, "chance"
+        state = torch.get_rng_state()
+        first = model(ids, attention_mask=mask).last_hidden_state
+        torch.set_rng_state(state)
+        assert torch.equal(first, model(ids, attention_mask=mask).last_hidden_state), "the same chance, the same result"
+        found.append((runs.mean(0)[mask.bool()], runs.std(0)[mask.bool()]))
+    (mean, spread), (own_mean, own_spread) = found
+    error = float(spread.max()) / 2000**0.5
+    assert float((own_mean - mean).abs().max()) < 7 * error
+    assert float(own_spread.mean()) == pytest.approx(float(spread.mean()), rel=0.02)

@@ -132,6 +132,7 @@ def check(plan: "Plan", step: "Step") -> None:
         for key, used, instead in (
             ("watch", options.watch is not None, "ddp measures while it trains"),
             ("optimizer", options.optimizer != "adamw", "use adamw, whose state is split as well"),
+            ("method", parts > 0 and getattr(options.method, "precision", "fp32") == "bf16", "use ddp or fsdp"),
             ("method", storage == "int8", "use bf16" if parts == 3 else "use nf4 or bf16"),
             ("method", storage == "nf4" and parts == 3, "ZeRO's stage 2 and fsdp take weights of 4 bits"),
             ("compile", options.compile, "leave it out"),
@@ -360,6 +361,7 @@ def _schedule(options: Options, rows: int, recipe: Any) -> "Schedule":
     told["micro_batch_size"] = options.batch_size if options.micro_batch_size == "auto" else options.micro_batch_size
     launch = recipe.launch
     zero = _zero(recipe) if launch.splits and launch.strategy == "deepspeed" else None
+    told["precision"] = getattr(options.method, "precision", "fp32")
     return Schedule(**told, seed=recipe.seed, strategy=launch.strategy, deepspeed=zero)
 
 

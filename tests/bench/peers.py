@@ -142,6 +142,7 @@ class Reviews:
     steps: int
     batch: int = 32
     rate: float = 1.0e-4
+    precision: str = "fp32"
     model: str = BERT
     peer: str = "transformers' Trainer"
 
@@ -193,8 +194,10 @@ class Reviews:
 
         rows = [example for _, example in self.rows(base, "train", self.steps * self.batch)]
         data = Dataset.from_list([{"input_ids": each.ids, "labels": int(each.target[0])} for each in rows])
+        model = self.opened(base)
+        model.set_attn_implementation("sdpa")  # as it comes: tuner's own is of what opens a model
         trainer = Trainer(
-            model=self.opened(base), args=TrainingArguments(**arguments_of(self, folder)), train_dataset=data,
+            model=model, args=TrainingArguments(**arguments_of(self, folder)), train_dataset=data,
             data_collator=DataCollatorWithPadding(AutoTokenizer.from_pretrained(base.path)),
         )  # fmt: skip
         return timed(trainer, tokens(rows), folder)
@@ -302,6 +305,7 @@ class Neighbours:
     steps: int
     batch: int = 64
     rate: float = 2.0e-5
+    precision: str = "fp32"
     model: str = BERT
     peer: str = "sentence-transformers"
 
@@ -441,8 +445,10 @@ JOBS: dict[str, Job] = {
     "chats, QLoRA nf4": Chats((2, 4), steps=12, storage="nf4"),
     "long chats, LoRA": Chats((40, 60), steps=2),
     "reviews, BERT": Reviews(steps=6),
+    "reviews, BERT, mixed precision": Reviews(steps=6, precision="bf16"),
     "preferences, DPO": Preferences(steps=8),
     "definitions and words, embedding": Neighbours(steps=12),
+    "definitions and words, embedding, mixed precision": Neighbours(steps=12, precision="bf16"),
     "speeches, Mamba-2": States("mamba2", steps=4),
     "speeches, Mamba-1": States("mamba", steps=2),
 }
@@ -468,6 +474,7 @@ def fitted(job: Any, objective: Any, rows: Any, layers: Any, folder: Path) -> di
     schedule = Schedule(
         steps=job.steps, batch_size=job.batch, micro_batch_size=job.batch, learning_rate=job.rate, warmup_fraction=0.0,
         decay="constant", weight_decay=0.0, max_grad_norm=1.0, checkpoint_every_steps=10_000, seed=SEED,
+        precision=getattr(job, "precision", "fp32"),
     )  # fmt: skip
     return fit(objective, rows, schedule, layers=layers, work=folder / "work")
 
@@ -478,6 +485,7 @@ def arguments_of(job: Any, folder: Path) -> dict[str, Any]:
         "output_dir": str(folder / "out"), "per_device_train_batch_size": job.batch, "max_steps": job.steps, "learning_rate": job.rate,
         "use_cpu": True, "logging_strategy": "no", "save_strategy": "no", "report_to": "none", "disable_tqdm": True,
         "lr_scheduler_type": "constant", "max_grad_norm": 1.0, "seed": SEED,
+        **({"bf16": True} if getattr(job, "precision", "fp32") == "bf16" else {}),
     }  # fmt: skip
 
 

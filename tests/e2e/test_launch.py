@@ -25,6 +25,7 @@ ROOT = Path(__file__).parents[2]
 LORA = {"kind": "lora", "rank": 4, "storage": "fp32"}
 # Each process has several micro-batches, and its block is computed twice.
 BFLOAT16 = {"method": {**LORA, "storage": "bf16"}, "micro_batch_size": 2, "gradient_checkpointing": True}
+MIXED = {"method": {"kind": "full", "precision": "bf16"}, "learning_rate": 1e-3}
 FULL, QLORA = {"method": "full", "learning_rate": 1e-3}, {"method": {**LORA, "storage": "nf4"}}
 
 
@@ -86,6 +87,7 @@ def recipe(recipe_file: Callable[..., Path]) -> Path:
     [
         pytest.param({}, "adapter_model", id="lora"),
         pytest.param(FULL, "model", id="full"),
+        pytest.param(MIXED, "model", id="full, mixed precision"),
         pytest.param(QLORA, "adapter_model", id="qlora"),
     ],
 )

@@ -1,0 +1,72 @@
+"""Mixed precision: products in bfloat16, weights and what is learned of them as in float32 up to bfloat16's 8 bits."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from tests.grid.architectures import SMALL
+from tests.grid.conftest import checkpoints, tokenizer  # noqa: F401 - fixtures
+from tests.unit.test_fit import SCHEDULE, examples, trained
+from tuner import attention
+from tuner.checkpoint import load_model
+from tuner.families import family_of
+from tuner.fit import fit
+from tuner.heads.causal import NextTokenLoss
+from tuner.methods import full
+from tuner.parallel import Parallel
+
+
+def learned(loss: Any, batch: Any, mixed: bool) -> tuple[float, torch.Tensor]:
+    """The loss and the gradient of all parameters, each in float32."""
+    loss.zero_grad()
+    with Parallel(mixed=mixed).products():
+        value = loss(batch)
+    value.backward()
+    gradients = [each.grad for each in loss.parameters() if each.grad is not None]
+    assert all(each.dtype == torch.float32 for each in gradients)
+    return value.item(), torch.cat([each.flatten() for each in gradients])
+
+
+@pytest.mark.parametrize("model_type", [name for name in SMALL if "causal" in family_of(name)[0].heads])
+def test_every_architecture_learns_alike(checkpoints: Any, model_type: str) -> None:  # noqa: F811
+    loss = NextTokenLoss(load_model(checkpoints(model_type)), 0)
+    ids = torch.randint(3, 90, (3, 40), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+    (one, gradient), (other, mixed) = (learned(loss, batch, each) for each in (False, True))
+    assert other == pytest.approx(one, rel=2e-3)
+    assert not torch.equal(gradient, mixed), "the products are others"
+    assert float((gradient - mixed).norm() / gradient.norm()) < 0.05
+
+
+def test_attention_is_in_bfloat16_where_positions_turned_it_to_float32(checkpoints: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    found, products = [], attention._by_products
+
+    def seen(*given: Any) -> torch.Tensor:
+        found.append({each.dtype for each in given[:3]})
+        return products(*given)
+
+    monkeypatch.setattr(attention, "_by_products", seen)
+    loss = NextTokenLoss(load_model(checkpoints("llama")), 0)
+    ids = torch.arange(3, 43)[None]
+    learned(loss, {"input_ids": ids, "labels": ids}, True)
+    assert found == 2 * [{torch.bfloat16}]
+
+
+def test_weights_stay_float32_and_end_near_those_of_float32(tiny_model: Path, tokenizer: Any, tmp_path: Path) -> None:  # noqa: F811
+    ends, start = [], None
+    for precision in ("fp32", "bf16"):
+        model = transformers.AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+        model = full.prepare(model, full.Options(), *family_of("llama"), [])
+        start = trained(model)
+        schedule = replace(SCHEDULE, learning_rate=1e-3, precision=precision)
+        measured = fit(NextTokenLoss(model, 0), examples(tokenizer), schedule, layers=full.layers(model), work=tmp_path / precision)
+        assert measured["train_loss_last"] < measured["train_loss_first"]
+        assert {each.dtype for each in model.parameters()} == {torch.float32}
+        ends.append(torch.cat([(each - start[name]).flatten() for name, each in trained(model).items()]))
+    one, other = ends
+    assert not torch.equal(one, other)
+    assert float(torch.nn.functional.cosine_similarity(one, other, dim=0)) > 0.9

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from tuner import kinds
 from tuner.checkpoint import device
 from tuner.data.example import Packed
-from tuner.data.order import plan
+from tuner.data.order import largest_of, plan
 from tuner.errors import RecipeError
 from tuner.objective import BATCH_ROWS
 from tuner.passes import padded
@@ -74,14 +74,16 @@ def longest(task: Any, examples: Sequence[Any]) -> Batch:
     return Batch(1, sequences, length, max(row.supervised for row in found), sequences * length)
 
 
-def batches(task: Any, examples: Sequence[Any], batch_size: int, seed: int, least_rows: int, at_a_time: int) -> tuple[Batch, Batch]:
-    """(the largest part of the first step's batch, the largest part of any batch)."""
+def batches(
+    task: Any, examples: Sequence[Any], batch_size: int, seed: int, least_rows: int, at_a_time: int, *, passes: bool
+) -> tuple[Batch, Batch]:
+    """(the largest part of the first step's batch, the largest part of any batch), gone through in `passes` or as a whole."""
     lengths = lengths_of(examples)
-    order = plan(lengths, batch_size, seed, 0, least_rows)
+    order = plan(lengths, batch_size, seed, 0, least_rows, passes=passes)
 
     def largest(chosen: list[list[int]]) -> Batch:
         parts = [each[at : at + at_a_time] for each in chosen for at in range(0, len(each), at_a_time)]
-        part = max(parts, key=lambda part: len(part) * max(lengths[index] for index in part))
+        part = parts[largest_of([[lengths[index] for index in part] for part in parts], passes=passes)]
         return batch_of(task, [examples[index] for index in part])
 
     return largest(order[:1]), largest(order)

@@ -42,7 +42,8 @@ def on_a_cpu(theirs: Callable[..., Any]) -> Callable[..., Any]:
         dtype = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
         dt = dt if dt_bias is None else dt + dt_bias.to(dt.dtype)
         dt = (softplus(dt) if dt_softplus else dt).clamp(*dt_limit).to(dtype)
-        out, state = chunk_scan(*(each.to(dtype) for each in (hidden_states, dt, A, B, C)))
+        with torch.autocast("cpu", enabled=False):
+            out, state = chunk_scan(*(each.to(dtype) for each in (hidden_states, dt, A, B, C)))
         out = out if D is None else out + D.to(dtype)[:, None] * hidden_states
         return (out, state) if return_final_states else out
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from tuner.errors import DataError, GateError, Interrupted, TunerError, visible
-from tuner.memory import OWN, large_apart
+from tuner.memory import COMPILED, SPIN, large_apart
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -480,9 +480,9 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # Large tensors in pages of 2 MB instead of 4 KB: a training step of Mamba-2 spent two thirds of its time on the small ones.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    for name, count in OWN.items():
-        if name != "GOMP_SPINCOUNT" or os.environ["OMP_WAIT_POLICY"].lower() == "passive":  # somebody else's choice stays
-            os.environ.setdefault(name, count)
+    chosen = COMPILED if os.environ["OMP_WAIT_POLICY"].lower() != "passive" else COMPILED | SPIN  # somebody else's choice stays
+    for name, count in chosen.items():
+        os.environ.setdefault(name, count)
     with suppress(AttributeError):
         large_apart()
     if not sys.stderr.isatty():

@@ -118,7 +118,7 @@ def fit(
         # Before the first step: a name that is not measured stops a run that would have been for nothing.
         say(f"before training, held out: {_figures(watch)[1]}")
     objective.train()
-    first, order = state["step"], _Order(examples, schedule, objective.least_rows)
+    first, order = state["step"], _Order(examples, schedule, objective.least_rows, passes=objective.passes and not parallel.sharded)
     with _signals() as stop, peak() as most, track("training", schedule.steps, done=first) as advance:
         for step in range(first, schedule.steps):
             if watch and _worn_out(state["watched"], watch):
@@ -283,10 +283,10 @@ def _measured(state: dict[str, Any]) -> dict[str, Any]:
 class _Order:
     """Which rows an optimizer step learns from: a function of the seed and the step alone, so a resume needs no state."""
 
-    def __init__(self, examples: Sequence[Any], schedule: Schedule, least_rows: int) -> None:
+    def __init__(self, examples: Sequence[Any], schedule: Schedule, least_rows: int, *, passes: bool) -> None:
         self._lengths = getattr(examples, "lengths", None) or [len(each.ids) for each in examples]
         self._schedule, self._least = schedule, least_rows
-        self._batches = plan(self._lengths, schedule.batch_size, schedule.seed, 0, least_rows)
+        self._batches = plan(self._lengths, schedule.batch_size, schedule.seed, 0, least_rows, passes=passes)
         self._epoch = 0
 
     def rows(self, step: int) -> list[int]:

@@ -59,7 +59,12 @@ def loss_sum(hidden_ND: Tensor, layer: Any, targets_N: Tensor) -> Tensor:
 
 
 def loss_each(hidden_ND: Tensor, layer: Any, targets_N: Tensor) -> Tensor:
-    """(N,) negative log-likelihoods; of a layer that is `frozen`, since what a weight learns hangs on all that is made of them."""
+    """(N,) negative log-likelihoods; what a weight learns hangs on all that is made of them, so the layer has to be `frozen`.
+
+    Raises ValueError where it is not, and something is learned.
+    """
+    if torch.is_grad_enabled() and not frozen(layer):
+        raise ValueError("the layer is trained, so its losses cannot be had without logits")
     return _losses(hidden_ND, layer, targets_N, each=True)
 
 
@@ -73,10 +78,9 @@ def _losses(hidden_ND: Tensor, layer: Any, targets_N: Tensor, *, each: bool) -> 
     rows_trained = hasattr(layer, "token_adapter")
     # peft's own has the trained rows in it, unless its adapter is off; it is put together each time.
     weight_VD, bias_V = layer.weight, None if rows_trained else layer.bias
-    if torch.is_autocast_enabled(hidden_ND.device.type):
-        short = torch.get_autocast_dtype(hidden_ND.device.type)
-        weight_VD, bias_V = weight_VD.to(short), None if bias_V is None else bias_V.to(short)
-    found: Tensor = apply(hidden_ND.to(weight_VD.dtype), weight_VD, bias_V, targets_N, torch.is_grad_enabled(), each)
+    kind = hidden_ND.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight_VD.dtype
+    found: Tensor = apply(hidden_ND.to(dtype), weight_VD, bias_V, targets_N, torch.is_grad_enabled(), each)
     return found
 
 
@@ -87,6 +91,8 @@ class _Losses(torch.autograd.Function):
     def forward(
         ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_N: Tensor, learning: bool, each: bool
     ) -> Tensor:
+        types = hidden_ND.dtype, weight_VD.dtype, None if bias_V is None else bias_V.dtype
+        weight_VD, bias_V = weight_VD.to(hidden_ND.dtype), None if bias_V is None else bias_V.to(hidden_ND.dtype)
         # What needs a gradient says so while nothing is learned, too.
         wanted = [learning and needs for needs in ctx.needs_input_grad[:3]]
         wide = torch.promote_types(hidden_ND.dtype, torch.float32)
@@ -111,7 +117,7 @@ class _Losses(torch.autograd.Function):
             if g_weight is not None:
                 g_weight += slope.t() @ hidden
         ctx.save_for_backward(g_hidden, g_weight, g_bias)
-        ctx.types = (hidden_ND.dtype, weight_VD.dtype, None if bias_V is None else bias_V.dtype)
+        ctx.types = types
         return losses_N if each else losses_N.sum()
 
     @staticmethod

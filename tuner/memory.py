@@ -13,15 +13,17 @@ GROUPS = {
     "memory": ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 }
 
-# malloc.h; what is as large lies outside of the heap; a large page (bytes).
+# The name in malloc.h, the size from which on a tensor lies outside of the heap, and that of a large page (bytes).
 M_MMAP_THRESHOLD, APART, LARGE = -3, 8 * 2**20, 2 * 2**20
 
 # Threads of OpenMP wait for their next piece of work by turning so often (libgomp) before they sleep, some 50 microseconds. A step
 # on few tokens is thousands of such pieces, and waking a thread up takes as long as most of them.
+SPIN = {"GOMP_SPINCOUNT": "3000"}
+
 # oneDNN, and torch's own layer above it, each keep what was compiled for 1,024 shapes of products, 280 KB a shape, and rows of
 # every other length bring a dozen. These are enough for a few lengths in turns, and compiling one again takes a quarter of a
 # millisecond. Read when they are first used.
-OWN = {"GOMP_SPINCOUNT": "3000", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "64"}
+COMPILED = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "64"}
 
 
 @contextmanager

@@ -24,6 +24,9 @@ class Objective(nn.Module):
     least_rows = 1
     """Rows that a step needs to learn anything."""
 
+    passes = False
+    """Rows of unlike length go through the model in several passes (tuner/passes.py), unless processes share its weights."""
+
     def __init__(self, model: Any, pad_id: int) -> None:
         super().__init__()
         self.model, self.pad_id = model, pad_id

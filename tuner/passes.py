@@ -5,14 +5,14 @@ otherwise be computed as if all were as long as the longest.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # What one more pass costs beside its tokens, in tokens: on a CPU calls of many small functions, on a GPU a card that is not filled.
 PRICE = {"cpu": 128, "cuda": 2048}
-# What is cut to the length of a pass; all else of a batch has one place for each row.
+# What of a batch is cut to the length of a pass; callers take all else from the batch itself.
 PADDED = ("input_ids", "attention_mask", "labels")
 
 
@@ -28,11 +28,11 @@ def groups(lengths: Sequence[int], price: int) -> list[list[int]]:
     for end in ends:
         longest = lengths[order[end - 1]]
         best[end] = min((cost + price + (end - start) * longest, start) for start, (cost, _) in best.items())
-    found, end = [], len(order)
-    while end:
-        start = best[end][1]
-        found.append(order[start:end])
-        end = start
+    found, until = [], len(order)
+    while until:
+        start = best[until][1]
+        found.append(order[start:until])
+        until = start
     return found[::-1]
 
 
@@ -46,11 +46,13 @@ def in_one(model: Any) -> None:
     model.tuner_in_one_pass = True
 
 
-def in_passes(model: Any, batch: dict[str, Tensor], compute: Callable[[dict[str, Tensor]], Tensor]) -> Tensor:
+def in_passes(model: Any, batch: "dict[str, Tensor]", compute: "Callable[[dict[str, Tensor]], Tensor]") -> "Tensor":
     """What `compute` gives for each row (B, ...), computed for rows of like length at a time.
 
     `batch` has `input_ids` and `attention_mask` (B, T), padded on the right; labels, if there are some, are cut to the same length.
     """
+    import torch
+
     given = {name: batch[name] for name in PADDED if name in batch}
     if getattr(model, "tuner_in_one_pass", False):
         return compute(given)

@@ -103,6 +103,8 @@ def kto(answer_B: Tensor, reference_B: Tensor, good_B: Tensor, divergence: Tenso
 class Comparison(Objective):
     """What PairLoss and JudgedLoss share: how likely answers are, now and before training."""
 
+    passes = True
+
     def __init__(self, model: Any, pad_id: int, options: Any) -> None:
         super().__init__(model, pad_id)
         self.options = options

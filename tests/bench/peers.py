@@ -23,12 +23,12 @@ from typing import Any
 
 from tests.bench.__main__ import BERT, DATA, LLAMA, NEW, hardware
 from tuner.bundle import Bundle, open_bundle
-from tuner.memory import OWN, large_apart
+from tuner.memory import COMPILED, SPIN, large_apart
 from tuner.source import base_bundle, find
 
 RANK, SEED = 16, 0
 # What `tuner` sets for itself: threads that wait sleep soon, large tensors lie in large pages, few compiled products are kept.
-SET = {**OWN, "OMP_WAIT_POLICY": "passive", "THP_MEM_ALLOC_ENABLE": "1"}
+SET = {**COMPILED, **SPIN, "OMP_WAIT_POLICY": "passive", "THP_MEM_ALLOC_ENABLE": "1"}
 
 
 @dataclass(frozen=True)

@@ -118,7 +118,7 @@ def ends_alike(path: Path, folder: Path, name: str, ways: dict[str, dict[str, An
         assert len(re.findall("parameters are trained", done.stderr)) == 1
     # Six steps of Adam at 0.01 move a weight by up to 0.06; sums in another order are off in the last digits, which Adam makes
     # larger where a gradient is almost nothing. With weights of 4 bits the products are in bfloat16.
-    allowed = 6e-3 if "nf4" in path.read_text() or "bf16" in path.read_text() else 1e-3
+    allowed = 6e-3 if "nf4" in path.read_text() or "storage: bf16" in path.read_text() else 1e-3
     one, loss = weights(folder / "one", name), heldout_loss(folder / "one")
     for way in ways:
         assert apart(one, weights(folder / way, name)) < allowed, way

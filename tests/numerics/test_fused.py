@@ -140,6 +140,8 @@ def test_each_loss_without_logits_is_that_of_its_token(most: int, monkeypatch: p
     torch.manual_seed(0)
     layer, hidden = nn.Linear(16, 100).requires_grad_(False), torch.randn(9, 16, requires_grad=True)
     targets, weights = torch.randint(0, 100, (9,)), torch.randn(9)
+    with pytest.raises(ValueError, match="cannot be had without logits"):
+        likelihood.loss_each(hidden, nn.Linear(16, 100), targets)
     wanted = nn.functional.cross_entropy(layer(hidden), targets, reduction="none")
     found = likelihood.loss_each(hidden, layer, targets)
     torch.testing.assert_close(found, wanted)
@@ -224,6 +226,8 @@ def test_dropout_leaves_weights_out_and_scales_the_others(causal: bool, most: in
     torch.testing.assert_close(dropped[kept], plain[kept] / 0.9, rtol=1e-4, atol=0)
     assert 1 - float(kept.sum() / there.sum()) == pytest.approx(0.1, abs=4 * (0.09 / int(there.sum())) ** 0.5)
     assert torch.equal(dropped, again)
+    ones = attention._kept(torch.empty(1000, dtype=torch.bfloat16), 0.1, 7, 0)
+    assert set(ones.tolist()) == {0.0, 1.0}, "1 / 0.9 is none of bfloat16's numbers"
     # Two seeds agree on as many as independent draws do: 0.81 + 0.01.
     agree = float(((other != 0) == kept)[there].float().mean())
     assert agree == pytest.approx(0.82, abs=0.01)

@@ -1,5 +1,6 @@
 """Rows of unlike length in several passes give what they give in one."""
 
+import random
 from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ import transformers
 from tests.conftest import chat_rows
 from tuner import passes
 from tuner.data.example import Labelled, Texts
+from tuner.data.order import plan
 from tuner.data.rows import BadRows, Row
 from tuner.heads.sequence import SINGLE, LabelLoss
 from tuner.objective import Objective
+from tuner.parallel import Parallel
 from tuner.preference import PairLoss
 from tuner.tasks import embed
 from tuner.tasks import preference as task
@@ -68,8 +71,11 @@ def objective(kind: str, tiny_model: Path, tokenizer: Any) -> tuple[Objective, l
     return PairLoss(model, tokenizer.pad_token_id, options), pairs
 
 
+@pytest.mark.parametrize("mixed", [False, True])
 @pytest.mark.parametrize("kind", ["labels", "contrastive", "cosine", "last", "dpo", "simpo"])
-def test_several_passes_learn_what_one_does(kind: str, tiny_model: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_passes_learn_what_one_does(
+    kind: str, mixed: bool, tiny_model: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     loss, rows = objective(kind, tiny_model, tokenizer)
     count = {"forward": 0}
     loss.model.register_forward_pre_hook(lambda *_: count.__setitem__("forward", count["forward"] + 1))
@@ -78,18 +84,30 @@ def test_several_passes_learn_what_one_does(kind: str, tiny_model: Path, tokeniz
         monkeypatch.setitem(passes.PRICE, "cpu", price)
         count["forward"] = 0
         loss.zero_grad()
-        value = loss(loss.collate(rows))
+        with Parallel(mixed=mixed).products():
+            value = loss(loss.collate(rows))
         value.backward()
         found.append((count["forward"], value.item(), {name: each.grad for name, each in loss.named_parameters()}))
     (once, one, gradients), (often, other, others) = found
     assert once == 1
     assert often > 1
-    assert other == pytest.approx(one, rel=1e-5)
+    assert other == pytest.approx(one, rel=5e-3 if mixed else 1e-5)
     given = {name: gradient for name, gradient in gradients.items() if gradient is not None}
     norm = float(torch.stack([gradient.norm() for gradient in given.values()]).norm())
     for name, gradient in given.items():
-        assert float((others[name] - gradient).norm()) < 1e-5 * norm, name
+        assert float((others[name] - gradient).norm()) < (0.05 if mixed else 1e-5) * norm, name
     passes.in_one(loss.model)
     count["forward"] = 0
     loss(loss.collate(rows))
     assert count["forward"] == 1, "where processes share the weights, all gather them as often"
+
+
+def test_the_first_step_is_on_the_largest_batch_as_it_is_gone_through() -> None:
+    draw_ = random.Random(0)
+    lengths = [min(512, max(3, round(draw_.lognormvariate(4, 1)))) for _ in range(3000)]
+    sizes = {}
+    for several in (False, True):
+        batches = [[lengths[index] for index in batch] for batch in plan(lengths, 16, 0, 0, passes=several)]
+        sizes[several] = [passes.padded(batch, "cpu") if several else len(batch) * max(batch) for batch in batches]
+        assert sizes[several][0] == max(sizes[several])
+    assert sizes[True][0] != sizes[False][0]

@@ -204,4 +204,5 @@ def loss_bytes(sizes: Any, positions: int, supervised: int) -> int:  # noqa: ARG
     chunk = min(supervised * sizes.vocabulary, likelihood.MOST_LOGITS["cuda" if torch.cuda.is_available() else "cpu"])
     whole = sizes.vocabulary * sizes.hidden
     trained = (2 * 4 * whole if sizes.output_trained else 0) + (sizes.width * whole if sizes.output_copied else 0)
+    trained += 2 * whole if sizes.mixed else 0  # rounded
     return int(chunk * (4 + sizes.width) + 2 * supervised * sizes.hidden * sizes.width + trained)

@@ -39,7 +39,8 @@ def embed(model: Any, batch: dict[str, Tensor], pooling: Pooling) -> Tensor:
     """(M, D) in float32, each of length one: the mean over a text's tokens, or its first or last token's hidden state."""
 
     def pooled(part: dict[str, Tensor]) -> Tensor:
-        hidden_MTD, mask_MT = model(**part).last_hidden_state.float(), part["attention_mask"]
+        mask_MT = part["attention_mask"]
+        hidden_MTD = model(input_ids=part["input_ids"], attention_mask=mask_MT).last_hidden_state.float()
         if pooling == "mean":
             mean_MD: Tensor = (hidden_MTD * mask_MT[..., None]).sum(1) / mask_MT.sum(1, keepdim=True)
             return mean_MD

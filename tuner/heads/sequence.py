@@ -38,6 +38,8 @@ class LabelLoss(Objective):
     Cross entropy for one class, the mean of binary cross entropies for several, squared error for a number.
     """
 
+    passes = True
+
     def __init__(self, model: Any, pad_id: int, problem: str) -> None:
         super().__init__(model, pad_id)
         self.problem = problem
@@ -46,9 +48,14 @@ class LabelLoss(Objective):
         """The batch that `forward` takes."""
         return collate(examples, self.pad_id, device)
 
+    def _logits(self, batch: dict[str, Tensor]) -> Tensor:
+        """(B, L)."""
+        found: Tensor = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()
+        return found
+
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         """A scalar."""
-        logits_BL = in_passes(self.model, batch, lambda part: self.model(**part).logits.float())
+        logits_BL = in_passes(self.model, batch, self._logits)
         if self.problem == SINGLE:
             loss_B = nn.functional.cross_entropy(logits_BL, batch["target"][:, 0].long(), reduction="none")
         elif self.problem == MULTI:

@@ -21,7 +21,8 @@ class Options(BaseOptions):
 
     kind: Literal["full"] = "full"
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Of the products while training. `bf16` is mixed precision: faster, on a GPU by far; weights and sums stay float32."""
+    """Of the products while training. `bf16` is mixed precision, faster where a processor or GPU has such products; weights and the
+    sums over micro-batches stay float32."""
 
 
 def check(options: Options, plan: "Plan") -> None:

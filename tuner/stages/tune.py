@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 TAKES = frozenset({"model"})
 # Also of the task, the method and the loop.
-VERSION = 10
+VERSION = 11
 RESULT = "tuned"
 # The same sums in the same types on the same machine: what is saved loses nothing (nats, or components of vectors).
 REOPENED_TOLERANCE = 1.0e-3
@@ -398,7 +398,7 @@ def _within_memory(job: Job, objective: Any, rows: Any, schedule: "Schedule") ->
         schedule = replace(schedule, micro_batch_size=most)
     at_a_time = schedule.micro_batch_size
     told = (options.task, rows, schedule.batch_size, schedule.seed, objective.least_rows, at_a_time)
-    first, largest = budget.batches(*told)
+    first, largest = budget.batches(*told, passes=objective.passes and not sizes.in_one_pass)
     expected, worst = (budget.learning(sizes, options.task, each, more=at_a_time < batch) for each in (first, largest))
     if worst > free:
         raise job.recipe.error(budget.refusal(worst, largest, free, where), *place, "micro_batch_size")

@@ -143,6 +143,7 @@ def _objective(model: Any, pad_id: int, options: Options) -> Any:
 
         # A single row without negatives has nothing to be told apart from.
         least_rows = 2 if options.loss == "contrastive" else 1
+        passes = True
 
         def __init__(self) -> None:
             super().__init__(model, pad_id)
@@ -207,7 +208,8 @@ def _objective(model: Any, pad_id: int, options: Options) -> Any:
         def _contrastive(self, kinds: "list[Tensor]", keys: "list[Tensor]") -> "Tensor":
             """(B,) losses of anchors, positives and negatives. A text that is an anchor's positive, too, is no negative for it."""
             anchors_BD, candidates_CD = kinds[0], torch.cat(kinds[1:])
-            scores_BC = options.scale * anchors_BD @ candidates_CD.T
+            with torch.autocast(anchors_BD.device.type, enabled=False):  # cosines that differ by less than bfloat16 shows decide
+                scores_BC = options.scale * anchors_BD @ candidates_CD.T
             own_B = torch.arange(len(anchors_BD), device=scores_BC.device)
             same_BC = torch.cat(keys[1:])[None, :] == keys[1][:, None]
             same_BC[own_B, own_B] = False

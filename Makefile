@@ -16,7 +16,7 @@ help:
 	@echo "make browser   Debian's Chromium, which one test opens a page in (root installs it)"
 	@echo "make deepspeed DeepSpeed beside .venv, with which one test trains"
 	@echo "make node      Debian's npm, which brings OpenAI's client for JavaScript to one test (root installs it)"
-	@echo "make images    Debian's buildah and debootstrap, with which one test builds and runs the images (root installs them)"
+	@echo "make images    Debian's Docker with Compose, and debootstrap, with which one test builds and runs the images (root installs them)"
 
 install:
 	@$(PYTHON) requirements/install.py
@@ -40,13 +40,21 @@ node:
 	if [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -y -qq --no-install-recommends npm >/dev/null; then exit 0; fi; \
 	echo "no npm: as root, \`apt-get install npm\`; until then the tests of OpenAI's client for JavaScript are skipped"
 
-# promtool comes in a package that would start a server, so only the file is taken out of it.
+# Debian 12 has no Compose 2: the plugin, which is one file, is taken out of Debian 13's package.
+OF_DEBIAN_13 := -o Dir::Etc::SourceList=$(CURDIR)/.cache/apt/debian.sources -o Dir::Etc::SourceParts=/dev/null \
+	-o Dir::State::Lists=$(CURDIR)/.cache/apt/lists -o APT::Sandbox::User=root
+PLUGINS := /usr/local/lib/docker/cli-plugins
 images:
-	@command -v buildah >/dev/null && command -v debootstrap >/dev/null && test -x .cache/usr/bin/promtool && exit 0; \
-	if [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -y -qq --no-install-recommends buildah debootstrap iproute2 >/dev/null; \
-	then mkdir -p .cache && cd .cache && apt-get download -qq prometheus && \
-		dpkg-deb --fsys-tarfile prometheus_*.deb | tar -x ./usr/bin/promtool && rm prometheus_*.deb && exit 0; fi; \
-	echo "no buildah: as root, \`apt-get install buildah debootstrap\`; until then the tests that build images are skipped"
+	@engine() { docker info || command -v dockerd; }; \
+	if docker compose version && engine && command -v debootstrap; then exit 0; fi >/dev/null 2>&1; \
+	if [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -y -qq --no-install-recommends docker.io iptables debootstrap >/dev/null; \
+	then docker compose version >/dev/null 2>&1 && exit 0; \
+		mkdir -p .cache/apt/lists/partial $(PLUGINS) && cd .cache/apt && \
+		sed s/bookworm/trixie/ /etc/apt/sources.list.d/debian.sources >debian.sources && \
+		apt-get $(OF_DEBIAN_13) update -qq && apt-get $(OF_DEBIAN_13) download -qq docker-compose && \
+		dpkg-deb --fsys-tarfile docker-compose_*.deb | tar -xO ./usr/libexec/docker/cli-plugins/docker-compose >docker-compose && \
+		install docker-compose $(PLUGINS) && cd .. && rm -r apt && exit 0; fi; \
+	echo "no Docker with Compose 2 (or no debootstrap): until then the tests that build images are skipped"
 
 # Not in .venv: transformers imports it wherever it is.
 deepspeed: install

@@ -28,6 +28,8 @@ TOLD = Path("/tmp/tuner-state")
 FILES = 4096
 # vLLM's processes speak through it and want 160 MiB for each engine; Docker gives 64 MB.
 SHARED_BYTES = 256 * 2**20
+# What a container with a GPU has, the second on Windows.
+GPUS = ("nvidia[0-9]*", "dxg")
 
 
 def main() -> int:
@@ -74,14 +76,21 @@ def lacking(places: list[str], *, serves: bool) -> str | None:
             if os.statvfs(place).f_flag & os.ST_RDONLY:
                 return f"{place} is mounted read-only, and would be written to; give it a folder or volume: `-v FOLDER:{place}`"
             if told.st_uid == 0:
-                return f"{place} belongs to root, as a folder does that was not there when it was mounted; `chown {who}` it outside"
+                empty = os.access(place, os.R_OK | os.X_OK) and not any(place.iterdir())
+                made = ", as a folder does that was not there when it was mounted" if empty else ""
+                return f"{place} belongs to root{made}; `chown -R {who}` it outside, or give `--user 0:0` (Compose: TUNER_USER=0:0)"
             return (
                 f"{place} belongs to user {owner} and {who} may not write there; give it `--user {owner}` (Compose: TUNER_USER), "
                 f"or a folder or volume that {who} may write to: `-v FOLDER:{place}`"
             )
+    if os.environ.get("TUNER_DEVICE") == "cuda" and not any(found for each in GPUS for found in Path("/dev").glob(each)):
+        why = "no GPU is seen in here; give it `--gpus all` (Compose: train-gpu, serve-gpu)"
+        if serves:
+            return f"{why}, or take the image that serves on a CPU"
+        print(f"{why}; what follows is done by the CPU", file=sys.stderr)
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     if serves and most != resource.RLIM_INFINITY and most < FILES:
-        return f"it may open {most} files and {FILES} are needed; give it `--ulimit nofile={FILES * 16}`"
+        return f"it may open {most} files and {FILES} are needed; give it `--ulimit nofile={FILES * 4}`"
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     shared = os.statvfs("/dev/shm")
     if serves and shared.f_frsize * shared.f_blocks < SHARED_BYTES:

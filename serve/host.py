@@ -44,7 +44,7 @@ class Host:
         model = version.bundle.base() if adapter else version.bundle
         for engine in self.engines:
             # The same weights from another run are the same engine.
-            if engine.kind != version.kind or not engine.name.endswith(model_id(model).rpartition("@")[2]) or engine.failure:
+            if engine.kind != version.kind or not engine.name.endswith(model_id(model).rpartition(":")[2]) or engine.failure:
                 continue
             if adapter and not engine.started:
                 engine.adapters[version.served] = self._kept(version)

@@ -119,8 +119,8 @@ def digest_of(bundle: Bundle) -> str:
 
 
 def model_id(model: Bundle) -> str:
-    """What an engine calls a model; clients never see it."""
-    return f"{default_name(model)}@{hashlib.sha256(fingerprint(model.manifest.files).encode()).hexdigest()[:8]}"
+    """What an engine calls a model, such as `demo-merge:3f2a91c0`; clients see the version's id instead."""
+    return f"{default_name(model)}:{hashlib.sha256(fingerprint(model.manifest.files).encode()).hexdigest()[:8]}"
 
 
 def default_name(bundle: Bundle) -> str:

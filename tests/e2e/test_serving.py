@@ -191,7 +191,7 @@ def test_an_engine_killed_while_serving_is_503_at_once_and_comes_back_proven(cli
     # The other engine goes on serving.
     assert client.completions.create(model="quick-tune", prompt="az", max_tokens=1).choices
     server.wait_for("proven on", count=proven + 1)
-    server.wait_for(r"quick-quantize@\w+: ready", count=2)
+    server.wait_for(r"quick-quantize:\w+: ready", count=2)
     assert client.chat.completions.create(model="quick-quantize", messages=[QUESTION], max_tokens=1).choices
 
 
@@ -282,7 +282,7 @@ def test_an_engine_that_dies_at_start_is_one_sentence_with_its_own_words(out: Pa
     done = tuner("serve", broken, "--port", "0", "--name", "broken", "--engine", "transformers", "--state", tmp_path / "state")
     assert done.returncode == 2
     last = done.stderr.strip().splitlines()[-1]
-    assert re.match(r"tuner: \S+-broken@\w{8}: the engine ended while it was starting: ", last)
+    assert re.match(r"tuner: \S+-broken:\w{8}: the engine ended while it was starting: ", last)
     assert "Error: " in last
     assert len(done.stderr) < 3000
 

@@ -25,10 +25,12 @@ LONGER: dict[str, dict[str, Any]] = {
 }
 
 
-def trained(task_name: str, checkpoint: Path, micro_batch_size: int, work: Path) -> tuple[float, float, dict[str, Any]]:
-    """The first steps' loss, how far a weight has moved at most, and the weights after three steps of full training in float64.
+def trained(
+    task_name: str, checkpoint: Path, micro_batch_size: int, work: Path, *, mixed: bool = False
+) -> tuple[float, float, dict[str, Any]]:
+    """The last step's loss, how far a weight has moved at most, and the weights after three steps of full training in float64.
 
-    Without dropout, which is drawn anew for each micro-batch.
+    Without dropout, which is drawn anew for each micro-batch. `mixed`: in float32 with products in bfloat16.
     """
     from unittest.mock import patch
 
@@ -48,14 +50,14 @@ def trained(task_name: str, checkpoint: Path, micro_batch_size: int, work: Path)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    model = model.double().requires_grad_(True)
+    model = (model.float() if mixed else model.double()).requires_grad_(True)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     # Rows of different lengths, and with different numbers of learned tokens.
     records = [record for _ in range(3) for record in TASKS[task_name][1]]
     records += [LONGER[task_name]] if task_name in LONGER else []
     rows = (Row(f"rows:{number}", record) for number, record in enumerate(records, 1))
     examples = [example for _, example in task.examples(rows, tokenizer, options, BadRows())]
-    schedule = Schedule(micro_batch_size=micro_batch_size, **SCHEDULE)
+    schedule = Schedule(micro_batch_size=micro_batch_size, precision="bf16" if mixed else "fp32", **SCHEDULE)
     with patch("tuner.optimizers.optimizer", lambda _, trained, *, learning_rate, **rest: torch.optim.SGD(trained, learning_rate)):
         measured = fit(task.objective(model, tokenizer, options), examples, schedule, layers=full.layers(model), work=work)
     after = {name: parameter.detach() for name, parameter in model.named_parameters()}

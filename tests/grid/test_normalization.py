@@ -75,3 +75,16 @@ def test_micro_batches_and_processes_leave_the_weights_of_one_large_batch(
     # Losses are summed in float32, which has seven digits. Half a gradient, or a mean of means, would be off in the first.
     assert apart(whole, parts) < 1e-3 * moved
     assert apart(whole, shared) < 1e-3 * moved
+
+
+# Some of which measure before a step is divided: a divergence, the gradient of every vector, likelihoods.
+@pytest.mark.parametrize("task", ["sft", "masked", "embed", "preference-dpo", "preference-kto"])
+def test_mixed_precision_leaves_nearly_the_same_weights_however_a_step_is_divided(folder: Path, tmp_path: Path, task: str) -> None:
+    checkpoint = folder / ON.get(task, "llama")
+    loss, moved, whole = trained(task, checkpoint, 8, tmp_path / "a")
+    for rows in (8, 3):
+        mixed_loss, _, weights = trained(task, checkpoint, rows, tmp_path / str(rows), mixed=True)
+        assert mixed_loss == pytest.approx(loss, rel=0.02)
+        difference = apart({name: value.double() for name, value in weights.items()}, whole)
+        # Half a gradient would be 0.5 of it.
+        assert 0 < difference < 0.1 * moved

@@ -70,3 +70,25 @@ def test_weights_stay_float32_and_end_near_those_of_float32(tiny_model: Path, to
     one, other = ends
     assert not torch.equal(one, other)
     assert float(torch.nn.functional.cosine_similarity(one, other, dim=0)) > 0.9
+
+
+def test_weights_of_a_bfloat16_checkpoint_start_anywhere_between_two_of_its_values() -> None:
+    """What products see is the checkpoint, and a step smaller than bfloat16's unit moves it on average as far as it is."""
+    torch.manual_seed(0)
+    stored = torch.cat([torch.randn(2000, 300).bfloat16().float(), torch.tensor([0.0, 1.0, -0.25])[:, None].expand(3, 300)])
+    model = torch.nn.Linear(300, 2003)
+    other = torch.nn.Linear(300, 2003)  # not of bfloat16
+    untouched = other.weight.detach().clone()
+    model.weight.data.copy_(stored)
+    for each in (model, other):
+        full.prepare(each, full.Options(precision="bf16"), *family_of("llama"), [])
+    drawn = model.weight.detach()
+    assert torch.equal(drawn.bfloat16().float(), stored)
+    assert torch.equal(other.weight, untouched)
+    half = torch.ldexp(torch.ones_like(stored), torch.frexp(stored).exponent - 9)
+    within = ((drawn - stored) / half)[:2000]
+    assert within.abs().max() <= 1
+    assert float(within.mean()) == pytest.approx(0, abs=0.01) and float(within.std()) == pytest.approx(3**-0.5, rel=0.02)
+    step, large = 1e-4, stored.abs() > 0.1  # of which no value is half a unit of
+    assert torch.equal((stored + step).bfloat16().float()[large], stored[large])
+    assert float(((drawn + step).bfloat16().float() - stored)[large].mean()) == pytest.approx(step, rel=0.05)

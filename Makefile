@@ -47,14 +47,15 @@ PLUGINS := /usr/local/lib/docker/cli-plugins
 images:
 	@engine() { docker info || command -v dockerd; }; \
 	if docker compose version && engine && command -v debootstrap; then exit 0; fi >/dev/null 2>&1; \
-	if [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -y -qq --no-install-recommends docker.io iptables debootstrap >/dev/null; \
+	if [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -y -qq --no-install-recommends docker.io iptables iproute2 debootstrap >/dev/null; \
 	then docker compose version >/dev/null 2>&1 && exit 0; \
 		mkdir -p .cache/apt/lists/partial $(PLUGINS) && cd .cache/apt && \
-		sed s/bookworm/trixie/ /etc/apt/sources.list.d/debian.sources >debian.sources && \
+		sed s/bookworm/trixie/g /etc/apt/sources.list.d/debian.sources >debian.sources && \
 		apt-get $(OF_DEBIAN_13) update -qq && apt-get $(OF_DEBIAN_13) download -qq docker-compose && \
 		dpkg-deb --fsys-tarfile docker-compose_*.deb | tar -xO ./usr/libexec/docker/cli-plugins/docker-compose >docker-compose && \
 		install docker-compose $(PLUGINS) && cd .. && rm -r apt && exit 0; fi; \
-	echo "no Docker with Compose 2 (or no debootstrap): until then the tests that build images are skipped"
+	echo "no Docker with Compose 2 or no debootstrap: as root, \`apt-get install docker.io debootstrap\`, and Compose's plugin where"; \
+	echo "\`docker compose version\` fails; until then the tests that build images are skipped"
 
 # Not in .venv: transformers imports it wherever it is.
 deepspeed: install

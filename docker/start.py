@@ -24,7 +24,7 @@ WRITES = {
 METRICS_KEY = "metrics.key"
 # Where the health check finds the state.
 TOLD = Path("/tmp/tuner-state")
-# Each request under way is two connections; engines have some of their own.
+# Each request under way is two connections; engines have some of their own. Four times as many are advised.
 FILES = 4096
 # vLLM's processes speak through it and want 160 MiB for each engine; Docker gives 64 MB.
 SHARED_BYTES = 256 * 2**20
@@ -43,7 +43,7 @@ def main() -> int:
     if command in WRITES and "--help" not in rest:
         state = Path(_option(rest, "--state") or os.environ.get("TUNER_STATE") or "/runs/serve")
         serves = command == "serve"
-        places = [str(state), *WRITES[command]] if serves else WRITES[command]
+        places = [str(state), *WRITES[command]] if serves else [*_outs(command, rest), *WRITES[command]]
         if why := lacking(places, serves=serves) or (prepare(rest, state) if serves else None):
             print(f"this container cannot work: {why}", file=sys.stderr)
             return 2
@@ -54,6 +54,13 @@ def main() -> int:
     program = [sys.executable] if command == "python" else [str(tuner if tuner.exists() else shutil.which("tuner")), command]
     os.execv(program[0], [*program, *rest])
     return 0
+
+
+def _outs(command: str, arguments: list[str]) -> list[str]:
+    """Where a recipe's results go, of which another user's may be there."""
+    recipes = [each for each in arguments if each.endswith((".yaml", ".yml"))]
+    out = _option(arguments, "--out") or (f"/runs/{Path(recipes[0]).stem}" if recipes else None)
+    return [out] if out and command in ("run", "prove") else []
 
 
 def _option(arguments: list[str], name: str) -> str | None:
@@ -68,13 +75,18 @@ def _option(arguments: list[str], name: str) -> str | None:
 
 def lacking(places: list[str], *, serves: bool) -> str | None:
     """What must be given to the container, in one sentence, or None."""
-    for place in map(Path, places):
-        place = next(each for each in (place, *place.parents) if each.exists())
+    for asked in map(Path, places):
+        wanted = Path("/") / asked
+        place = next(each for each in (wanted, *wanted.parents) if each.exists())
+        if place == Path("/"):
+            return f"nothing is mounted at {wanted}, where files are to be kept; give it a folder or volume: `-v FOLDER:{wanted}`"
         if not os.access(place, os.W_OK):
             told = place.stat()
             who, owner = f"{os.getuid()}:{os.getgid()}", f"{told.st_uid}:{told.st_gid}"
             if os.statvfs(place).f_flag & os.ST_RDONLY:
                 return f"{place} is mounted read-only, and would be written to; give it a folder or volume: `-v FOLDER:{place}`"
+            if told.st_uid == os.getuid():
+                return f"{place} does not let {who} write, whose it is; `chmod u+w` it outside"
             if told.st_uid == 0:
                 empty = os.access(place, os.R_OK | os.X_OK) and not any(place.iterdir())
                 made = ", as a folder does that was not there when it was mounted" if empty else ""

@@ -85,8 +85,8 @@ class Fleet:
         """
         known, declared, placed = self.state.pointers(), self.state.declared(), self.state.versions()
         declared = declared or dict.fromkeys(bundles, "")
-        for name, path in bundles.items():
-            version = self._version(name, path)
+        opened = {name: self._version(name, path) for name, path in bundles.items()}
+        for name, version in opened.items():
             if name in known and declared.get(name) == version.digest:
                 pointer = self._reopened(name, known[name], placed, {version.id: version})
                 if pointer.current != version.id:
@@ -96,7 +96,6 @@ class Fleet:
             if version.id in pointer.wanted:
                 self.versions[version.id] = version
             self.names[name] = pointer
-            self.state.point(name, pointer, (version.placed,), declared=version.digest)
         for name, pointer in known.items():
             if name in bundles:
                 continue
@@ -114,6 +113,9 @@ class Fleet:
         for version in self.versions.values():
             self._host.place(version)
         require_room(self.engines)
+        # What is refused leaves no names behind.
+        for name, version in opened.items():
+            self.state.point(name, self.names[name], (version.placed,), declared=version.digest)
         self._host.share_cores()
         self._host.drop_adapters(self.versions)
 

@@ -56,7 +56,7 @@ def test_an_engine_that_is_gone_or_hangs_is_replaced_and_proven_again(running: E
     assert load.failures
     assert all("503" in failure for failure in load.failures), set(load.failures)
     assert ("says nothing any more" if number == signal.SIGSTOP else "the engine died") in running.said
-    assert 'tuner_engine_restarts{engine="a-merge@' in httpx.get(f"{running.url}/metrics").text
+    assert 'tuner_engine_restarts{engine="a-merge:' in httpx.get(f"{running.url}/metrics").text
 
 
 @pytest.mark.slow

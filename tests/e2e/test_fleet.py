@@ -20,6 +20,7 @@ from serve.fleet import Fleet
 from serve.state import State
 from serve.version import as_served
 from tuner.bundle import Bundle, open_bundle
+from tuner.errors import BundleError
 
 
 class Pretended:
@@ -302,3 +303,13 @@ def test_an_engine_is_given_up_only_once_it_fails_several_short_questions_in_a_r
         assert await looked("wrong", 5.0) == [None, None]
 
     asyncio.run(main())
+
+
+def test_what_is_refused_leaves_no_names_behind(bundles: dict[str, Path], tmp_path: Path) -> None:
+    state = State(tmp_path / "state.sqlite")
+    with pytest.raises(BundleError, match="nothing"):
+        Fleet(state, Care(), print).declare({"good": bundles["a-merge"], "bad": tmp_path / "nothing"})
+    assert state.pointers() == {}
+    Fleet(state, Care(), print).declare({"good": bundles["a-merge"]})
+    assert list(state.pointers()) == ["good"]
+    state.close()

@@ -3,6 +3,7 @@
 `make images` installs what it takes (Docker, its Compose, debootstrap). Where no engine runs, root starts one that is gone afterwards.
 """
 
+import contextlib
 import http.server
 import json
 import os
@@ -13,7 +14,7 @@ import sys
 import tarfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,16 +37,18 @@ def docker(*arguments: Any, timeout: float = 1800, check: bool = True) -> subpro
 
 def missing() -> str:
     """What stands against this file's tests on this machine, or nothing."""
-    if not shutil.which("docker") or docker("compose", "version", check=False).returncode:
-        return "no Docker with Compose 2, which `make images` installs"
-    if os.geteuid() != 0 or not shutil.which("debootstrap"):
-        return "a bare Debian is made by root with debootstrap, which `make images` installs"
-    if docker("info", check=False).returncode and not shutil.which("dockerd"):
-        return "no Docker engine runs, and there is no dockerd to start"
-    return ""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        if not shutil.which("docker") or docker("compose", "version", check=False, timeout=10).returncode:
+            return "no Docker with Compose 2, which `make images` installs"
+        if os.geteuid() != 0 or not shutil.which("debootstrap"):
+            return "a bare Debian is made by root with debootstrap, which `make images` installs"
+        if not shutil.which("dockerd") and docker("info", check=False, timeout=10).returncode:
+            return "no Docker engine runs, and there is no dockerd to start"
+        return ""
+    return "Docker does not answer"
 
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(missing()), reason=missing())]
+pytestmark = pytest.mark.slow
 USER = 1000
 # An image that serves has at most this much in it, unpacked.
 SERVE_BYTES = 2_500_000_000
@@ -69,6 +72,8 @@ class Packages(http.server.SimpleHTTPRequestHandler):
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """The one that runs, or one of our own with all its files in a folder of ours."""
+    if why := missing():
+        pytest.skip(why)
     if docker("info", check=False).returncode == 0:
         yield
         return
@@ -77,16 +82,18 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     address = f"unix://{folder}/docker.sock"
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(["dockerd", *places, f"--host={address}"], stdout=log, stderr=subprocess.STDOUT)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DOCKER_HOST", address)
-        end = time.monotonic() + 60
-        while docker("info", check=False).returncode:
-            assert process.poll() is None and time.monotonic() < end, (folder / "log").read_text()[-3000:]
-            time.sleep(0.5)
-        yield
-    process.terminate()
-    process.wait(60)
-    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("DOCKER_HOST", address)
+            end = time.monotonic() + 60
+            while docker("info", check=False).returncode:
+                assert process.poll() is None and time.monotonic() < end, (folder / "log").read_text()[-3000:]
+                time.sleep(0.5)
+            yield
+    finally:
+        process.terminate()
+        process.wait(60)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +110,7 @@ def base(engine: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str
     told = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True).stdout
     found = dict(re.findall(r"^(?:global|install|:env:)\.([a-z-]+)='(.*)'$", told, re.MULTILINE))
     host = docker("network", "inspect", "bridge", "--format", "{{(index .IPAM.Config 0).Gateway}}").stdout.strip()
+    found = {name: found[name] for name in ("index-url", "extra-index-url", "find-links", "trusted-host") if name in found}
     places = [each.removeprefix("file://") for value in found.values() for each in value.split()]
     Packages.folders = tuple(each.removesuffix("/simple") for each in places if each.startswith("/") and Path(each).is_dir())
     with http.server.ThreadingHTTPServer((host, 0), partial(Packages, directory="/")) as packages:
@@ -119,6 +127,7 @@ def base(engine: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str
         shutil.rmtree(folder)
         yield BASE
         packages.shutdown()
+    docker("image", "rm", "--force", BASE, PROMETHEUS, "tuner-test:train-cpu", "tuner-test:serve-cpu", check=False)
 
 
 class Compose:
@@ -130,12 +139,13 @@ class Compose:
             for name, stage in (("data", "train-cpu"), ("train", "train-cpu"), ("serve", "serve-cpu"))
         }
         self._override = folder / "override.yaml"
-        self._override.write_text(yaml.safe_dump({"name": "tuner-test", "services": services}))
+        self._override.write_text(yaml.safe_dump({"services": services}))
 
     def __call__(self, *arguments: Any, check: bool = True, timeout: float = 1800, **settings: Any) -> str:
-        line = ["docker", "compose", "-f", ROOT / "docker/compose.yaml", "-f", self._override, "--profile", "*", *arguments]
+        ours = ["--project-name", "tuner-test", "--env-file", "/dev/null", "--profile", "*"]
+        line = ["docker", "compose", *ours, "-f", ROOT / "docker/compose.yaml", "-f", self._override, *arguments]
         told = {
-            **{name: value for name, value in os.environ.items() if not name.startswith("TUNER_")},
+            **{name: value for name, value in os.environ.items() if not name.startswith(("TUNER_", "COMPOSE_"))},
             "PROMETHEUS_IMAGE": PROMETHEUS,
             **{f"TUNER_{key.upper()}": str(value) for key, value in settings.items()},
         }
@@ -149,6 +159,7 @@ def compose(base: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Com
     """With images built by it."""
     made = Compose(tmp_path_factory.mktemp("compose"))
     made("config", "--quiet")
+    made("down", "--volumes", "--remove-orphans")  # of a run that was cut off
     made("build", "train", "serve")
     yield made
     made("down", "--volumes", "--remove-orphans")
@@ -212,11 +223,11 @@ def owned(folder: Path, user: int) -> None:
         parent.chmod(0o755)
 
 
-def until(what: Any, timeout_s: float = 300) -> Any:
-    """What it gives once it gives something."""
+def until(what: Callable[[], Any], otherwise: Callable[[], str], timeout_s: float = 300) -> Any:
+    """What it gives once it gives something; `otherwise` says what happened instead."""
     end = time.monotonic() + timeout_s
     while not (got := what()):
-        assert time.monotonic() < end
+        assert time.monotonic() < end, otherwise()
         time.sleep(0.5)
     return got
 
@@ -318,10 +329,14 @@ def test_what_compose_serves_answers_openais_client_is_watched_and_drains(
     told = {**settings, "port": port, "prometheus_port": watch}
     try:
         compose("up", "--detach", "serve", "prometheus", **told)
-        key = until(lambda: re.search(r"shown once: (tnr-\S+)", compose("logs", "serve", **told)))[1]
+
+        def logs() -> str:
+            return compose("logs", "serve", **told)
+
+        key = until(lambda: re.search(r"shown once: (tnr-\S+)", logs()), logs)[1]
         container = compose("ps", "--quiet", "serve", **told).strip()
         state = partial(docker, "inspect", container, "--format")
-        until(lambda: state("{{.State.Health.Status}}").stdout.strip() == "healthy")
+        until(lambda: state("{{.State.Health.Status}}").stdout.strip() == "healthy", logs)
         url = f"http://127.0.0.1:{port}"
         assert httpx.get(f"{url}/v1/models").status_code == 401
         client = OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0)
@@ -336,7 +351,7 @@ def test_what_compose_serves_answers_openais_client_is_watched_and_drains(
             found: list[Any] = got["data"]["result"]
             return found
 
-        until(lambda: answer("count_over_time(tuner_requests_total[1m]) > 2"))
+        until(lambda: answer("count_over_time(tuner_requests_total[1m]) > 2"), lambda: compose("logs", "prometheus", **told))
         panels = json.loads((ROOT / "docker/grafana/dashboards/tuner.json").read_text())["panels"]
         empty = set()
         for panel in panels:
@@ -345,6 +360,8 @@ def test_what_compose_serves_answers_openais_client_is_watched_and_drains(
                 empty |= set() if answer(query) else {panel["title"]}
         assert empty <= EMPTY
 
+        second = compose("exec", "-T", "serve", "tuner", "keys", "create", "--models", model.id, **told)
+        client.with_options(api_key=re.search(r"tnr-\S+", second)[0]).models.list()  # type: ignore[index]
         users = docker("top", container, "-eo", "uid,pid,args").stdout.splitlines()[1:]
         assert len(users) > 1 and {line.split()[0] for line in users} == {str(USER)}
         # Compose sends SIGTERM to the first process, which hands it on; what is under way is answered.
@@ -354,11 +371,12 @@ def test_what_compose_serves_answers_openais_client_is_watched_and_drains(
         )
         request.start()
         time.sleep(1.0)
+        assert request.is_alive(), "nothing is under way that could be drained"
         compose("stop", "serve", **told)
         request.join()
         assert answers[0].usage.completion_tokens == 150
         assert state("{{.State.ExitCode}}").stdout.strip() == "0"
-        assert "Traceback" not in compose("logs", "serve", **told)
+        assert "Traceback" not in logs()
     finally:
         compose("rm", "--stop", "--force", "serve", "prometheus", check=False, **told)
 
@@ -389,7 +407,7 @@ def test_what_kubernetes_is_told_to_start_answers_by_a_key_of_which_it_has_the_h
             done = docker("logs", container)
             return done.stdout + done.stderr
 
-        until(lambda: "serving quick-quantize at" in said())
+        until(lambda: "serving quick-quantize at" in said(), said)
         url = f"http://127.0.0.1:{port}/v1/models"
         got = httpx.get(url, headers={"authorization": f"Bearer {key}"}).json()["data"]
         assert [each["id"] for each in got] == ["quick-quantize"]
@@ -422,6 +440,24 @@ def test_what_a_container_was_not_given_is_said_with_the_option_that_gives_it(
     assert "Traceback" not in output
 
 
+def test_a_result_of_another_user_and_a_folder_that_may_not_be_written_are_told_before_anything_runs(
+    trained: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    shutil.copytree(ROOT / "recipes", tmp_path / "recipes", ignore=shutil.ignore_patterns("data"))
+    (tmp_path / "runs" / "demo").mkdir(parents=True)
+    owned(tmp_path, USER)
+    os.chown(tmp_path / "runs" / "demo", 1234, 1234)
+    mounts = {"/recipes": tmp_path / "recipes", "/runs": tmp_path / "runs"}
+    for mode, said in (
+        (0o755, "/runs/demo belongs to user 1234:1234 and 1000:1000 may not write there"),
+        (0o555, "/runs does not let 1000:1000 write, whose it is; `chmod u+w` it outside"),
+    ):
+        code, output = ended(contained("train-cpu", mounts, "recipes/demo.yaml"), timeout=60)
+        assert code == 2 and said in output, (mode, output)
+        os.chown(tmp_path / "runs" / "demo", USER, USER)
+        (tmp_path / "runs").chmod(0o555)
+
+
 def test_folders_of_root_are_said_to_be_his_and_work_for_him(compose: Compose, tmp_path: Path) -> None:
     """A folder that was not there when it was mounted is made by root, and a whole clone may be his."""
     (tmp_path / "recipes").mkdir()
@@ -435,6 +471,7 @@ def test_folders_of_root_are_said_to_be_his_and_work_for_him(compose: Compose, t
             (tmp_path / "recipes" / file).touch()
         said = compose("run", "--rm", "train", *made, check=False, **told)
         assert f"{beginning}`chown -R 1000:1000` it outside, or give `--user 0:0` (Compose: TUNER_USER=0:0)" in said
+        assert not (tmp_path / "recipes" / "made").exists()
     compose("run", "--rm", "train", *made, user="0:0", **told)
     assert (tmp_path / "recipes" / "made").is_file()
 
@@ -461,3 +498,11 @@ def test_an_image_is_small_and_has_no_compiler_and_a_bill_of_materials(serve: Im
         assert listed[name.lower().replace("_", "-")] == version
     assert {"tini", "python3", "tuner"} <= set(listed)
     assert {each["name"] for each in serve.bill["components"] if each["purl"].startswith("pkg:deb/")} == serve.debian
+
+
+def test_a_cuda_image_that_sees_no_gpu_says_so_and_trains_on_the_cpu(compose: Compose) -> None:
+    options = ("--env=TUNER_DEVICE=cuda", "--tmpfs=/recipes:mode=1777")
+    code, said = ended(contained("train-cpu", {}, "python", "-c", "print('done')", options=options), timeout=60)
+    assert code == 0, said
+    assert "no GPU is seen in here; give it `--gpus all` (Compose: train-gpu, serve-gpu); what follows is done by the CPU" in said
+    assert "done" in said.splitlines()

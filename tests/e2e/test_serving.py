@@ -170,7 +170,7 @@ def test_an_engine_killed_while_serving_is_503_at_once_and_comes_back_proven(cli
     engine = next(
         child
         for child in psutil.Process(server.process.pid).children()
-        if any(part.startswith("quick-quantize@") for part in child.cmdline())
+        if any(part.startswith("quick-quantize:") for part in child.cmdline())
     )
     core = next(
         child

@@ -74,21 +74,26 @@ def test_weights_stay_float32_and_end_near_those_of_float32(tiny_model: Path, to
 
 def test_weights_of_a_bfloat16_checkpoint_start_anywhere_between_two_of_its_values() -> None:
     """What products see is the checkpoint, and a step smaller than bfloat16's unit moves it on average as far as it is."""
-    torch.manual_seed(0)
-    stored = torch.cat([torch.randn(2000, 300).bfloat16().float(), torch.tensor([0.0, 1.0, -0.25])[:, None].expand(3, 300)])
-    model = torch.nn.Linear(300, 2003)
-    other = torch.nn.Linear(300, 2003)  # not of bfloat16
-    untouched = other.weight.detach().clone()
-    model.weight.data.copy_(stored)
-    for each in (model, other):
-        full.prepare(each, full.Options(precision="bf16"), *family_of("llama"), [])
-    drawn = model.weight.detach()
+    torch.manual_seed(0)  # 600 ones, too, under which values lie twice as dense
+    stored = torch.cat([torch.randn(2000, 300).bfloat16().float(), torch.tensor([0.0, 1.0, 1.0, -1.0])[:, None].expand(4, 300)])
+
+    def prepared(weight: torch.Tensor, precision: Any = "bf16", seed: int = 0) -> torch.Tensor:
+        torch.manual_seed(seed)
+        model = torch.nn.Linear(300, 2004, bias=False)
+        model.weight.data.copy_(weight)
+        return full.prepare(model, full.Options(precision=precision), *family_of("llama"), []).weight.detach()
+
+    drawn, other = prepared(stored), torch.randn(2004, 300)  # not of bfloat16
+    assert torch.equal(drawn, prepared(stored)) and not torch.equal(drawn, prepared(stored, seed=1))
+    assert torch.equal(prepared(other), other) and torch.equal(prepared(stored, "fp32"), stored)
     assert torch.equal(drawn.bfloat16().float(), stored)
-    assert torch.equal(other.weight, untouched)
     half = torch.ldexp(torch.ones_like(stored), torch.frexp(stored).exponent - 9)
     within = ((drawn - stored) / half)[:2000]
     assert within.abs().max() <= 1
     assert float(within.mean()) == pytest.approx(0, abs=0.01) and float(within.std()) == pytest.approx(3**-0.5, rel=0.02)
+    ones = 256 * (drawn[2001:].abs() - 1).flatten()  # from -1/2 to 1
+    assert float(ones.min()) >= -0.5 and float(ones.mean()) == pytest.approx(0.25, abs=0.05)
+    assert float(ones.std()) == pytest.approx(1.5 / 12**0.5, rel=0.1)
     step, large = 1e-4, stored.abs() > 0.1  # of which no value is half a unit of
     assert torch.equal((stored + step).bfloat16().float()[large], stored[large])
     assert float(((drawn + step).bfloat16().float() - stored)[large].mean()) == pytest.approx(step, rel=0.05)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from serve.endpoint import Settings
 from serve.engine import Care
 from serve.fleet import Fleet
 from serve.gateway.telemetry import Telemetry
@@ -96,6 +97,10 @@ def test_the_manifests_keep_to_kubernetes_schemas_and_to_each_other(folder: str,
     assert container["readinessProbe"]["httpGet"]["path"] == "/ready"
     assert by_kind["HorizontalPodAutoscaler"]["spec"]["scaleTargetRef"]["name"] == by_kind["Deployment"]["metadata"]["name"]
     assert ("nvidia.com/gpu" in container["resources"]["limits"]) == (folder == "gpu")
+    # There is time for the load balancer, for requests under way, and for the engines' end.
+    (wait,) = [int(each) for each in container["lifecycle"]["preStop"]["exec"]["command"] if each.isdigit()]
+    assert pod["spec"]["terminationGracePeriodSeconds"] > wait + Settings().drain_timeout_s
+    assert any("secret" in each for each in volumes.values())
     # What a pod is started with are options that there are.
     options = [each for each in container["args"] if each.startswith("--")]
     helped = tuner("serve", "--help", COLUMNS="200").stdout
@@ -126,6 +131,27 @@ def test_each_panel_of_the_dashboard_asks_for_series_and_labels_that_there_are(t
         labels = {each.strip() for group in re.findall(r"by \(([^)]*)\)", expression) for each in group.split(",")}
         labels |= set(re.findall(r"(\w+)\s*(?:=~|!~|!=|=)", expression)) | set(re.findall(r"{{(\w+)}}", legend))
         assert labels <= set.union(*(series[name] for name in names)), title
+
+
+def test_a_cluster_scales_on_a_series_that_there_is(tmp_path: Path) -> None:
+    text = (DOCKER / "k8s" / "base" / "autoscaling.yaml").read_text()
+    (asked, labels), made = re.findall(r"seriesQuery: '(\w+)\{(.*)\}'", text)[0], re.findall(r"name: \{as: (\w+)\}", text)
+    series = exposed(tmp_path)
+    assert asked in series
+    # Kubernetes adds where a pod is.
+    assert set(re.findall(r"(\w+)(?:=|!=)", labels)) - {"namespace", "pod"} <= series[asked]
+    (metric,) = yaml.safe_load(text)["spec"]["metrics"]
+    assert [metric["pods"]["metric"]["name"]] == made
+
+
+def test_grafana_is_told_of_the_prometheus_that_compose_starts_and_that_panels_ask() -> None:
+    (source,) = yaml.safe_load((DOCKER / "grafana/provisioning/datasources/prometheus.yaml").read_text())["datasources"]
+    compose = yaml.safe_load((DOCKER / "compose.yaml").read_text())["services"]
+    assert source["url"].removeprefix("http://").split(":")[0] in compose
+    panels = json.loads((DOCKER / "grafana/dashboards/tuner.json").read_text())["panels"]
+    assert {panel["datasource"]["uid"] for panel in panels} == {source["uid"]}
+    (provider,) = yaml.safe_load((DOCKER / "grafana/provisioning/dashboards/tuner.yaml").read_text())["providers"]
+    assert f"./grafana/dashboards:{provider['options']['path']}:ro" in compose["grafana"]["volumes"]
 
 
 def test_prometheus_asks_what_compose_names_with_the_key_that_the_container_makes() -> None:

@@ -1,6 +1,6 @@
 """Every weight of the model is trained."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from zlib import crc32
@@ -23,7 +23,7 @@ class Options(BaseOptions):
     kind: Literal["full"] = "full"
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of the products while training. `bf16` is mixed precision, faster where a processor or GPU has such products; weights and the
-    sums over micro-batches stay float32."""
+    sums over micro-batches stay float32. Weights that were stored in bfloat16 get random lower bits, so that small steps count."""
 
 
 def check(options: Options, plan: "Plan") -> None:
@@ -39,11 +39,24 @@ def prepare(
     new_tokens: Sequence[int] = (),  # noqa: ARG001 - common signature
 ) -> Any:
     """The model itself, every parameter trained."""
+    import torch
+
     if options.precision == "bf16":
-        for name, weight in model.named_parameters():
-            if weight.ndim > 1 and not weight.is_meta:
-                _off_the_grid(weight.data, crc32(name.encode()))
+        seed = torch.initial_seed()  # the recipe's, in every process
+        for name, weight in _multiplied(model):
+            _off_the_grid(weight.data, seed ^ crc32(name.encode()))
     return model.requires_grad_(True)
+
+
+def _multiplied(model: Any) -> "Iterator[tuple[str, nn.Parameter]]":
+    """Matrices that go into products, which autocast rounds; not tables that are only looked up, nor a state's decay."""
+    from torch import nn
+
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    tables = {id(each.weight) for each in model.modules() if isinstance(each, nn.Embedding)} - {id(getattr(output, "weight", None))}
+    for name, weight in model.named_parameters():
+        if weight.ndim > 1 and weight.numel() and not weight.is_meta and id(weight) not in tables and not name.endswith("A_log"):
+            yield name, weight
 
 
 def _off_the_grid(weight: "Tensor", seed: int) -> None:
@@ -55,16 +68,17 @@ def _off_the_grid(weight: "Tensor", seed: int) -> None:
     """
     import torch
 
-    chunks = torch.split(weight, max(1, 2**20 // weight[0].numel()))  # of whole rows
+    chunks = torch.split(weight.view(-1), 2**20) if weight.is_contiguous() else weight.unbind()
     if not all(torch.equal(chunk, chunk.bfloat16().float()) for chunk in chunks):
         return
     generator = torch.Generator().manual_seed(seed)  # the same in every process
     for chunk in chunks:
-        half_unit = torch.ldexp(torch.ones_like(chunk), torch.frexp(chunk).exponent - 9)
-        drawn = (2 * torch.rand(chunk.shape, generator=generator) - 1).to(chunk.device) * half_unit * (chunk != 0)
-        # Below a power of two values lie twice as dense.
-        drawn = torch.where((chunk + drawn).bfloat16() == chunk, drawn, drawn / 4)
-        chunk.add_(drawn)
+        mantissa, exponent = torch.frexp(chunk)
+        above = torch.ldexp(torch.ones_like(chunk), exponent - 9)
+        below = torch.where(mantissa.abs() == 0.5, above / 2, above)  # under a power of two values lie twice as dense
+        drawn = torch.rand(chunk.shape, generator=generator).to(chunk.device) * (above + below) - below
+        moved = chunk + chunk.sign() * drawn
+        chunk.copy_(torch.where(moved.bfloat16() == chunk, moved, chunk))  # in the middle it may fall to the other side
 
 
 def storage(options: Options) -> str:  # noqa: ARG001 - common signature

@@ -18,6 +18,10 @@ from tuner.documents import Documents, now
 NAME = "tuner"
 # Scores (B x H x queries x keys) that are held at a time; they stay in the processor's cache.
 MOST_SCORES = 2**19
+# Weights are kept of rows with at most so many tokens for each channel of a head: they are a tenth of what a block keeps then.
+KEPT = 2
+# Over so few keys torch's softmax takes less time in float32, conversions included, than in bfloat16.
+FEW = 256
 # What transformers passes to some models' attention and only other kernels understand.
 OTHERS = ("position_bias", "s_aux", "softcap")
 
@@ -160,7 +164,8 @@ LEAST = -1.0e4
 class _Attention(torch.autograd.Function):
     """query (N, G, T, D), key and value (N, T, D), bias None or (B or 1, T, T); N counts rows times groups.
 
-    What is dropped follows from the seed and is drawn again for the backward pass.
+    The weights of short rows are kept for the backward pass, where computing them again takes longer than all else in it. What is
+    dropped follows from the seed and is drawn again.
     """
 
     @staticmethod
@@ -175,30 +180,39 @@ class _Attention(torch.autograd.Function):
         dropout: float,
         seed: int,
     ) -> Tensor:
-        ctx.save_for_backward(query, key, value, bias)
         ctx.scale, ctx.causal, ctx.dropout, ctx.seed = scale, causal, dropout, seed
+        number, group, length, width = query.shape
+        blocks = _blocks(query, causal)
+        short = length <= KEPT * width and blocks[0][1] == slice(0, length)
+        kept_weights = query.new_empty(number, group * length, length) if short else None
+        ctx.save_for_backward(query, key, value, bias, kept_weights)
         out = torch.empty_like(query)
-        for number, (rows, queries, end) in enumerate(_blocks(query, causal)):
-            weights = _weights(query, key, bias, scale, causal, rows, queries, end)
+        for block, (rows, queries, end) in enumerate(blocks):
+            into = None if kept_weights is None else kept_weights[rows]
+            weights = _weights(query, key, bias, scale, causal, rows, queries, end, into)
             if dropout:
-                weights.mul_(_kept(weights, dropout, seed, number))
+                weights = weights * _kept(weights, dropout, seed, block)
             out[rows, :, queries] = torch.bmm(weights, value[rows, :end]).view(out[rows, :, queries].shape)
         return out.mul_(_scale_of(dropout)) if dropout else out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        query, key, value, bias = ctx.saved_tensors
+        query, key, value, bias, kept_weights = ctx.saved_tensors
         g_out = gradients[0] * _scale_of(ctx.dropout) if ctx.dropout else gradients[0]
         g_query = torch.empty_like(query)
         # Sums over many blocks of queries, so not in 8 bits.
         sums = torch.promote_types(key.dtype, torch.float32)
         g_key, g_value = torch.zeros_like(key, dtype=sums), torch.zeros_like(value, dtype=sums)
-        for number, (rows, queries, end) in enumerate(_blocks(query, ctx.causal)):
-            weights = used = _weights(query, key, bias, ctx.scale, ctx.causal, rows, queries, end)
+        for block, (rows, queries, end) in enumerate(_blocks(query, ctx.causal)):
+            if kept_weights is None:
+                weights = _weights(query, key, bias, ctx.scale, ctx.causal, rows, queries, end)
+            else:
+                weights = kept_weights[rows]
+            used = weights
             g = g_out[rows, :, queries].flatten(1, 2)
             g_weights = torch.bmm(g, value[rows, :end].transpose(1, 2))
             if ctx.dropout:
-                kept = _kept(weights, ctx.dropout, ctx.seed, number)
+                kept = _kept(weights, ctx.dropout, ctx.seed, block)
                 used = weights * kept
                 g_weights.mul_(kept)
             g_value[rows, :end] += torch.bmm(used.transpose(1, 2), g)
@@ -240,16 +254,27 @@ def _blocks(query: Tensor, causal: bool) -> list[tuple[slice, slice, int]]:
 
 
 def _weights(
-    query: Tensor, key: Tensor, bias: Tensor | None, scale: float, causal: bool, rows: slice, queries: slice, end: int
+    query: Tensor,
+    key: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    causal: bool,
+    rows: slice,
+    queries: slice,
+    end: int,
+    into: Tensor | None = None,
 ) -> Tensor:
-    """softmax(scale q k + bias) of a block: (rows, G x queries, keys)."""
+    """softmax(scale q k + bias) of a block: (rows, G x queries, keys), new or written into another tensor of that shape."""
     some = query[rows, :, queries]
     number, group, count, _ = some.shape
-    scores = torch.bmm(some.flatten(1, 2), key[rows, :end].transpose(1, 2)).mul_(scale)
+    added = some.new_zeros(1, 1, count, end)
     if causal:
-        later = scores.new_full((count, count), LEAST).triu_(1)
-        scores.view(number, group, count, end)[..., queries.start :].add_(later)
+        added[..., queries.start :] = added.new_full((count, count), LEAST).triu_(1)
     if bias is not None:
         of_row = torch.arange(len(query), device=query.device)[rows] // (len(query) // len(bias))
-        scores.view(number, group, count, end).add_(bias[of_row, queries, :end][:, None])
-    return scores.softmax(-1)
+        added = added + bias[of_row, queries, :end][:, None]
+    added = added.expand(-1, group, -1, -1).flatten(1, 2).expand(number, -1, -1)
+    scores = torch.baddbmm(added, some.flatten(1, 2), key[rows, :end].transpose(1, 2), alpha=scale)
+    wide = torch.promote_types(scores.dtype, torch.float32) if end <= FEW else scores.dtype
+    weights = scores.softmax(-1, dtype=wide)
+    return weights.to(scores.dtype) if into is None else into.copy_(weights)

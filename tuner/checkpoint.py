@@ -192,7 +192,7 @@ def _open(bundle: Bundle, head: str, options: dict[str, Any], storage: str, *, n
     import torch
     import transformers
 
-    from tuner import attention, scan
+    from tuner import attention, elementwise, scan
 
     module = kinds.load("heads", head)
     opener = getattr(transformers, module.AUTO)
@@ -219,6 +219,7 @@ def _open(bundle: Bundle, head: str, options: dict[str, Any], storage: str, *, n
         adjust(model)
     scan.use(model)
     attention.use(model)
+    elementwise.use(model)
     if storage in ROUNDED:
         for parameter in model.parameters():
             if parameter.is_floating_point():

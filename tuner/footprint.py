@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tuner import attention, kinds, scan
+from tuner import attention, elementwise, kinds, scan
 from tuner.checkpoint import COMPUTE, ROUNDED, block_linears, device, quiet
 from tuner.families import family_of
 from tuner.memory import LARGE
@@ -73,6 +73,7 @@ class Footprint:
             adjust(model)
         scan.use(model)
         attention.use(model)
+        elementwise.use(model)
         family, architecture = family_of(config.model_type)
         small = {id(model.get_submodule(name).weight) for name in block_linears(model, architecture.linears) if stored in ROUNDED}
         if gradient_checkpointing and model.supports_gradient_checkpointing:

@@ -1,12 +1,13 @@
-"""A frozen linear and its LoRA adapter as one function, in peft's own layers: y = x W' + s (x A') B' (Hu et al. 2021,
+"""Frozen linears and their LoRA adapters as one function, in peft's own layers: y = x W' + s (x A') B' (Hu et al. 2021,
 arXiv:2106.09685, equation 3).
 
 peft computes the adapter in float32 beside a bfloat16 model: each of its products is a third as fast, and copies of inputs and
 outputs are kept for the backward pass. Here all products are in the type of the input and the gradients of A and B, which stay
-float32, are cast once. What is kept is the input, which linears that share it share, and what A makes of it. Left to peft are DoRA,
-dropout, 8-bit weights and GPT-2's transposed ones. `compiled` is the other way to fuse: torch's, of whole blocks.
+float32, are cast once. Linears that read the same input are computed together: their A are one matrix, and their gradients of the
+input are added up as they are computed. What is kept is the input and what A makes of it. Left to peft are DoRA, dropout, 8-bit
+weights and GPT-2's transposed ones. `compiled` is the other way to fuse: torch's, of whole blocks.
 
-Shapes: M tokens, I inputs, O outputs, R rank.
+Shapes: M tokens, I inputs, O outputs, R rank, S the sum of the ranks.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,14 +20,25 @@ from torch.nn.functional import linear
 
 from tuner.errors import RecipeError
 
+# Linears of one module that read the same input.
+TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
 
 def use(model: Any) -> None:
     """Let every LoRA layer of the model that is an ordinary one, on plain or 4-bit weights, compute with this module."""
     from peft.tuners.lora import LoraLayer
 
-    for module in model.modules():
-        if isinstance(module, LoraLayer) and type(module.base_layer).__name__ in ("Linear", "Linear4bit"):
-            module.forward = _forward(module, module.forward)
+    for parent in model.modules():
+        ours = {
+            name: each
+            for name, each in parent.named_children()
+            if isinstance(each, LoraLayer) and type(each.base_layer).__name__ in ("Linear", "Linear4bit")
+        }
+        groups = [[ours.pop(name) for name in names if name in ours] for names in TOGETHER]
+        for group in [*groups, *([each] for each in ours.values())]:
+            together = _Together(group)
+            for module in group:
+                module.forward = _forward(module, module.forward, together)
 
 
 @contextmanager
@@ -46,28 +58,57 @@ def compiled(model: Any) -> Iterator[None]:
             block._compiled_call_impl = None
 
 
-def _forward(module: Any, theirs: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """peft's own forward where the layer is switched off, merged, a variant such as DoRA, or drops inputs out."""
+class _Together:
+    """Layers of which the first one asked computes all; the others' outputs wait until they are asked with the same input."""
 
-    def forward(x: Tensor, *args: Any, **rest: Any) -> Tensor:
-        names = module.active_adapters
-        base = module.base_layer
-        plain = len(names) == 1 and names[0] in module.lora_A and module.lora_B[names[0]].bias is None
-        plain = plain and not (args or rest or module.disable_adapters or module.merged or module.lora_variant)
-        same = x.dtype == (getattr(base, "compute_dtype", None) or base.weight.dtype) and not torch.is_autocast_enabled(
-            x.device.type
-        )
-        if not (plain and same) or (module.training and type(module.lora_dropout[names[0]]) is not torch.nn.Identity):
-            return theirs(x, *args, **rest)
-        name = names[0]
-        # The layer has the scales of a 4-bit weight, too, where the weight is put together from the parts that processes have.
-        scales = getattr(base.weight, "quant_state", None) or getattr(base, "quant_state", None)
-        given = (base.weight, scales, base.bias, module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name])
-        apply: Any = _Adapted.apply
-        found: Tensor = apply(x, *given)
+    def __init__(self, layers: list[Any]) -> None:
+        self.layers = layers
+        self.input: Tensor | None = None
+        self.outputs: dict[int, Tensor] = {}
+
+    def __call__(self, module: Any, x: Tensor) -> Tensor:
+        if self.input is not x or id(module) not in self.outputs:
+            # Compiled, or with weights that processes gather layer by layer (DeepSpeed's ds_id), each layer is by itself.
+            alone = torch.compiler.is_compiling() or hasattr(module.base_layer.weight, "ds_id")
+            layers = [each for each in self.layers if each is module or not (alone or _not_plain(each, x))]
+            self.outputs = dict(zip(map(id, layers), _adapted(layers, x), strict=True))
+        found = self.outputs.pop(id(module))
+        self.input = x if self.outputs else None
         return found
 
+
+def _forward(module: Any, theirs: Callable[..., Tensor], together: _Together) -> Callable[..., Tensor]:
+    def forward(x: Tensor, *args: Any, **rest: Any) -> Tensor:
+        return theirs(x, *args, **rest) if args or rest or _not_plain(module, x) else together(module, x)
+
     return forward
+
+
+def _not_plain(module: Any, x: Tensor) -> bool:
+    """The layer is switched off, merged, a variant such as DoRA, drops inputs out, or computes in another type."""
+    names, base = module.active_adapters, module.base_layer
+    if len(names) != 1 or names[0] not in module.lora_A or module.lora_B[names[0]].bias is not None:
+        return True
+    if module.disable_adapters or module.merged or module.lora_variant or torch.is_autocast_enabled(x.device.type):
+        return True
+    if module.training and type(module.lora_dropout[names[0]]) is not torch.nn.Identity:
+        return True
+    return x.dtype != (getattr(base, "compute_dtype", None) or base.weight.dtype)  # type: ignore[no-any-return]
+
+
+def _adapted(layers: list[Any], x: Tensor) -> tuple[Tensor, ...]:
+    """The layers' outputs for one input."""
+    bases, names = [each.base_layer for each in layers], [each.active_adapters[0] for each in layers]
+    # A layer has the scales of a 4-bit weight, too, where the weight is put together from the parts that processes have.
+    scales = [getattr(each.weight, "quant_state", None) or getattr(each, "quant_state", None) for each in bases]
+    frozen = [
+        (base.weight, scale, base.bias, layer.scaling[name])
+        for base, scale, layer, name in zip(bases, scales, layers, names, strict=True)
+    ]
+    pairs = [(layer.lora_A[name].weight, layer.lora_B[name].weight) for layer, name in zip(layers, names, strict=True)]
+    apply: Any = _Adapted.apply
+    found: tuple[Tensor, ...] = apply(x, frozen, *(each for pair in pairs for each in pair))
+    return found
 
 
 def _whole(weight: Tensor, scales: Any, dtype: torch.dtype) -> Tensor:
@@ -81,27 +122,39 @@ def _whole(weight: Tensor, scales: Any, dtype: torch.dtype) -> Tensor:
 
 
 class _Adapted(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, scales: Any, bias: Tensor | None, A_RI: Tensor, B_OR: Tensor, scale: float
-    ) -> Tensor:
-        x_MI = x.reshape(-1, x.shape[-1])
-        a_RI, b_OR = A_RI.to(x.dtype), (B_OR * scale).to(x.dtype)
-        u_MR = x_MI @ a_RI.t()
-        y_MO = linear(x_MI, _whole(weight, scales, x.dtype), None if bias is None else bias.to(x.dtype))
-        y_MO.addmm_(u_MR, b_OR.t())
-        ctx.weight, ctx.scales, ctx.scale, ctx.shape, ctx.types = weight, scales, scale, x.shape, (A_RI.dtype, B_OR.dtype)
-        ctx.save_for_backward(x_MI, a_RI, b_OR, u_MR)
-        return y_MO.view(*x.shape[:-1], -1)
+    """Of x, [(weight, scales of 4 bits, bias, adapter's scale), ...] and A_RI and B_OR of each linear: all outputs."""
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        x_MI, a_RI, b_OR, u_MR = ctx.saved_tensors
-        g_MO = gradients[0].reshape(-1, gradients[0].shape[-1])
-        g_MR = g_MO @ b_OR
+    def forward(ctx: Any, x: Tensor, frozen: list[tuple[Tensor, Any, Tensor | None, float]], *pairs: Tensor) -> tuple[Tensor, ...]:
+        x_MI = x.reshape(-1, x.shape[-1])
+        a_SI = torch.cat([each.to(x.dtype) for each in pairs[::2]])
+        b_OR = [(each * scale).to(x.dtype) for each, (_, _, _, scale) in zip(pairs[1::2], frozen, strict=True)]
+        u_MR = torch.split(x_MI @ a_SI.t(), [each.shape[1] for each in b_OR], 1)
+        found = []
+        for (weight, scales, bias, _), b, u in zip(frozen, b_OR, u_MR, strict=True):
+            y_MO = linear(x_MI, _whole(weight, scales, x.dtype), None if bias is None else bias.to(x.dtype))
+            found.append(y_MO.addmm_(u, b.t()).view(*x.shape[:-1], -1))
+        ctx.set_materialize_grads(False)
+        ctx.frozen, ctx.shape, ctx.dtype = frozen, x.shape, pairs[0].dtype
+        ctx.save_for_backward(x_MI, a_SI, *b_OR, *u_MR)
+        return tuple(found)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
+        x_MI, a_SI, *rest = ctx.saved_tensors
+        count = len(ctx.frozen)
+        b_OR, u_MR = rest[:count], rest[count:]
+        g_MO = [None if each is None else each.reshape(-1, each.shape[-1]) for each in gradients]
+        g_MS = torch.cat([torch.zeros_like(u) if g is None else g @ b for g, b, u in zip(g_MO, b_OR, u_MR, strict=True)], 1)
         g_x = None
         if ctx.needs_input_grad[0]:
-            g_x = (g_MO @ _whole(ctx.weight, ctx.scales, g_MO.dtype)).addmm_(g_MR, a_RI).view(ctx.shape)
-        g_A = (g_MR.t() @ x_MI).to(ctx.types[0])
-        g_B = (g_MO.t() @ u_MR).to(ctx.types[1]).mul_(ctx.scale)
-        return g_x, None, None, None, g_A, g_B, None
+            g_x = g_MS @ a_SI
+            for g, (weight, scales, _, _) in zip(g_MO, ctx.frozen, strict=True):
+                if g is not None:
+                    g_x.addmm_(g, _whole(weight, scales, g.dtype))
+            g_x = g_x.view(ctx.shape)
+        g_A = torch.split((g_MS.t() @ x_MI).to(ctx.dtype), [each.shape[1] for each in b_OR])
+        pairs: list[Tensor | None] = []
+        for g_RI, g, u, (_, _, _, scale) in zip(g_A, g_MO, u_MR, ctx.frozen, strict=True):
+            pairs += [g_RI, None if g is None else (g.t() @ u).to(ctx.dtype).mul_(scale)]
+        return g_x, None, *pairs

@@ -93,7 +93,7 @@ def test_too_little_memory_is_a_sentence_wherever_it_runs_out(recipe: Path, tmp_
 
 @pytest.fixture
 def group() -> Iterator[Path]:
-    """A control group, such as a container is in, with 700 MB more than the libraries take."""
+    """A control group, such as a container is in, with 500 MB more than the libraries take."""
     own = next(
         line.split(":", 2)[2] for line in Path("/proc/self/cgroup").read_text().splitlines() if ":memory:" in line or "0::" in line
     )
@@ -104,7 +104,7 @@ def group() -> Iterator[Path]:
     except OSError as error:
         pytest.skip(f"no control group can be made here: {error}")
     limit = next(folder / name for name in ("memory.limit_in_bytes", "memory.max") if (folder / name).exists())
-    limit.write_text(str(1200 * MB))
+    limit.write_text(str(1000 * MB))
     yield folder
     folder.rmdir()
 

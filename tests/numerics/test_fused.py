@@ -1,5 +1,6 @@
 """What training computes in its own way is what torch, peft and transformers compute: values and gradients, in float32 and bfloat16."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -102,6 +103,57 @@ def test_a_linear_and_its_adapter_are_pefts(dtype: torch.dtype, apart: float) ->
         assert float((one - other).float().norm() / other.float().norm()) < apart
 
 
+class _Attends(nn.Module):
+    """Three linears on one input, or two of them on another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = nn.Linear(24, 40), nn.Linear(24, 8, bias=False), nn.Linear(24, 8)
+
+    def forward(self, x: Tensor, other: Tensor | None = None, *, without: bool = False) -> Tensor:
+        other = x if other is None else other
+        q, k = self.q_proj(x), self.k_proj(other)
+        return q if without else torch.cat([q, k.sin() * self.v_proj(other)], -1)
+
+
+@pytest.mark.parametrize("way", ["all", "another input", "one unused", "one switched off", "nothing learned"])
+@pytest.mark.parametrize(("dtype", "apart"), [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)])
+def test_linears_with_one_input_and_their_adapters_are_pefts(way: str, dtype: torch.dtype, apart: float) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    models = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        config = LoraConfig(r=4, lora_alpha=12, target_modules=["q_proj", "k_proj", "v_proj"], rank_pattern={"k_proj": 2})
+        model: Any = get_peft_model(_Attends().to(dtype), config)  # type: ignore[arg-type]
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(parameter, std=0.2)
+        if way == "one switched off":
+            model.base_model.model.k_proj.enable_adapters(False)
+        models.append(model)
+    fused.use(models[0])
+    results = []
+    for model in models:
+        x, other = (
+            torch.randn(3, 5, 24, generator=torch.Generator().manual_seed(seed)).to(dtype).requires_grad_() for seed in (1, 2)
+        )
+        given = {"other": other} if way == "another input" else {"without": True} if way == "one unused" else {}
+        trained = [each for each in model.parameters() if each.requires_grad]
+        with torch.set_grad_enabled(way != "nothing learned"):
+            # Twice, with an input that differs: nothing of the first is left over.
+            found = [model(x, **given), model(x * 2, **given)]
+        if way != "nothing learned":
+            total: Any = sum(each.float().square().sum() for each in found)
+            gradients = torch.autograd.grad(total, [x, other, *trained], allow_unused=True)
+            # What is not used has no gradient, or zero.
+            found += [torch.zeros(1) if each is None or not each.any() else each for each in gradients]
+        results.append(found)
+    for one, wanted in zip(*results, strict=True):
+        assert one.dtype == wanted.dtype and one.shape == wanted.shape
+        assert float((one - wanted).float().norm() / (wanted.float().norm() + 1e-6)) < apart
+
+
 @pytest.mark.parametrize("what", ["off", "dora", "dropout", "merged"])
 def test_what_is_no_plain_adapter_is_left_to_peft(what: str) -> None:
     options = {"dora": {"use_dora": True}, "dropout": {"lora_dropout": 0.5}}.get(what, {})
@@ -122,7 +174,8 @@ def test_what_is_no_plain_adapter_is_left_to_peft(what: str) -> None:
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("most", [2**22, 250])
 def test_the_loss_without_logits_is_the_loss(bias: bool, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(likelihood.MOST_LOGITS, "cpu", most)
+    monkeypatch.setitem(likelihood.MOST_WIDE, "cpu", most)
+    monkeypatch.setitem(likelihood.MOST_LOGITS, "cpu", 2 * most)
     torch.manual_seed(0)
     layer, hidden = nn.Linear(16, 100, bias=bias), torch.randn(9, 16, requires_grad=True)
     targets = torch.randint(0, 100, (9,))
@@ -136,7 +189,8 @@ def test_the_loss_without_logits_is_the_loss(bias: bool, most: int, monkeypatch:
 
 @pytest.mark.parametrize("most", [2**22, 250])
 def test_each_loss_without_logits_is_that_of_its_token(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(likelihood.MOST_LOGITS, "cpu", most)
+    monkeypatch.setitem(likelihood.MOST_WIDE, "cpu", most)
+    monkeypatch.setitem(likelihood.MOST_LOGITS, "cpu", 2 * most)
     torch.manual_seed(0)
     layer, hidden = nn.Linear(16, 100).requires_grad_(False), torch.randn(9, 16, requires_grad=True)
     targets, weights = torch.randint(0, 100, (9,)), torch.randn(9)
@@ -147,6 +201,20 @@ def test_each_loss_without_logits_is_that_of_its_token(most: int, monkeypatch: p
     torch.testing.assert_close(found, wanted)
     (one,), (other,) = (torch.autograd.grad((each.square() * weights).sum(), [hidden]) for each in (found, wanted))
     torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_the_loss_without_logits_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(likelihood.MOST_WIDE, "cpu", 200)
+    torch.manual_seed(0)
+    layer, hidden = nn.Linear(16, 100).bfloat16(), (3 * torch.randn(9, 16)).bfloat16().requires_grad_()
+    targets = torch.randint(0, 100, (9,))
+    exact, doubles = copy.deepcopy(layer).double(), hidden.detach().double().requires_grad_()
+    wanted = nn.functional.cross_entropy(exact(doubles), targets, reduction="sum")
+    found = likelihood.loss_sum(hidden, layer, targets)
+    assert found.dtype == torch.float32 and float(found.detach()) == pytest.approx(float(wanted.detach()), rel=2e-3)
+    gradients = torch.autograd.grad(found, [hidden, *layer.parameters()])
+    for one, other in zip(gradients, torch.autograd.grad(wanted, [doubles, *exact.parameters()]), strict=True):
+        assert float((one - other).norm() / other.norm()) < 1e-2, "bfloat16 has 8 bits"
 
 
 @pytest.mark.parametrize("model_type", [name for name in SMALL if "causal" in family_of(name)[0].heads])

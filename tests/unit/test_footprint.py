@@ -30,7 +30,7 @@ def test_what_is_kept_for_the_backward_pass_is_what_autograd_saves(
 ) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from tuner import attention
+    from tuner import attention, elementwise
 
     monkeypatch.setattr(footprint, "HOLES", 0.0)
     kind = kinds.load("methods", method.kind)
@@ -38,6 +38,7 @@ def test_what_is_kept_for_the_backward_pass_is_what_autograd_saves(
     dtype = torch.bfloat16 if kind.storage(method) == "bf16" else torch.float32
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=dtype)
     attention.use(model)
+    elementwise.use(model)
     model = kind.prepare(model, method, *family_of("llama"), []).train()
     with saved_for_backward(model) as saved:
         out = getattr(model, "get_base_model", lambda: model)().base_model(torch.zeros(3, 200, dtype=torch.long)).last_hidden_state

@@ -201,8 +201,9 @@ def loss_bytes(sizes: Any, positions: int, supervised: int) -> int:  # noqa: ARG
     """
     if sizes.whole_logits:
         return int(sizes.vocabulary * supervised * (2 * sizes.width + 3 * 4))
-    chunk = min(supervised * sizes.vocabulary, likelihood.MOST_LOGITS["cuda" if torch.cuda.is_available() else "cpu"])
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    chunk, wide = (min(supervised * sizes.vocabulary, most[kind]) for most in (likelihood.MOST_LOGITS, likelihood.MOST_WIDE))
     whole = sizes.vocabulary * sizes.hidden
     trained = (2 * 4 * whole if sizes.output_trained else 0) + (sizes.width * whole if sizes.output_copied else 0)
     trained += 2 * whole if sizes.mixed else 0  # rounded
-    return int(chunk * (4 + sizes.width) + 2 * supervised * sizes.hidden * sizes.width + trained)
+    return int(chunk * sizes.width + 4 * wide + 2 * supervised * sizes.hidden * sizes.width + trained)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 TAKES = frozenset({"model"})
 # Also of the task, the method and the loop.
-VERSION = 12
+VERSION = 13
 RESULT = "tuned"
 # The same sums in the same types on the same machine: what is saved loses nothing (nats, or components of vectors).
 REOPENED_TOLERANCE = 1.0e-3

@@ -1,0 +1,110 @@
+"""Norms and gated products are what their equations and transformers say: values and gradients."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.grid.architectures import SMALL
+from tests.grid.conftest import checkpoints, tokenizer  # noqa: F401 - fixtures
+from tuner import elementwise
+from tuner.checkpoint import load_model
+from tuner.families import family_of
+
+
+def drawn(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(sum(shape)), requires_grad=True)
+
+
+def normed(x: Tensor, weight: Tensor) -> Tensor:
+    """Zhang and Sennrich 2019, equation 4."""
+    return weight * x / (x.square().mean(-1, keepdim=True) + 1e-3).sqrt()
+
+
+def multiplied(gate: Tensor, up: Tensor) -> Tensor:
+    """Shazeer 2020, equation 6: x sigmoid(x), and a product."""
+    return gate * gate.sigmoid() * up
+
+
+PIECES = {
+    "norm": (lambda x, weight: elementwise.rms_norm(x, weight, 1e-3), normed, ((2, 5, 8), (8,))),
+    "gated": (elementwise.gated, multiplied, ((2, 5, 8), (2, 5, 8))),
+}
+
+
+@pytest.mark.parametrize("piece", PIECES)
+def test_gradients_are_those_of_what_is_computed(piece: str) -> None:
+    own, _, shapes = PIECES[piece]
+    assert torch.autograd.gradcheck(own, [drawn(*shape) for shape in shapes])
+
+
+@pytest.mark.parametrize(("dtype", "apart"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("piece", PIECES)
+def test_values_and_gradients_are_the_equations(piece: str, dtype: torch.dtype, apart: float) -> None:
+    own, equation, shapes = PIECES[piece]
+    exact = [drawn(*shape).detach().to(dtype).double().requires_grad_() for shape in shapes]
+    inputs = [each.detach().to(dtype).requires_grad_() for each in exact]
+    found, wanted = own(*inputs), equation(*exact)
+    assert found.dtype == dtype
+    slope = drawn(*wanted.shape).detach().to(dtype)
+    before = [each.detach().clone() for each in inputs]
+    gradients = torch.autograd.grad(found, inputs, slope), torch.autograd.grad(wanted, exact, slope.double())
+    for one, other in zip((found, *gradients[0]), (wanted, *gradients[1]), strict=True):
+        assert float((one - other).norm() / other.norm()) < apart
+    assert all(torch.equal(one, other) for one, other in zip(inputs, before, strict=True)), "inputs stay as they are"
+
+
+def taken(model: Any) -> tuple[int, int]:
+    """How many norms and gated products of the model compute with this module."""
+    functions = [getattr(each.__dict__.get("forward"), "__func__", None) for each in model.modules()]
+    return functions.count(elementwise._norm), functions.count(elementwise._mlp)
+
+
+@pytest.mark.parametrize("model_type", [name for name in SMALL if "causal" in family_of(name)[0].heads])
+def test_models_compute_what_transformers_computes(checkpoints: Any, model_type: str) -> None:  # noqa: F811
+    from transformers import AutoModelForCausalLM
+
+    path = checkpoints(model_type).path
+    own, theirs = load_model(checkpoints(model_type)), AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    assert taken(theirs) == (0, 0)
+    with torch.no_grad():
+        for one, other in zip(own.parameters(), theirs.parameters(), strict=True):
+            one += 0.1 * torch.randn(one.shape, generator=torch.Generator().manual_seed(one.numel()))
+            other.copy_(one)
+    ids = torch.arange(3, 40).view(1, -1)
+    results = []
+    for model in (own.eval(), theirs.eval()):
+        logits = model(input_ids=ids, use_cache=False).logits
+        trained = [each for each in model.parameters() if each.requires_grad]
+        gradients = torch.autograd.grad(logits.square().mean(), trained, allow_unused=True)
+        results.append([logits, *(each for each in gradients if each is not None)])
+    for one, other in zip(*results, strict=True):
+        assert float((one - other).norm() / (other.norm() + 1e-6)) < 1e-4
+
+
+def test_which_modules_are_taken(checkpoints: Any) -> None:  # noqa: F811
+    found = {name: taken(load_model(checkpoints(name))) for name in ("llama", "gemma", "gemma2", "gpt2", "mamba2", "jamba")}
+    blocks = load_model(checkpoints("llama")).config.num_hidden_layers
+    assert found["llama"] == (2 * blocks + 1, blocks)
+    assert found["gemma"] == (0, 0), "its norms add one to their weights, and its gate is no silu"
+    assert found["gemma2"] == found["gpt2"] == (0, 0)
+    assert found["mamba2"][0] > 0 and found["jamba"][0] > 0
+
+
+def test_a_copy_computes_with_its_own_weights(checkpoints: Any) -> None:  # noqa: F811
+    model = load_model(checkpoints("llama"))
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.model.norm.weight.mul_(2)
+        other.model.layers[0].mlp.up_proj.weight.zero_()
+        x = drawn(1, 3, model.config.hidden_size).detach().float()
+        torch.testing.assert_close(other.model.norm(x), 2 * model.model.norm(x))
+        assert not other.model.layers[0].mlp(x).any() and model.model.layers[0].mlp(x).any()
+
+
+def test_a_norm_of_another_type_is_left_to_transformers(checkpoints: Any) -> None:  # noqa: F811
+    norm = load_model(checkpoints("llama")).model.norm.bfloat16()
+    x = drawn(2, norm.weight.numel()).detach().float()
+    assert torch.equal(norm(x), type(norm).forward(norm, x))

@@ -9,11 +9,11 @@ Shapes: B batch, H heads, K heads of keys and values, G = H / K, T tokens, D cha
 
 from typing import Any
 
-import numpy
 import torch
 from torch import Tensor
 
 from tuner.documents import Documents, now
+from tuner.dropout import kept, scale_of, seed
 
 NAME = "tuner"
 # Scores (B x H x queries x keys) that are held at a time; they stay in the processor's cache.
@@ -142,8 +142,8 @@ def _grouped(
     query = query.reshape(rows * groups, heads // groups, length, width)
     key, value = (each.reshape(rows * groups, length, width) for each in (key, value))
     apply: Any = _Attention.apply
-    bias, seed = None if mask is None else _as_bias(mask, query.dtype), _seed() if dropout else 0
-    found: Tensor = apply(query, key, value, bias, scale, causal, dropout, seed)
+    bias, number = None if mask is None else _as_bias(mask, query.dtype), seed() if dropout else 0
+    found: Tensor = apply(query, key, value, bias, scale, causal, dropout, number)
     return found.view(rows, heads, length, width).transpose(1, 2)
 
 
@@ -178,31 +178,36 @@ class _Attention(torch.autograd.Function):
         scale: float,
         causal: bool,
         dropout: float,
-        seed: int,
+        drawn: int,
     ) -> Tensor:
-        ctx.scale, ctx.causal, ctx.dropout, ctx.seed = scale, causal, dropout, seed
+        ctx.scale, ctx.causal, ctx.dropout, ctx.drawn = scale, causal, dropout, drawn
         number, group, length, width = query.shape
-        blocks = _blocks(query, causal)
-        short = length <= KEPT * width and blocks[0][1] == slice(0, length)
-        kept_weights = query.new_empty(number, group * length, length) if short else None
+        whole = _whole_rows(query, causal)
+        kept_weights = query.new_empty(number, group * length, length) if whole and length <= KEPT * width else None
         ctx.save_for_backward(query, key, value, bias, kept_weights)
         out = torch.empty_like(query)
-        for block, (rows, queries, end) in enumerate(blocks):
+        for block, (rows, queries, end) in enumerate(_blocks(query, causal)):
             into = None if kept_weights is None else kept_weights[rows]
             weights = _weights(query, key, bias, scale, causal, rows, queries, end, into)
             if dropout:
-                weights = weights * _kept(weights, dropout, seed, block)
-            out[rows, :, queries] = torch.bmm(weights, value[rows, :end]).view(out[rows, :, queries].shape)
-        return out.mul_(_scale_of(dropout)) if dropout else out
+                weights = weights * kept(weights, dropout, drawn, block)
+            if whole:
+                torch.bmm(weights, value[rows], out=out[rows].flatten(1, 2))
+            else:
+                out[rows, :, queries] = torch.bmm(weights, value[rows, :end]).view(out[rows, :, queries].shape)
+        return out.mul_(scale_of(dropout)) if dropout else out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         query, key, value, bias, kept_weights = ctx.saved_tensors
-        g_out = gradients[0] * _scale_of(ctx.dropout) if ctx.dropout else gradients[0]
+        g_out = gradients[0] * scale_of(ctx.dropout) if ctx.dropout else gradients[0]
         g_query = torch.empty_like(query)
-        # Sums over many blocks of queries, so not in 8 bits.
-        sums = torch.promote_types(key.dtype, torch.float32)
-        g_key, g_value = torch.zeros_like(key, dtype=sums), torch.zeros_like(value, dtype=sums)
+        whole = _whole_rows(query, ctx.causal)
+        if whole:
+            g_key, g_value = torch.empty_like(key), torch.empty_like(value)
+        else:  # sums over many blocks of queries, so not in 8 bits
+            sums = torch.promote_types(key.dtype, torch.float32)
+            g_key, g_value = torch.zeros_like(key, dtype=sums), torch.zeros_like(value, dtype=sums)
         for block, (rows, queries, end) in enumerate(_blocks(query, ctx.causal)):
             if kept_weights is None:
                 weights = _weights(query, key, bias, ctx.scale, ctx.causal, rows, queries, end)
@@ -212,33 +217,26 @@ class _Attention(torch.autograd.Function):
             g = g_out[rows, :, queries].flatten(1, 2)
             g_weights = torch.bmm(g, value[rows, :end].transpose(1, 2))
             if ctx.dropout:
-                kept = _kept(weights, ctx.dropout, ctx.seed, block)
-                used = weights * kept
-                g_weights.mul_(kept)
-            g_value[rows, :end] += torch.bmm(used.transpose(1, 2), g)
+                stays = kept(weights, ctx.dropout, ctx.drawn, block)
+                used = weights * stays
+                g_weights.mul_(stays)
+            if not whole:
+                g_value[rows, :end] += torch.bmm(used.transpose(1, 2), g)
+            else:
+                torch.bmm(used.transpose(1, 2), g, out=g_value[rows])
             g_scores = torch._softmax_backward_data(g_weights, weights, -1, weights.dtype).mul_(ctx.scale)
-            g_query[rows, :, queries] = torch.bmm(g_scores, key[rows, :end]).view(g_query[rows, :, queries].shape)
-            g_key[rows, :end] += torch.bmm(g_scores.transpose(1, 2), query[rows, :, queries].flatten(1, 2))
+            if not whole:
+                g_query[rows, :, queries] = torch.bmm(g_scores, key[rows, :end]).view(g_query[rows, :, queries].shape)
+                g_key[rows, :end] += torch.bmm(g_scores.transpose(1, 2), query[rows, :, queries].flatten(1, 2))
+            else:
+                torch.bmm(g_scores, key[rows], out=g_query[rows].flatten(1, 2))
+                torch.bmm(g_scores.transpose(1, 2), query[rows].flatten(1, 2), out=g_key[rows])
         return g_query, g_key.to(key.dtype), g_value.to(value.dtype), None, None, None, None, None
 
 
-def _seed() -> int:
-    """A number from torch's generator: where that is set back, the same is dropped again."""
-    return int(torch.randint(2**62, ()))
-
-
-def _kept(like: Tensor, dropout: float, seed: int, block: int) -> Tensor:
-    """1 for each weight of a block that is kept, 0 for those that are not.
-
-    Sixteen bits of numpy's SFC64 decide about each, which is five times as fast as torch's generator for a CPU.
-    """
-    bits = numpy.random.SFC64([seed, block]).random_raw(-(-like.numel() // 4)).view(numpy.uint16)[: like.numel()]
-    return torch.from_numpy((bits >= round(dropout * 2**16)).astype(numpy.float32)).view(like.shape).to(like.dtype)
-
-
-def _scale_of(dropout: float) -> float:
-    """What is kept counts for what is not: the mean stays. Not a part of `_kept`, since bfloat16 would round it."""
-    return 2**16 / max(1, 2**16 - round(dropout * 2**16))
+def _whole_rows(query: Tensor, causal: bool) -> bool:
+    """All queries of a row are in one block, so that products can be written to where they belong."""
+    return _blocks(query, causal)[0][1] == slice(0, query.shape[2])
 
 
 def _blocks(query: Tensor, causal: bool) -> list[tuple[slice, slice, int]]:
@@ -267,13 +265,16 @@ def _weights(
     """softmax(scale q k + bias) of a block: (rows, G x queries, keys), new or written into another tensor of that shape."""
     some = query[rows, :, queries]
     number, group, count, _ = some.shape
-    added = some.new_zeros(1, 1, count, end)
-    if causal:
-        added[..., queries.start :] = added.new_full((count, count), LEAST).triu_(1)
-    if bias is not None:
-        of_row = torch.arange(len(query), device=query.device)[rows] // (len(query) // len(bias))
-        added = added + bias[of_row, queries, :end][:, None]
-    added = added.expand(-1, group, -1, -1).flatten(1, 2).expand(number, -1, -1)
+    if bias is not None:  # and then nothing is causal that is not in it
+        each = len(query) // len(bias)
+        first, last = rows.start // each, (rows.start + number - 1) // each
+        of_row: Any = slice(first, first + 1) if first == last else torch.arange(rows.start, rows.start + number) // each
+        added = bias[of_row, queries, :end]
+    else:
+        added = some.new_zeros(1, count, end)
+        if causal:
+            added[..., queries.start :] = added.new_full((count, count), LEAST).triu_(1)
+    added = added[:, None].expand(-1, group, -1, -1).flatten(1, 2).expand(number, -1, -1)
     scores = torch.baddbmm(added, some.flatten(1, 2), key[rows, :end].transpose(1, 2), alpha=scale)
     wide = torch.promote_types(scores.dtype, torch.float32) if end <= FEW else scores.dtype
     weights = scores.softmax(-1, dtype=wide)

@@ -1,8 +1,8 @@
-"""RMSNorm and the gated product of a block on a CPU: fewer passes over memory, and less that is kept for the backward pass.
+"""RMSNorm, the gated product of a block, and dropout on a CPU: fewer passes over memory, and less kept for the backward pass.
 
-transformers writes both as chains of small functions, each of which reads and writes all numbers and keeps what its gradient
-needs, some of it in float32. Here what is kept is what went in. Which modules of a model compute just that is told by their code,
-which architectures share to the letter; all others stay as they are.
+transformers writes the first two as chains of small functions, each of which reads and writes all numbers and keeps what its
+gradient needs, some of it in float32. Here what is kept is what went in. Which modules of a model compute just that is told by
+their code, which architectures share to the letter; all others stay as they are. Dropout is `tuner/dropout.py`'s.
 
 Shapes: ... rows and tokens, D channels.
 """
@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
+
+from tuner import dropout
 
 
 def use(model: Any) -> None:
@@ -29,6 +31,8 @@ def use(model: Any) -> None:
             module.forward = MethodType(_norm, module)
         if _same(type(module).forward, LlamaMLP.forward) and isinstance(module.act_fn, (nn.SiLU, SiLUActivation)):
             module.forward = MethodType(_mlp, module)
+        if type(module) is nn.Dropout:
+            module.forward = MethodType(dropout.forward, module)  # type: ignore[method-assign]
 
 
 def _same(one: Callable[..., Any], other: Callable[..., Any]) -> bool:

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tuner import attention, elementwise, kinds, scan
+from tuner import attention, dropout, elementwise, kinds, scan
 from tuner.checkpoint import COMPUTE, ROUNDED, block_linears, device, quiet
 from tuner.families import family_of
 from tuner.memory import LARGE
@@ -142,7 +142,8 @@ class Footprint:
                 # All blocks of queries are alike, and there may be thousands.
                 blocks = attention._blocks
                 stack.enter_context(patch.object(attention, "_blocks", lambda *given: blocks(*given)[:1]))
-                stack.enter_context(patch.object(attention, "_seed", lambda: 0))
+                for each in (attention, dropout):
+                    stack.enter_context(patch.object(each, "seed", lambda: 0))
                 stack.enter_context(patch.object(scan, "_kernels", lambda: (_nothing, _nothing)))
                 stack.enter_context(torch.set_grad_enabled(learning))
                 stack.enter_context(torch.autocast(device(), torch.bfloat16, enabled=self.mixed and learning))

@@ -3,6 +3,7 @@
 Both sides learn from the same tokens in as many optimizer steps, each in a process of its own. Non-pad tokens of the rows for each second
 of the training loop are counted by one function for both, what was learned is measured by one evaluator, and memory is what the kernel says
 of the process while it trains. What `tuner` sets for itself of threads and memory is set for the peer, too; once it runs as it comes.
+Of jobs that are not as many times as fast as asked, or hold more than half of the memory, the profile of our side is printed below.
 `python -m tests.bench.peers chat --runs 1` takes the jobs whose names contain that.
 """
 
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.bench.__main__ import BERT, DATA, LLAMA, NEW, hardware
+from tests.bench.profile import profiled
 from tuner.bundle import Bundle, open_bundle
 from tuner.memory import COMPILED, SPIN, large_apart
 from tuner.source import base_bundle, find
@@ -439,6 +441,17 @@ class States:
 
 
 Job = Chats | Reviews | Preferences | Neighbours | States
+# How many times as fast as the peer each is to be.
+GOALS = {
+    "chats, LoRA": 3.0,
+    "chats, LoRA, packed to 512": 3.0,
+    "chats, QLoRA nf4": 2.0,
+    "long chats, LoRA": 2.0,
+    "reviews, BERT": 2.0,
+    "preferences, DPO": 2.0,
+    "definitions and words, embedding": 1.5,
+    "speeches, Mamba-2": 2.0,
+}
 JOBS: dict[str, Job] = {
     "chats, LoRA": Chats((2, 4), steps=16),
     "chats, LoRA, packed to 512": Chats((2, 4), steps=6, packed=512),
@@ -553,6 +566,7 @@ def main(arguments: list[str]) -> None:
     median: Callable[[list[float]], float] = statistics.median
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
+        profiles = []
         for name, job in JOBS.items():
             if told.wanted not in name:
                 continue
@@ -564,12 +578,16 @@ def main(arguments: list[str]) -> None:
             held = [median([found["peak"] for found in side]) / 1e9 for side in zip(*runs, strict=True)]
             ratios = sorted(own / other for own, other in zip(*speeds, strict=True))
             learned = " | ".join(job.learned(base, out) for out in outs[0])
+            if median(ratios) < GOALS.get(name, 0) or held[0] > held[1] / 2:
+                profiles.append(profiled(name, base, folder / name / "profile"))
+            asked = f", {GOALS[name]:g} asked" if name in GOALS else ""
             print(
                 f"| {name} | {job.steps} of {job.batch} | {median(speeds[0]):.0f} | {job.peer} | {median(speeds[1]):.0f} | "
-                f"**{median(ratios):.2f}** ({', '.join(f'{each:.2f}' for each in ratios)}) | {held[0]:.2f}, {held[1]:.2f} | "
+                f"**{median(ratios):.2f}** ({', '.join(f'{each:.2f}' for each in ratios)}{asked}) | {held[0]:.2f}, {held[1]:.2f}: {100 * held[0] / held[1]:.0f}% | "
                 f"{plain['tokens_per_s']:.0f}, {plain['peak'] / 1e9:.2f} | {learned} |",
                 flush=True,
             )
+    print("\n".join(["", *profiles]))
 
 
 if __name__ == "__main__":

@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.grid.architectures import SMALL
 from tests.grid.conftest import checkpoints, tokenizer  # noqa: F401 - fixtures
-from tuner import elementwise
+from tuner import dropout, elementwise
 from tuner.checkpoint import load_model
 from tuner.families import family_of
 
@@ -108,3 +108,22 @@ def test_a_norm_of_another_type_is_left_to_transformers(checkpoints: Any) -> Non
     norm = load_model(checkpoints("llama")).model.norm.bfloat16()
     x = drawn(2, norm.weight.numel()).detach().float()
     assert torch.equal(norm(x), type(norm).forward(norm, x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_leaves_out_as_many_as_said_and_scales_the_others(dtype: torch.dtype) -> None:
+    layer = nn.Dropout(0.2)
+    x = torch.full((100, 1000), 3.0, dtype=dtype, requires_grad=True)
+    torch.manual_seed(1)
+    y = dropout.forward(layer, x)
+    gone = y == 0
+    assert pytest.approx(float(gone.float().mean()), abs=4 * (0.2 * 0.8 / x.numel()) ** 0.5) == 0.2
+    torch.testing.assert_close(y[~gone].float(), torch.full_like(y[~gone].float(), 3 / 0.8), rtol=5e-3, atol=0)
+    (g,) = torch.autograd.grad(y.sum(), [x])
+    assert torch.equal(g == 0, gone), "the gradient leaves out the same"
+    torch.testing.assert_close(g[~gone].float(), torch.full_like(g[~gone].float(), 1 / 0.8), rtol=5e-3, atol=0)
+    torch.manual_seed(1)
+    assert torch.equal(dropout.forward(layer, x), y), "the same chance, the same result"
+    assert not torch.equal(dropout.forward(layer, x) == 0, gone)
+    assert torch.equal(dropout.forward(layer.eval(), x), x)
+    assert torch.equal(dropout.forward(nn.Dropout(0.0), x), x) and not dropout.forward(nn.Dropout(1.0), x).any()

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tests.grid.architectures import SMALL
 from tests.grid.conftest import checkpoints, tokenizer  # noqa: F401 - fixtures
-from tuner import attention, fused, likelihood
+from tuner import attention, dropout, fused, likelihood
 from tuner.attention import attend
 from tuner.checkpoint import load_model
 from tuner.documents import Documents, documents
@@ -294,7 +294,7 @@ def test_dropout_leaves_weights_out_and_scales_the_others(causal: bool, most: in
     torch.testing.assert_close(dropped[kept], plain[kept] / 0.9, rtol=1e-4, atol=0)
     assert 1 - float(kept.sum() / there.sum()) == pytest.approx(0.1, abs=4 * (0.09 / int(there.sum())) ** 0.5)
     assert torch.equal(dropped, again)
-    ones = attention._kept(torch.empty(1000, dtype=torch.bfloat16), 0.1, 7, 0)
+    ones = dropout.kept(torch.empty(1000, dtype=torch.bfloat16), 0.1, 7, 0)
     assert set(ones.tolist()) == {0.0, 1.0}, "1 / 0.9 is none of bfloat16's numbers"
     # Two seeds agree on as many as independent draws do: 0.81 + 0.01.
     agree = float(((other != 0) == kept)[there].float().mean())

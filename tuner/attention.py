@@ -185,7 +185,7 @@ class _Attention(torch.autograd.Function):
         whole = _whole_rows(query, causal)
         kept_weights = query.new_empty(number, group * length, length) if whole and length <= KEPT * width else None
         ctx.save_for_backward(query, key, value, bias, kept_weights)
-        out = torch.empty_like(query)
+        out = query.new_empty(query.shape)  # whose rows lie behind each other, as those of a part of a packed row do not
         for block, (rows, queries, end) in enumerate(_blocks(query, causal)):
             into = None if kept_weights is None else kept_weights[rows]
             weights = _weights(query, key, bias, scale, causal, rows, queries, end, into)
@@ -201,10 +201,10 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         query, key, value, bias, kept_weights = ctx.saved_tensors
         g_out = gradients[0] * scale_of(ctx.dropout) if ctx.dropout else gradients[0]
-        g_query = torch.empty_like(query)
+        g_query = query.new_empty(query.shape)
         whole = _whole_rows(query, ctx.causal)
         if whole:
-            g_key, g_value = torch.empty_like(key), torch.empty_like(value)
+            g_key, g_value = key.new_empty(key.shape), value.new_empty(value.shape)
         else:  # sums over many blocks of queries, so not in 8 bits
             sums = torch.promote_types(key.dtype, torch.float32)
             g_key, g_value = torch.zeros_like(key, dtype=sums), torch.zeros_like(value, dtype=sums)

@@ -1,13 +1,13 @@
 """Attention by matrix products on a CPU in bfloat16, with dropout or for rows of several documents; on a GPU by a kernel for these.
 
 torch's own kernel for a CPU reaches a tenth of what the processor's matrix products do in bfloat16. Here the scores of a few
-queries at a time are one product, and what is kept for the backward pass is only what went in. With dropout torch has no kernel at
-all, and drawing what is dropped takes as long as the products.
+queries at a time are one product, and what is kept for the backward pass is what went in, and the weights of short rows. With
+dropout torch has no kernel at all, and drawing what is dropped takes as long as the products.
 
 Shapes: B batch, H heads, K heads of keys and values, G = H / K, T tokens, D channels of a head.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,8 +18,8 @@ from tuner.dropout import kept, scale_of, seed
 NAME = "tuner"
 # Scores (B x H x queries x keys) that are held at a time; they stay in the processor's cache.
 MOST_SCORES = 2**19
-# Weights are kept of rows with at most so many tokens for each channel of a head: they are a tenth of what a block keeps then.
-KEPT = 2
+# Weights are kept of rows with at most so many tokens for each channel of a head: they are a sixth of what a block keeps then.
+KEPT = 3
 # Over so few keys torch's softmax takes less time in float32, conversions included, than in bfloat16.
 FEW = 256
 # What transformers passes to some models' attention and only other kernels understand.
@@ -143,7 +143,7 @@ def _grouped(
     key, value = (each.reshape(rows * groups, length, width) for each in (key, value))
     apply: Any = _Attention.apply
     bias, number = None if mask is None else _as_bias(mask, query.dtype), seed() if dropout else 0
-    found: Tensor = apply(query, key, value, bias, scale, causal, dropout, number)
+    found: Tensor = apply(query, key, value, bias, _How(scale, causal, dropout, number, torch.is_grad_enabled()))
     return found.view(rows, heads, length, width).transpose(1, 2)
 
 
@@ -161,108 +161,105 @@ def _as_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
 LEAST = -1.0e4
 
 
+class _How(NamedTuple):
+    """What an attention is told beside its tensors."""
+
+    scale: float
+    causal: bool
+    dropout: float
+    drawn: int
+    """The number that decides what is dropped."""
+    learning: bool
+
+
 class _Attention(torch.autograd.Function):
     """query (N, G, T, D), key and value (N, T, D), bias None or (B or 1, T, T); N counts rows times groups.
 
-    The weights of short rows are kept for the backward pass, where computing them again takes longer than all else in it. What is
-    dropped follows from the seed and is drawn again.
+    The weights of short rows are kept for the backward pass; of longer ones they are computed again, and what is dropped is drawn
+    again.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        bias: Tensor | None,
-        scale: float,
-        causal: bool,
-        dropout: float,
-        drawn: int,
-    ) -> Tensor:
-        ctx.scale, ctx.causal, ctx.dropout, ctx.drawn = scale, causal, dropout, drawn
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, how: _How) -> Tensor:
         number, group, length, width = query.shape
-        whole = _whole_rows(query, causal)
-        kept_weights = query.new_empty(number, group * length, length) if whole and length <= KEPT * width else None
-        ctx.save_for_backward(query, key, value, bias, kept_weights)
+        blocks = _blocks(query, how.causal)
+        whole = blocks[0].queries == slice(0, length)
+        short = how.learning and whole and length <= KEPT * width
+        all_weights = query.new_empty(number, group * length, length) if short else None
+        ctx.how = how
+        ctx.save_for_backward(query, key, value, bias, all_weights)
         out = query.new_empty(query.shape)  # whose rows lie behind each other, as those of a part of a packed row do not
-        for block, (rows, queries, end) in enumerate(_blocks(query, causal)):
-            into = None if kept_weights is None else kept_weights[rows]
-            weights = _weights(query, key, bias, scale, causal, rows, queries, end, into)
-            if dropout:
-                weights = weights * kept(weights, dropout, drawn, block)
+        for block in blocks:
+            rows, queries, end, place = block
+            weights = _weights(query, key, bias, how, block)
+            weights = weights.to(query.dtype) if all_weights is None else all_weights[rows].copy_(weights)
+            if how.dropout:
+                weights = weights * kept(weights, how.dropout, how.drawn, place)
             if whole:
                 torch.bmm(weights, value[rows], out=out[rows].flatten(1, 2))
             else:
                 out[rows, :, queries] = torch.bmm(weights, value[rows, :end]).view(out[rows, :, queries].shape)
-        return out.mul_(scale_of(dropout)) if dropout else out
+        return out.mul_(scale_of(how.dropout)) if how.dropout else out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        query, key, value, bias, kept_weights = ctx.saved_tensors
-        g_out = gradients[0] * scale_of(ctx.dropout) if ctx.dropout else gradients[0]
+        query, key, value, bias, all_weights = ctx.saved_tensors
+        how = ctx.how
+        g_out = gradients[0] * scale_of(how.dropout) if how.dropout else gradients[0]
+        blocks = _blocks(query, how.causal)
+        whole = blocks[0].queries == slice(0, query.shape[2])
+        # Sums over many blocks of queries are not made in 8 bits.
+        sums = key.dtype if whole else torch.promote_types(key.dtype, torch.float32)
         g_query = query.new_empty(query.shape)
-        whole = _whole_rows(query, ctx.causal)
-        if whole:
-            g_key, g_value = key.new_empty(key.shape), value.new_empty(value.shape)
-        else:  # sums over many blocks of queries, so not in 8 bits
-            sums = torch.promote_types(key.dtype, torch.float32)
-            g_key, g_value = torch.zeros_like(key, dtype=sums), torch.zeros_like(value, dtype=sums)
-        for block, (rows, queries, end) in enumerate(_blocks(query, ctx.causal)):
-            if kept_weights is None:
-                weights = _weights(query, key, bias, ctx.scale, ctx.causal, rows, queries, end)
-            else:
-                weights = kept_weights[rows]
+        g_key, g_value = (each.new_zeros(each.shape, dtype=sums) for each in (key, value))
+        for block in blocks:
+            rows, queries, end, place = block
+            weights = _weights(query, key, bias, how, block).to(query.dtype) if all_weights is None else all_weights[rows]
             used = weights
             g = g_out[rows, :, queries].flatten(1, 2)
             g_weights = torch.bmm(g, value[rows, :end].transpose(1, 2))
-            if ctx.dropout:
-                stays = kept(weights, ctx.dropout, ctx.drawn, block)
+            if how.dropout:
+                stays = kept(weights, how.dropout, how.drawn, place)
                 used = weights * stays
                 g_weights.mul_(stays)
-            if not whole:
-                g_value[rows, :end] += torch.bmm(used.transpose(1, 2), g)
-            else:
+            g_scores = torch._softmax_backward_data(g_weights, weights, -1, weights.dtype).mul_(how.scale)
+            if whole:
                 torch.bmm(used.transpose(1, 2), g, out=g_value[rows])
-            g_scores = torch._softmax_backward_data(g_weights, weights, -1, weights.dtype).mul_(ctx.scale)
-            if not whole:
-                g_query[rows, :, queries] = torch.bmm(g_scores, key[rows, :end]).view(g_query[rows, :, queries].shape)
-                g_key[rows, :end] += torch.bmm(g_scores.transpose(1, 2), query[rows, :, queries].flatten(1, 2))
-            else:
                 torch.bmm(g_scores, key[rows], out=g_query[rows].flatten(1, 2))
                 torch.bmm(g_scores.transpose(1, 2), query[rows].flatten(1, 2), out=g_key[rows])
-        return g_query, g_key.to(key.dtype), g_value.to(value.dtype), None, None, None, None, None
+            else:
+                g_value[rows, :end] += torch.bmm(used.transpose(1, 2), g)
+                g_query[rows, :, queries] = torch.bmm(g_scores, key[rows, :end]).view(g_query[rows, :, queries].shape)
+                g_key[rows, :end] += torch.bmm(g_scores.transpose(1, 2), query[rows, :, queries].flatten(1, 2))
+        return g_query, g_key.to(key.dtype), g_value.to(value.dtype), None, None
 
 
-def _whole_rows(query: Tensor, causal: bool) -> bool:
-    """All queries of a row are in one block, so that products can be written to where they belong."""
-    return _blocks(query, causal)[0][1] == slice(0, query.shape[2])
+class _Block(NamedTuple):
+    """The scores of one product."""
+
+    rows: slice
+    queries: slice
+    end: int
+    """How many keys the queries read."""
+    place: int
+    """Which of all blocks it is."""
 
 
-def _blocks(query: Tensor, causal: bool) -> list[tuple[slice, slice, int]]:
-    """(rows, queries, how many keys they read) for each product of at most about MOST_SCORES scores."""
+def _blocks(query: Tensor, causal: bool) -> list[_Block]:
+    """Of at most about MOST_SCORES scores each."""
     number, group, length, _ = query.shape
     queries = max(1, min(length, max(64, MOST_SCORES // (group * length))))
     rows = max(1, MOST_SCORES // (group * queries * length))
+    places = [(row, at) for row in range(0, number, rows) for at in range(0, length, queries)]
     return [
-        (slice(row, row + rows), slice(at, at + queries), min(at + queries, length) if causal else length)
-        for row in range(0, number, rows)
-        for at in range(0, length, queries)
+        _Block(slice(row, row + rows), slice(at, at + queries), min(at + queries, length) if causal else length, place)
+        for place, (row, at) in enumerate(places)
     ]
 
 
-def _weights(
-    query: Tensor,
-    key: Tensor,
-    bias: Tensor | None,
-    scale: float,
-    causal: bool,
-    rows: slice,
-    queries: slice,
-    end: int,
-    into: Tensor | None = None,
-) -> Tensor:
-    """softmax(scale q k + bias) of a block: (rows, G x queries, keys), new or written into another tensor of that shape."""
+def _weights(query: Tensor, key: Tensor, bias: Tensor | None, how: _How, block: _Block) -> Tensor:
+    """softmax(scale q k + bias) of a block, (rows, G x queries, keys); of few keys in float32."""
+    rows, queries, end, _ = block
     some = query[rows, :, queries]
     number, group, count, _ = some.shape
     if bias is not None:  # and then nothing is causal that is not in it
@@ -272,10 +269,9 @@ def _weights(
         added = bias[of_row, queries, :end]
     else:
         added = some.new_zeros(1, count, end)
-        if causal:
+        if how.causal:
             added[..., queries.start :] = added.new_full((count, count), LEAST).triu_(1)
     added = added[:, None].expand(-1, group, -1, -1).flatten(1, 2).expand(number, -1, -1)
-    scores = torch.baddbmm(added, some.flatten(1, 2), key[rows, :end].transpose(1, 2), alpha=scale)
+    scores = torch.baddbmm(added, some.flatten(1, 2), key[rows, :end].transpose(1, 2), alpha=how.scale)
     wide = torch.promote_types(scores.dtype, torch.float32) if end <= FEW else scores.dtype
-    weights = scores.softmax(-1, dtype=wide)
-    return weights.to(scores.dtype) if into is None else into.copy_(weights)
+    return scores.softmax(-1, dtype=wide)

@@ -1,12 +1,13 @@
-"""RMSNorm, the gated product of a block, and dropout on a CPU: fewer passes over memory, and less kept for the backward pass.
+"""RMSNorm, gated products, rotary positions and dropout on a CPU: fewer passes over memory, less kept for the backward pass.
 
-transformers writes the first two as chains of small functions, each of which reads and writes all numbers and keeps what its
-gradient needs, some of it in float32. Here what is kept is what went in. Which modules of a model compute just that is told by
+transformers writes the first three as chains of small functions, each of which reads and writes all numbers and keeps what its
+gradient needs, some of it in float32. Here what is kept is what went in. Which parts of a model compute just that is told by
 their code, which architectures share to the letter; all others stay as they are. Dropout is `tuner/dropout.py`'s.
 
-Shapes: ... rows and tokens, D channels.
+Shapes: ... rows and tokens, D channels; of rotary positions B rows, H heads, T tokens, D channels of a head.
 """
 
+import sys
 from collections.abc import Callable
 from types import MethodType
 from typing import Any
@@ -19,12 +20,16 @@ from tuner import dropout
 
 
 def use(model: Any) -> None:
-    """Let norms and gated products of the model, which is on a CPU, compute with this module."""
+    """Let norms, gated products, rotary positions and dropout of the model compute with this module while they are on a CPU."""
     from transformers.activations import SiLUActivation
-    from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+    from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, apply_rotary_pos_emb
 
-    if model.device.type == "cuda":
-        return
+    own = getattr(apply_rotary_pos_emb, "theirs", apply_rotary_pos_emb)
+    place: Any
+    for place in {sys.modules[type(module).__module__] for module in model.modules()}:
+        theirs = getattr(place, "apply_rotary_pos_emb", None)
+        if theirs is not None and not hasattr(theirs, "theirs") and _same(theirs, own):
+            place.apply_rotary_pos_emb = _on_a_cpu(theirs)
     for module in model.modules():
         # Methods, and no closures, so that a copy of the model computes with its own weights.
         if _same(type(module).forward, LlamaRMSNorm.forward):
@@ -41,13 +46,35 @@ def _same(one: Callable[..., Any], other: Callable[..., Any]) -> bool:
 
 
 def _norm(module: Any, hidden_states: Tensor) -> Tensor:
-    if hidden_states.dtype != module.weight.dtype:
+    if hidden_states.device.type != "cpu" or hidden_states.dtype != module.weight.dtype:
         return type(module).forward(module, hidden_states)  # type: ignore[no-any-return]
     return rms_norm(hidden_states, module.weight, module.variance_epsilon)
 
 
 def _mlp(module: Any, x: Tensor) -> Tensor:
+    if x.device.type != "cpu":
+        return type(module).forward(module, x)  # type: ignore[no-any-return]
     return module.down_proj(gated(module.gate_proj(x), module.up_proj(x)))  # type: ignore[no-any-return]
+
+
+def _on_a_cpu(theirs: Callable[..., Any]) -> Callable[..., Any]:
+    """transformers' function on a GPU, and for positions of another shape or type than those of rows; ours otherwise."""
+
+    def apply_rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
+        plain = unsqueeze_dim == 1 and cos.dim() == 3 and not cos.requires_grad and q.dtype == k.dtype == cos.dtype
+        if q.device.type != "cpu" or not plain:
+            return theirs(q, k, cos, sin, unsqueeze_dim)  # type: ignore[no-any-return]
+        return rotated(q, cos, sin), rotated(k, cos, sin)
+
+    apply_rotary_pos_emb.theirs = theirs  # type: ignore[attr-defined]
+    return apply_rotary_pos_emb
+
+
+def rotated(x_BHTD: Tensor, cos_BTD: Tensor, sin_BTD: Tensor) -> Tensor:
+    """(B, H, T, D): each channel of the first half turned with its fellow of the second (Su et al. 2021, arXiv:2104.09864)."""
+    apply: Any = _Rotated.apply
+    found: Tensor = apply(x_BHTD, cos_BTD[:, None], sin_BTD[:, None])
+    return found
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
@@ -93,6 +120,20 @@ def _times(wide: Tensor, slope: Tensor, x: Tensor) -> Tensor:
     return wide * slope if wide is x else wide.mul_(slope)
 
 
+class _Rotated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        first, second = sin.chunk(2, -1)
+        return _turned(x, cos, -first, second)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        cos, sin = ctx.saved_tensors
+        first, second = sin.chunk(2, -1)
+        return _turned(gradients[0], cos, second, -first), None, None
+
+
 class _Gated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
@@ -104,3 +145,12 @@ class _Gated(torch.autograd.Function):
         gate, up = ctx.saved_tensors
         g_gate = torch.ops.aten.silu_backward(gradients[0] * up, gate)
         return g_gate, silu(gate).mul_(gradients[0])
+
+
+def _turned(x: Tensor, cos: Tensor, of_second: Tensor, of_first: Tensor) -> Tensor:
+    """x cos, and to each half the other one times what it is to be multiplied by."""
+    found = torch.mul(x, cos, out=x.new_empty(x.shape))
+    (first, second), (to_first, to_second) = x.chunk(2, -1), found.chunk(2, -1)
+    to_first.addcmul_(second, of_second)
+    to_second.addcmul_(first, of_first)
+    return found

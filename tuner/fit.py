@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from tuner import optimizers, processes, resume
+from tuner import fused, optimizers, processes, resume
 from tuner.data.order import plan
 from tuner.errors import GateError, Interrupted, RecipeError
 from tuner.memory import held, peak, ran_out, room
@@ -139,6 +139,7 @@ def fit(
                 except (RuntimeError, MemoryError) as error:
                     if not ran_out(error):
                         raise
+                    fused.forget()
                     alone = parallel.count == 1  # others would be in the middle of the step
                     micro_batch_size = _fewer(micro_batch_size, step, first=step == 0 and alone)
                 state["micro_batch_size"] = micro_batch_size

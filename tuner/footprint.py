@@ -81,8 +81,11 @@ class Footprint:
         with silent():
             model = kind.prepare(model, method, family, architecture, [], new_tokens)
         if stored == "int8":
+            from peft.tuners.lora import LoraLayer
+
             for each in model.modules():
-                each.__dict__.pop("forward", None)  # peft's own is left to them, as it is by tuner/fused.py
+                if isinstance(each, LoraLayer):
+                    each.__dict__.pop("forward", None)  # peft's own is left to them, as it is by tuner/fused.py
                 if isinstance(each, torch.nn.Linear) and id(each.weight) in small:
                     each.forward = partial(_KeepsInput.apply, each)  # type: ignore[method-assign]
         parameters = list(model.parameters())
@@ -142,8 +145,9 @@ class Footprint:
                 # All blocks of queries are alike, and there may be thousands.
                 blocks = attention._blocks
                 stack.enter_context(patch.object(attention, "_blocks", lambda *given: blocks(*given)[:1]))
-                for each in (attention, dropout):
-                    stack.enter_context(patch.object(each, "seed", lambda: 0))
+                for place in (attention, dropout):
+                    stack.enter_context(patch.object(place, "seed", lambda: 0))
+                    stack.enter_context(patch.object(place, "kept", lambda like, *_: torch.empty_like(like)))
                 stack.enter_context(patch.object(scan, "_kernels", lambda: (_nothing, _nothing)))
                 stack.enter_context(torch.set_grad_enabled(learning))
                 stack.enter_context(torch.autocast(device(), torch.bfloat16, enabled=self.mixed and learning))

@@ -13,6 +13,7 @@ Shapes: M tokens, I inputs, O outputs, R rank, S the sum of the ranks.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -35,10 +36,16 @@ def use(model: Any) -> None:
             if isinstance(each, LoraLayer) and type(each.base_layer).__name__ in ("Linear", "Linear4bit")
         }
         groups = [[ours.pop(name) for name in names if name in ours] for names in TOGETHER]
-        for group in [*groups, *([each] for each in ours.values())]:
+        for group in (*groups, *([each] for each in ours.values())):
             together = _Together(group)
             for module in group:
                 module.forward = _forward(module, module.forward, together)
+
+
+def forget() -> None:
+    """Let go of outputs that wait, where the model did not come to ask for them: an error ended its forward pass."""
+    for each in _WAITING:
+        each.input, each.outputs = None, {}
 
 
 @contextmanager
@@ -65,35 +72,42 @@ class _Together:
         self.layers = layers
         self.input: Tensor | None = None
         self.outputs: dict[int, Tensor] = {}
+        _WAITING.add(self)
 
     def __call__(self, module: Any, x: Tensor) -> Tensor:
+        # Compiled, or with weights that processes gather layer by layer (DeepSpeed's ds_id), each layer is by itself.
+        if len(self.layers) == 1 or torch.compiler.is_compiling() or hasattr(module.base_layer.weight, "ds_id"):
+            return _adapted([module], x)[0]
         if self.input is not x or id(module) not in self.outputs:
-            # Compiled, or with weights that processes gather layer by layer (DeepSpeed's ds_id), each layer is by itself.
-            alone = torch.compiler.is_compiling() or hasattr(module.base_layer.weight, "ds_id")
-            layers = [each for each in self.layers if each is module or not (alone or _not_plain(each, x))]
+            layers = [each for each in self.layers if each is module or _ordinary(each, x)]
             self.outputs = dict(zip(map(id, layers), _adapted(layers, x), strict=True))
         found = self.outputs.pop(id(module))
         self.input = x if self.outputs else None
         return found
 
 
+_WAITING: WeakSet[_Together] = WeakSet()
+
+
 def _forward(module: Any, theirs: Callable[..., Tensor], together: _Together) -> Callable[..., Tensor]:
+    """peft's own forward where the layer is no ordinary one."""
+
     def forward(x: Tensor, *args: Any, **rest: Any) -> Tensor:
-        return theirs(x, *args, **rest) if args or rest or _not_plain(module, x) else together(module, x)
+        return together(module, x) if _ordinary(module, x) and not (args or rest) else theirs(x, *args, **rest)
 
     return forward
 
 
-def _not_plain(module: Any, x: Tensor) -> bool:
-    """The layer is switched off, merged, a variant such as DoRA, drops inputs out, or computes in another type."""
+def _ordinary(module: Any, x: Tensor) -> bool:
+    """The layer is not switched off, merged or a variant such as DoRA, drops no inputs out, and computes in the input's type."""
     names, base = module.active_adapters, module.base_layer
     if len(names) != 1 or names[0] not in module.lora_A or module.lora_B[names[0]].bias is not None:
-        return True
+        return False
     if module.disable_adapters or module.merged or module.lora_variant or torch.is_autocast_enabled(x.device.type):
-        return True
+        return False
     if module.training and type(module.lora_dropout[names[0]]) is not torch.nn.Identity:
-        return True
-    return x.dtype != (getattr(base, "compute_dtype", None) or base.weight.dtype)  # type: ignore[no-any-return]
+        return False
+    return x.dtype == (getattr(base, "compute_dtype", None) or base.weight.dtype)  # type: ignore[no-any-return]
 
 
 def _adapted(layers: list[Any], x: Tensor) -> tuple[Tensor, ...]:

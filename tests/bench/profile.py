@@ -18,52 +18,30 @@ from tuner.bundle import Bundle, open_bundle
 THIN = 64
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm")
 PIECES = {
-    "softmax and exponentials": (
-        "softmax",
-        "aten::exp",
-        "aten::log",
-        "aten::amax",
-        "aten::silu",
-        "aten::gelu",
-        "aten::erf",
-        "aten::tanh",
+    "softmax, activations, exponentials": (
+        "_softmax", "_softmax_backward_data", "_log_softmax", "softmax", "exp", "expm1", "log", "silu", "silu_backward", "gelu", "gelu_backward",
+        "sigmoid", "softplus", "tanh",
     ),
-    "optimizer and clipping": ("adamw", "AdamW", "foreach", "aten::linalg_vector_norm"),
+    "optimizer": ("_fused_adamw", "_foreach_norm", "_foreach_mul", "_foreach_add"),
     "copies and casts": (
-        "aten::copy_",
-        "aten::_to_copy",
-        "aten::cat",
-        "aten::fill_",
-        "aten::zero_",
-        "aten::index",
-        "aten::embedding",
+        "copy", "_to_copy", "to", "cat", "clone", "contiguous", "fill", "zero", "zeros", "index", "index_select", "gather", "scatter",
+        "embedding", "embedding_dense_backward", "masked_fill", "triu",
     ),
-    "sums and multiplications": (
-        "aten::mul",
-        "aten::add",
-        "aten::sub",
-        "aten::div",
-        "aten::sum",
-        "aten::pow",
-        "aten::rsqrt",
-        "norm",
+    "sums, multiplications, norms": (
+        "mul", "add", "sub", "div", "neg", "sum", "mean", "pow", "square", "rsqrt", "addcmul", "amax", "linalg_vector_norm", "linalg_vecdot",
+        "native_layer_norm", "native_layer_norm_backward", "bernoulli",
     ),
-    "Python and autograd between them": (
-        "_",
-        "autograd::",
-        "ProfilerStep",
-        "aten::view",
-        "aten::t",
-        "aten::as_strided",
-        "aten::empty",
-    ),
-}
+}  # fmt: skip
 
 
 def operations(name: str, shapes: list[list[int]]) -> int:
-    """Of a product, two for each multiplication that is added."""
-    (*rows, inner), (*_, columns) = shapes[-2:]
+    """Of a product, two for each multiplication that is added. What is written to, or added, may be listed, too."""
+    (*rows, inner), (*_, columns) = _factors(name, shapes)
     return 2 * math.prod(rows) * inner * columns
+
+
+def _factors(name: str, shapes: list[list[int]]) -> list[list[int]]:
+    return shapes[1:3] if "add" in name else shapes[:2]
 
 
 def piece_of(name: str, shapes: list[list[int]]) -> str:
@@ -71,16 +49,16 @@ def piece_of(name: str, shapes: list[list[int]]) -> str:
     if name in PRODUCTS:
         if "bmm" in name:
             return "products of attention"
-        return "products of adapters" if min(min(each) for each in shapes[-2:]) <= THIN else "products of weights"
-    return next((piece for piece, marks in PIECES.items() if any(_is(mark, name) for mark in marks)), "all else")
-
-
-def _is(mark: str, name: str) -> bool:
-    return name.startswith(mark) if mark in ("_", "autograd::", "aten::t") else mark in name
+        thin = min(min(each) for each in _factors(name, shapes)) <= THIN
+        return "products of adapters" if thin else "products of weights"
+    plain = name.removeprefix("aten::").rstrip("_")
+    found = next((piece for piece, names in PIECES.items() if plain in names and name.startswith("aten::")), None)
+    # Views, allocation, and what our functions do in Python, which is where numpy draws what is dropped.
+    return found or "Python, views and autograd between them"
 
 
 def measure(job: Any, base: Bundle, folder: Path) -> dict[str, Any]:
-    """Seconds by piece, and operations by kind of product, of a job that was run once before."""
+    """Seconds by piece, and operations by kind of product, of a job's second run."""
     import torch
     from torch.profiler import ProfilerActivity, profile
 
@@ -129,7 +107,7 @@ def show(name: str, found: dict[str, Any]) -> str:
 
 
 def profiled(name: str, base: Bundle, folder: Path) -> str:
-    """The same, measured in a process of its own with what `tuner` sets for itself."""
+    """What `show` makes of the job, measured in a process of its own with what `tuner` sets for itself."""
     from tests.bench.peers import SET
 
     folder.mkdir(parents=True)

@@ -1,6 +1,7 @@
-"""Norms and gated products are what their equations and transformers say: values and gradients."""
+"""Norms, gated products, rotary positions and dropout are what their equations and transformers say: values and gradients."""
 
 import copy
+import sys
 from typing import Any
 
 import pytest
@@ -28,9 +29,23 @@ def multiplied(gate: Tensor, up: Tensor) -> Tensor:
     return gate * gate.sigmoid() * up
 
 
+def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Su et al. 2021, equation 34, with a channel's fellow half of all channels away, as in GPT-NeoX and Llama."""
+    first, second = x.chunk(2, -1)
+    return x * cos[:, None] + torch.cat([-second, first], -1) * sin[:, None]
+
+
+ANGLES = torch.cat([drawn(2, 5, 4).detach()] * 2, -1)
+COS, SIN = ANGLES.cos(), ANGLES.sin()
 PIECES = {
     "norm": (lambda x, weight: elementwise.rms_norm(x, weight, 1e-3), normed, ((2, 5, 8), (8,))),
     "gated": (elementwise.gated, multiplied, ((2, 5, 8), (2, 5, 8))),
+    # The positions' own cosines and sines learn nothing.
+    "rotary": (
+        lambda x: elementwise.rotated(x.transpose(1, 2), COS.to(x.dtype), SIN.to(x.dtype)),
+        lambda x: turned(x.transpose(1, 2), COS.to(x.dtype), SIN.to(x.dtype)),
+        ((2, 5, 3, 8),),
+    ),
 }
 
 
@@ -56,19 +71,40 @@ def test_values_and_gradients_are_the_equations(piece: str, dtype: torch.dtype, 
     assert all(torch.equal(one, other) for one, other in zip(inputs, before, strict=True)), "inputs stay as they are"
 
 
-def taken(model: Any) -> tuple[int, int]:
-    """How many norms and gated products of the model compute with this module."""
+# Whose code for it is Llama's.
+ROTARY = {
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "phi",
+    "jamba",
+    "falcon_h1",
+    "nemotron_h",
+    "zamba2",
+}
+
+
+def taken(model: Any) -> tuple[int, int, int]:
+    """How many norms, gated products and dropouts of the model compute with ours."""
     functions = [getattr(each.__dict__.get("forward"), "__func__", None) for each in model.modules()]
-    return functions.count(elementwise._norm), functions.count(elementwise._mlp)
+    return functions.count(elementwise._norm), functions.count(elementwise._mlp), functions.count(dropout.forward)
 
 
 @pytest.mark.parametrize("model_type", [name for name in SMALL if "causal" in family_of(name)[0].heads])
-def test_models_compute_what_transformers_computes(checkpoints: Any, model_type: str) -> None:  # noqa: F811
+def test_models_compute_what_transformers_computes(
+    checkpoints: Any,  # noqa: F811
+    model_type: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     from transformers import AutoModelForCausalLM
 
     path = checkpoints(model_type).path
     own, theirs = load_model(checkpoints(model_type)), AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    assert taken(theirs) == (0, 0)
+    assert taken(theirs) == (0, 0, 0)
     with torch.no_grad():
         for one, other in zip(own.parameters(), theirs.parameters(), strict=True):
             one += 0.1 * torch.randn(one.shape, generator=torch.Generator().manual_seed(one.numel()))
@@ -76,21 +112,36 @@ def test_models_compute_what_transformers_computes(checkpoints: Any, model_type:
     ids = torch.arange(3, 40).view(1, -1)
     results = []
     for model in (own.eval(), theirs.eval()):
+        place = sys.modules[type(model).__module__]
+        rotary = getattr(place, "apply_rotary_pos_emb", None)
+        assert hasattr(rotary, "theirs") == (model_type in ROTARY)
+        if model is theirs and model_type in ROTARY:  # all models of an architecture share it
+            monkeypatch.setattr(place, "apply_rotary_pos_emb", rotary.theirs)
         logits = model(input_ids=ids, use_cache=False).logits
         trained = [each for each in model.parameters() if each.requires_grad]
         gradients = torch.autograd.grad(logits.square().mean(), trained, allow_unused=True)
         results.append([logits, *(each for each in gradients if each is not None)])
+    # Gradients far smaller than others of the model are what is left of larger numbers, with their rounding.
+    largest = max(float(each.norm()) for each in results[1])
     for one, other in zip(*results, strict=True):
-        assert float((one - other).norm() / (other.norm() + 1e-6)) < 1e-4
+        assert float((one - other).norm()) < 1e-4 * float(other.norm()) + 1e-6 * largest
 
 
 def test_which_modules_are_taken(checkpoints: Any) -> None:  # noqa: F811
-    found = {name: taken(load_model(checkpoints(name))) for name in ("llama", "gemma", "gemma2", "gpt2", "mamba2", "jamba")}
+    found = {name: taken(load_model(checkpoints(name))) for name in ("llama", "gemma", "gemma2", "gpt2", "mamba2", "jamba", "bert")}
     blocks = load_model(checkpoints("llama")).config.num_hidden_layers
-    assert found["llama"] == (2 * blocks + 1, blocks)
-    assert found["gemma"] == (0, 0), "its norms add one to their weights, and its gate is no silu"
-    assert found["gemma2"] == found["gpt2"] == (0, 0)
+    assert found["llama"] == (2 * blocks + 1, blocks, 0)
+    assert found["gemma"] == (0, 0, 0), "its norms add one to their weights, and its gate is no silu"
+    assert found["gemma2"] == (0, 0, 0)
+    assert found["gpt2"][:2] == found["bert"][:2] == (0, 0) and min(found["gpt2"][2], found["bert"][2]) > 0
     assert found["mamba2"][0] > 0 and found["jamba"][0] > 0
+
+
+def test_a_frozen_norm_passes_its_gradient_on() -> None:
+    x, weight = drawn(2, 5, 8), drawn(8).detach()
+    (found,) = torch.autograd.grad(elementwise.rms_norm(x, weight, 1e-3).sin().sum(), [x])
+    (wanted,) = torch.autograd.grad(normed(x, weight).sin().sum(), [x])
+    torch.testing.assert_close(found, wanted)
 
 
 def test_a_copy_computes_with_its_own_weights(checkpoints: Any) -> None:  # noqa: F811

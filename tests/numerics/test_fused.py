@@ -1,6 +1,7 @@
 """What training computes in its own way is what torch, peft and transformers compute: values and gradients, in float32 and bfloat16."""
 
 import copy
+import weakref
 from typing import Any
 
 import pytest
@@ -103,6 +104,20 @@ def test_a_linear_and_its_adapter_are_pefts(dtype: torch.dtype, apart: float) ->
         assert float((one - other).float().norm() / other.float().norm()) < apart
 
 
+def test_outputs_that_wait_are_forgotten() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model: Any = get_peft_model(_Attends(), LoraConfig(r=4, target_modules=["q_proj", "k_proj", "v_proj"]))  # type: ignore[arg-type]
+    fused.use(model)
+    inner = model.base_model.model
+    x = torch.randn(3, 24)
+    waiting = weakref.ref(inner.q_proj(x).grad_fn)
+    assert waiting() is not None, "k's and v's outputs hold what made them"
+    fused.forget()
+    assert waiting() is None
+    assert torch.equal(inner.k_proj(x), inner.k_proj(x))
+
+
 class _Attends(nn.Module):
     """Three linears on one input, or two of them on another."""
 
@@ -118,9 +133,13 @@ class _Attends(nn.Module):
 
 @pytest.mark.parametrize("way", ["all", "another input", "one unused", "one switched off", "nothing learned"])
 @pytest.mark.parametrize(("dtype", "apart"), [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)])
-def test_linears_with_one_input_and_their_adapters_are_pefts(way: str, dtype: torch.dtype, apart: float) -> None:
+def test_linears_with_one_input_and_their_adapters_are_pefts(
+    way: str, dtype: torch.dtype, apart: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from peft import LoraConfig, get_peft_model
 
+    asked, compute = [], fused._adapted
+    monkeypatch.setattr(fused, "_adapted", lambda layers, x: asked.append(len(layers)) or compute(layers, x))  # type: ignore[func-returns-value]
     models = []
     for _ in range(2):
         torch.manual_seed(0)
@@ -149,6 +168,9 @@ def test_linears_with_one_input_and_their_adapters_are_pefts(way: str, dtype: to
             # What is not used has no gradient, or zero.
             found += [torch.zeros(1) if each is None or not each.any() else each for each in gradients]
         results.append(found)
+    # How many linears are computed at a time; an input that differs is another time.
+    together = {"another input": [3, 3, 3, 3], "one switched off": [2, 2]}.get(way, [3, 3])
+    assert asked == together
     for one, wanted in zip(*results, strict=True):
         assert one.dtype == wanted.dtype and one.shape == wanted.shape
         assert float((one - wanted).float().norm() / (wanted.float().norm() + 1e-6)) < apart
@@ -277,6 +299,11 @@ def drawn(rows: int, group: int, length: int, width: int) -> list[torch.Tensor]:
     return [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
 
 
+def attended(query: Tensor, key: Tensor, value: Tensor, how: attention._How) -> Tensor:
+    found: Tensor = attention._Attention.apply(query, key, value, None, how)  # type: ignore[no-untyped-call]
+    return found
+
+
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("most", [2**19, 130])  # scores at a time
 def test_dropout_leaves_weights_out_and_scales_the_others(causal: bool, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -286,7 +313,7 @@ def test_dropout_leaves_weights_out_and_scales_the_others(causal: bool, most: in
     query = torch.cat([query, query[..., :1].expand(-1, -1, -1, 120)], -1)
     key = torch.cat([key, torch.zeros(3, 128, 120, dtype=torch.float64)], -1)
     plain, dropped, again, other = (
-        attention._Attention.apply(query, key, one_each, None, 0.3, causal, rate, seed)  # type: ignore[no-untyped-call]
+        attended(query, key, one_each, attention._How(0.3, causal, rate, seed, True))
         for rate, seed in ((0.0, 0), (0.1, 7), (0.1, 7), (0.1, 8))
     )
     kept = dropped != 0
@@ -301,12 +328,25 @@ def test_dropout_leaves_weights_out_and_scales_the_others(causal: bool, most: in
     assert agree == pytest.approx(0.82, abs=0.01)
 
 
+# Of 66 tokens queries are in two blocks; of 9 their weights are kept with 4 channels and not with 2.
+@pytest.mark.parametrize("sizes", [(2, 2, 9, 4), (2, 2, 9, 2), (1, 1, 66, 1)])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("most", [2**19, 64])
-def test_the_gradient_with_dropout_is_that_of_what_was_computed(causal: bool, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_gradient_with_dropout_is_that_of_what_was_computed(
+    causal: bool, most: int, sizes: tuple[int, int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(attention, "MOST_SCORES", most)
-    inputs = drawn(2, 2, 9, 4)
-    assert torch.autograd.gradcheck(lambda *given: attention._Attention.apply(*given, None, 0.5, causal, 0.3, 5), inputs)
+    how = attention._How(0.5, causal, 0.3, 5, True)
+    assert torch.autograd.gradcheck(lambda *given: attended(*given, how), drawn(*sizes), fast_mode=sizes[2] > 9)
+
+
+def test_weights_are_kept_only_of_short_rows_that_something_is_learned_of() -> None:
+    found = {}
+    for length, learning in ((12, True), (12, False), (13, True)):
+        query, key, value = drawn(2, 2, length, 4)
+        saved = attended(query, key, value, attention._How(0.5, True, 0.0, 0, learning)).grad_fn.saved_tensors  # type: ignore[union-attr]
+        found[length, learning] = saved[-1] is not None
+    assert attention.KEPT == 3 and found == {(12, True): True, (12, False): False, (13, True): False}
 
 
 def test_an_encoder_drops_attention_as_its_configuration_says() -> None:

@@ -1,7 +1,7 @@
-"""Mamba-2's scan on a CPU, as matrix products within chunks of tokens and a short loop over the chunks.
+"""Mamba-2's scan without fused kernels, as matrix products within chunks of tokens and a short loop over the chunks.
 
 transformers' own way to do without fused kernels multiplies the same numbers out as tensors of six dimensions and adds them up.
-Here each sum is a batched product (Dao and Gu 2024, arXiv:2405.21060, section 6 and listing 1). On a GPU kernels stay as they are.
+Here each sum is a batched product (Dao and Gu 2024, arXiv:2405.21060, section 6 and listing 1). A GPU's own kernels come first.
 
 Shapes: B batch, T tokens, H heads of P channels, G groups of heads with the same input and output matrices, N states;
 K chunks of L tokens. state_t = exp(dt_t A) state_(t-1) + dt_t B_t x_t,   out_t = C_t state_t + D x_t.
@@ -12,14 +12,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.functional import pad, softplus
+from torch.utils.checkpoint import checkpoint
 
 # Tokens of a chunk: within one the work grows with its square, and between them there is a step of the loop.
 LENGTH = 64
 
 
-def on_a_cpu(theirs: Callable[..., Any]) -> Callable[..., Any]:
-    """transformers' function on a GPU, and where it goes on from a state; ours otherwise."""
+def instead_of(theirs: Callable[..., Any], *, fused: bool) -> Callable[..., Any]:
+    """transformers' function on a GPU where it is a `fused` kernel, and where it goes on from a state; ours otherwise."""
 
     def scan(
         hidden_states: Tensor,
@@ -36,19 +38,30 @@ def on_a_cpu(theirs: Callable[..., Any]) -> Callable[..., Any]:
         return_final_states: bool = False,
         **rest: Any,
     ) -> Any:
-        if initial_states is not None or hidden_states.device.type != "cpu":
+        if initial_states is not None or (fused and on_a_gpu(hidden_states)):
             given = (D, dt_bias, initial_states, dt_softplus, dt_limit, return_final_states)
             return theirs(hidden_states, dt, A, B, C, chunk_size, *given, **rest)
-        dtype = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
         dt = dt if dt_bias is None else dt + dt_bias.to(dt.dtype)
-        dt = (softplus(dt) if dt_softplus else dt).clamp(*dt_limit).to(dtype)
-        with torch.autocast("cpu", enabled=False):
-            out, state = chunk_scan(*(each.to(dtype) for each in (hidden_states, dt, A, B, C)))
-        out = out if D is None else out + D.to(dtype)[:, None] * hidden_states
+        dt = (softplus(dt) if dt_softplus else dt).clamp(*dt_limit)
+        # What it makes on its way is many times what goes in and out, and is made again in the backward pass instead of being kept.
+        out, state = checkpoint(_wide, hidden_states, dt, A, B, C, D, use_reentrant=False, preserve_rng_state=False)
         return (out, state) if return_final_states else out
 
     scan.theirs = theirs  # type: ignore[attr-defined]
     return scan
+
+
+def on_a_gpu(tensor: Tensor) -> bool:
+    """Whether a kernel can compute with it: not where it only claims to be there, for its memory to be counted."""
+    return tensor.device.type != "cpu" and not isinstance(tensor, FakeTensor)
+
+
+def _wide(hidden_states: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None) -> tuple[Tensor, Tensor]:
+    """In float32, or float64 where the layer is in that, whatever autocast asks for."""
+    dtype = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
+    with torch.autocast(hidden_states.device.type, enabled=False):
+        out, state = chunk_scan(*(each.to(dtype) for each in (hidden_states, dt, A, B, C)))
+        return (out if D is None else out + D.to(dtype)[:, None] * hidden_states), state
 
 
 def chunk_scan(x_BTHP: Tensor, dt_BTH: Tensor, A_H: Tensor, B_BTGN: Tensor, C_BTGN: Tensor) -> tuple[Tensor, Tensor]:

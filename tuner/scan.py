@@ -1,12 +1,13 @@
-"""Mamba-1's selective scan on a CPU, compiled by numba: linear in length, forward and backward.
+"""Mamba-1's selective scan on a CPU, compiled by numba: linear in length, forward and backward; and who computes the other scans.
 
-transformers' own loop over time keeps a graph whose backward pass is quadratic. On a GPU its fused kernels are left as they are.
+transformers' own loop over time keeps a graph whose backward pass is quadratic. On a GPU fused kernels are left as they are.
 
 Shapes: B batch, D channels, T tokens, N states. The recurrence (Gu and Dao 2023, arXiv:2312.00752, equations 2a and 4) is
 state_t = exp(delta_t A) state_(t-1) + delta_t B_t u_t,   out_t = C_t state_t, for each channel by itself.
 """
 
-import importlib.util
+import importlib
+import inspect
 import sys
 from collections.abc import Callable
 from functools import cache
@@ -24,19 +25,22 @@ MOST_NUMBERS = 2**24
 
 
 def use(model: Any) -> bool:
-    """Let the model scan with this module where it computes on a CPU; False where it has nothing to scan."""
-    places = {type(module).__module__ for module in model.modules()}
+    """Let this module and `tuner.chunks` scan for the model where no fused kernel can; False where it has no scan of Mamba-1."""
+    places = {sys.modules[type(module).__module__] for module in model.modules()}
+    place: Any
     for place in places:
-        theirs = getattr(sys.modules[place], "mamba2_chunk_scan", None)
+        for name, function in list(vars(place).items()):
+            if _may_be_fused(function):
+                setattr(place, name, _for_a_gpu(function))
+        theirs = getattr(place, "mamba2_chunk_scan", None)
         if theirs is not None and not hasattr(theirs, "theirs"):
-            sys.modules[place].mamba2_chunk_scan = chunks.on_a_cpu(theirs)  # type: ignore[attr-defined]
-    found = [sys.modules[place] for place in places if hasattr(sys.modules[place], "mamba_selective_scan")]
-    module: Any
-    for module in found:
-        theirs = module.mamba_selective_scan
+            place.mamba2_chunk_scan = chunks.instead_of(theirs, fused=installed("mamba_ssm") and installed("causal_conv1d"))
+    found = [place for place in places if hasattr(place, "mamba_selective_scan")]
+    for place in found:
+        theirs = place.mamba_selective_scan
         if not hasattr(theirs, "theirs"):
-            module.mamba_selective_scan = _on_a_cpu(theirs)
-            module.causal_conv1d_fn = _within_documents(module.causal_conv1d_fn)
+            place.mamba_selective_scan = _on_a_cpu(theirs)
+            place.causal_conv1d_fn = _within_documents(place.causal_conv1d_fn)
     return bool(found)
 
 
@@ -44,17 +48,50 @@ def paths(model: Any, kernels: frozenset[str]) -> list[str]:
     """How the layers that carry a state are computed, in one line; nothing without such layers, which are those with `kernels`."""
     if not kernels:
         return []
+    modules = {sys.modules[type(each).__module__] for each in model.modules()}
+    chunked = any(hasattr(getattr(each, "mamba2_chunk_scan", None), "theirs") for each in modules)
+    by_products = "recurrent layers: matrix products within chunks of tokens"
     if model.device.type == "cpu":
-        modules = {sys.modules[type(each).__module__] for each in model.modules()}
-        ways = {
-            "mamba_selective_scan": "a scan compiled for this CPU by numba",
-            "mamba2_chunk_scan": "matrix products within chunks of tokens",
-        }
-        own = [said for name, said in ways.items() if any(hasattr(getattr(each, name, None), "theirs") for each in modules)]
-        return [f"recurrent layers: {own[0] if own else 'transformers, in torch'}"]
-    there = {name: importlib.util.find_spec(name) is not None for name in sorted(kernels)}
-    said = ", ".join(f"{name} is {'there' if found else 'not installed'}" for name, found in there.items())
-    return [f"recurrent layers: fused kernels where transformers finds them ({said}), else torch, many times slower"]
+        scanned = any(hasattr(getattr(each, "mamba_selective_scan", None), "theirs") for each in modules)
+        if scanned:
+            return ["recurrent layers: a scan compiled for this CPU by numba"]
+        return [by_products if chunked else "recurrent layers: transformers, in torch"]
+    missing = " and ".join(sorted(name for name in kernels if not installed(name)))
+    if not missing:
+        return [f"recurrent layers: the fused kernels of {' and '.join(sorted(kernels))}"]
+    if chunked:
+        return [f"{by_products}; fused kernels are faster: {missing} cannot be imported"]
+    return [f"recurrent layers: transformers, in torch; fused kernels are many times faster: {missing} cannot be imported"]
+
+
+@cache
+def installed(package: str) -> bool:
+    """Whether transformers finds this package's kernels: it takes whatever an import raises for "no"."""
+    try:
+        importlib.import_module(package)
+    except Exception:
+        return False
+    return True
+
+
+def _may_be_fused(function: Any) -> bool:
+    """Whether transformers took this function for a package's kernel, if that is there, else for its own in torch."""
+    from transformers.integrations import hub_kernels
+
+    code = getattr(function, "__code__", None)
+    return hasattr(function, "__wrapped__") and code is not None and code.co_filename == hub_kernels.__file__
+
+
+def _for_a_gpu(theirs: Callable[..., Any]) -> Callable[..., Any]:
+    """transformers' function; in torch where there are no numbers on a GPU, and without causal_conv1d, which mamba_ssm calls."""
+    in_torch = inspect.unwrap(theirs)
+
+    def function(*given: Any, **named: Any) -> Any:
+        tensor = next(each for each in (*given, *named.values()) if isinstance(each, Tensor))
+        fits = chunks.on_a_gpu(tensor) and (installed("causal_conv1d") or not installed("mamba_ssm"))
+        return (theirs if fits else in_torch)(*given, **named)
+
+    return function
 
 
 def _starts() -> Tensor | None:
@@ -190,7 +227,11 @@ def _on_a_cpu(theirs: Callable[..., Any]) -> Callable[..., Any]:
         return_last_state: bool = False,
         **rest: Any,
     ) -> Any:
-        if return_last_state or hidden_states.device.type != "cpu":
+        if (
+            return_last_state
+            or chunks.on_a_gpu(hidden_states)
+            or (hidden_states.device.type != "cpu" and not installed("mamba_ssm"))
+        ):
             return theirs(hidden_states, dt, A, B, C, D, z, delta_bias, delta_softplus, return_last_state, **rest)
         dtype = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
         delta = dt.to(dtype) if delta_bias is None else dt.to(dtype) + delta_bias.to(dtype)[:, None]

@@ -1,7 +1,8 @@
 """`python -m tests.gpu` checks and measures training on one GPU, beside TRL in the same process; prints a table in Markdown.
 
-Checked: a recipe run on the GPU and on the CPU ends at the same held-out loss, with float32, bfloat16 and 4-bit weights.
-Measured: LoRA and QLoRA of a Llama of 1.2 billion random weights on rows of 2,048 tokens. `--toy` does the same at a size for a CPU.
+Checked: a recipe run on the GPU and on the CPU ends at the same held-out loss, with float32, bfloat16 and 4-bit weights, and with Mamba-2.
+Measured: LoRA and QLoRA of a Llama of 1.2 billion random weights, and LoRA of a Mamba-2 of 1.3, on rows of 2,048 tokens; Mamba-2 with
+fused kernels where mamba_ssm and causal_conv1d are installed, and without them. `--toy` does the same at a size for a CPU.
 """
 
 import argparse
@@ -16,13 +17,14 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig
 
-from tuner import budget, fused, kinds
+from tuner import budget, fused, kinds, scan
 from tuner.bundle import Bundle
 from tuner.checkpoint import device, open_base
 from tuner.data.example import Example, Packed
@@ -32,12 +34,14 @@ from tuner.footprint import Footprint
 from tuner.source import base_bundle, find
 
 # Losses of ten steps of the small case, on the GPU and on the CPU (nats): sums in another order, in float32 and in the 8 bits of bfloat16.
+# Mamba-2's kernels multiply float32 in TF32, whose 10 bits are nearer to bfloat16's.
 SAME = {"fp32": 2.0e-3, "bf16": 2.0e-2, "nf4": 5.0e-2}
+SAME_MAMBA = 2.0e-2
 
 
 @dataclass(frozen=True)
 class Size:
-    """What is measured: the shape of a Llama, rows a step, tokens a row, tokens of a packed document, steps."""
+    """What is measured: the shape of a model, rows a step, tokens a row, tokens of a packed document, steps."""
 
     config: dict[str, Any]
     rows: int
@@ -49,16 +53,32 @@ class Size:
 
 LARGE = Size(
     {
+        "model_type": "llama",
         "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
         "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 128_256, "max_position_embeddings": 8192, "tie_word_embeddings": True,
+    },
+    rows=4, length=2048, document=256, steps=10, matrix=8192,
+)  # fmt: skip
+# state-spaces/mamba2-1.3b (Dao and Gu 2024, arXiv:2405.21060).
+LARGE_MAMBA = Size(
+    {
+        "model_type": "mamba2", "hidden_size": 2048, "num_hidden_layers": 48, "state_size": 128, "head_dim": 64, "num_heads": 64,
+        "expand": 2, "n_groups": 1, "chunk_size": 256, "vocab_size": 50_288, "tie_word_embeddings": True,
     },
     rows=4, length=2048, document=256, steps=10, matrix=8192,
 )  # fmt: skip
 TUNE = {"task": {"kind": "sft", "max_tokens": 64}, "steps": 10, "learning_rate": 1.0e-2}
 TOY = Size(
     {
-        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2, "vocab_size": 512, "max_position_embeddings": 256, "tie_word_embeddings": True,
+    },
+    rows=2, length=64, document=16, steps=2, matrix=256,
+)  # fmt: skip
+TOY_MAMBA = Size(
+    {
+        "model_type": "mamba2", "hidden_size": 64, "num_hidden_layers": 2, "state_size": 16, "head_dim": 16, "num_heads": 8,
+        "expand": 2, "n_groups": 1, "chunk_size": 32, "vocab_size": 512, "tie_word_embeddings": True,
     },
     rows=2, length=64, document=16, steps=2, matrix=256,
 )  # fmt: skip
@@ -84,13 +104,14 @@ def wait() -> None:
 
 
 def checkpoint(size: Size, folder: Path) -> Bundle:
-    """A Llama of this shape with random weights, and a tokenizer that nothing here reads."""
+    """A model of this shape with random weights, and a tokenizer that nothing here reads."""
     from tokenizers import Tokenizer, models
-    from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
     torch.manual_seed(0)
+    folder = folder / size.config["model_type"]
     with torch.device(device()):
-        model = AutoModelForCausalLM.from_config(LlamaConfig(**size.config), dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**size.config), dtype=torch.bfloat16)
     model.save_pretrained(folder / "model")
     words = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1}, unk_token="<unk>"))
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="</s>").save_pretrained(folder / "model")
@@ -115,8 +136,10 @@ def ours(
 ) -> tuple[float, float, float]:
     """(tokens/s, peak bytes, bytes told from shapes before) of our loop."""
     lora, task = kinds.load("methods", "lora"), kinds.load("tasks", "pretrain")
-    family, architecture = family_of("llama")
+    family, architecture = family_of(size.config["model_type"])
     model, fresh = open_base(base, "causal", {}, storage)
+    for line in scan.paths(model, architecture.kernels):
+        print(line, file=sys.stderr)
     if again:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     options = lora.Options(rank=16, storage=storage)
@@ -136,7 +159,7 @@ def ours(
 
     def run(steps: int, place: str) -> Any:
         fresh_peak()
-        work = folder / f"{storage}-{packed}-{again}-{compiled}-{place}"
+        work = Path(tempfile.mkdtemp(prefix=place, dir=folder))
         with fused.compiled(model) if compiled else nullcontext():
             return fit(objective, rows, Schedule(steps=steps, **told), layers=lora.layers(model), work=work)
 
@@ -187,7 +210,9 @@ def trl(size: Size, base: Bundle, folder: Path, storage: str, *, again: bool = F
     )  # fmt: skip
     tokenizer = AutoTokenizer.from_pretrained(base.path)
     tokenizer.pad_token = tokenizer.eos_token
-    adapter = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    adapter = LoraConfig(
+        r=16, lora_alpha=32, target_modules=sorted(family_of(size.config["model_type"])[1].linears), task_type="CAUSAL_LM"
+    )
     trainer = SFTTrainer(
         model=model, args=config, train_dataset=data, processing_class=tokenizer, peft_config=adapter, callbacks=[Clock()]
     )
@@ -210,34 +235,34 @@ def peak() -> float:
 
 def work_of_a_token(size: Size) -> float:
     """Operations of LoRA's forward and backward pass through frozen weights: two products each, output layer included."""
-    shape = size.config
-    hidden, inner, width = shape["hidden_size"], shape["intermediate_size"], shape["hidden_size"] // shape["num_attention_heads"]
-    block = hidden * (2 * hidden + 2 * width * shape["num_key_value_heads"]) + 3 * hidden * inner
-    return 4.0 * (shape["num_hidden_layers"] * block + hidden * shape["vocab_size"])
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**size.config))
+    return 4.0 * sum(module.weight.numel() for module in model.modules() if isinstance(module, torch.nn.Linear))
 
 
-def same_losses(folder: Path) -> list[tuple[str, float, float]]:
-    """(storage, held-out loss on this device, on the CPU) of a recipe that `tuner run` ran on both."""
+def same_losses(folder: Path, cases: list[tuple[str, Size, float]]) -> int:
+    """Print the held-out loss of a recipe that `tuner run` ran on this device and on the CPU, for (storage, model, how far apart they may
+    be); how many are farther apart."""
     draw = random.Random(0)
     sums = [(draw.randrange(100), draw.randrange(100)) for _ in range(600)]
     lines = [json.dumps({"prompt": f"{a} + {b} = ", "completion": str(a + b)}) for a, b in sums]
     (folder / "train.jsonl").write_text("\n".join(lines[:500]))
     (folder / "heldout.jsonl").write_text("\n".join(lines[500:]))
-    found = []
-    for storage in SAME:
-        losses = []
+    failed = 0
+    print("| weights | held-out loss here | on the CPU | apart, allowed |\n|---|---|---|---|")
+    for storage, size, allowed in cases:
+        losses, title = [], f"{size.config['model_type']}, {storage}"
         for place, hidden in (("here", None), ("cpu", "")):
-            out = folder / f"{storage}-{place}"
+            out = folder / f"{size.config['model_type']}-{storage}-{place}"
             recipe = {
                 "data": {"train": "train.jsonl", "heldout": "heldout.jsonl", "on_bad_row": "skip"},
                 "stages": [
                     {"tokenizer": {"vocab_size": 300}},
                     {
                         "init": {
-                            "config": {
-                                "model_type": "llama",
-                                **{key: value for key, value in TOY.config.items() if key != "vocab_size"},
-                            }
+                            "config": {key: value for key, value in size.config.items() if key != "vocab_size"},
                         }
                     },
                     {"tune": TUNE | {"method": {"kind": "lora", "storage": storage}}},
@@ -257,10 +282,12 @@ def same_losses(folder: Path) -> list[tuple[str, float, float]]:
             ]
             done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
             if done.returncode:
-                raise SystemExit(f"{storage} on {place}: {done.stderr[-3000:]}")
+                raise SystemExit(f"{title} on {place}: {done.stderr[-3000:]}")
             losses.append(json.loads((out / "tune/bundle.json").read_text())["metrics"]["heldout_loss"])
-        found.append((storage, *losses))
-    return found
+        here, there = losses
+        failed += abs(here - there) > allowed
+        print(f"| {title} | {here:.5f} | {there:.5f} | {abs(here - there):.5f}, {allowed} |", flush=True)
+    return failed
 
 
 def adapts(size: Size, base: Bundle, folder: Path) -> bool:
@@ -311,37 +338,54 @@ def main(arguments: list[str]) -> int:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         if told.only in ("", "losses"):
-            print("| weights | held-out loss here | on the CPU | apart, allowed |\n|---|---|---|---|")
-            for storage, here, there in same_losses(folder):
-                failed += abs(here - there) > SAME[storage]
-                print(f"| {storage} | {here:.5f} | {there:.5f} | {abs(here - there):.5f}, {SAME[storage]} |", flush=True)
+            failed += same_losses(folder, [(storage, TOY, allowed) for storage, allowed in SAME.items()])
         if told.only in ("", "memory") and torch.cuda.is_available():
             failed += not adapts(size, checkpoint(size, folder), folder)
         if told.only in ("", "speed"):
-            speed(size, folder, profiled=told.profile)
+            speed(size, llamas(size, checkpoint(size, folder), folder, profiled=told.profile))
+        if told.only in ("", "mamba"):
+            failed += same_losses(folder, [("fp32", TOY_MAMBA, SAME_MAMBA)])
+            size = TOY_MAMBA if told.toy else LARGE_MAMBA
+            speed(size, mambas(size, checkpoint(size, folder), folder, profiled=told.profile))
     return int(failed > 0)
 
 
-def speed(size: Size, folder: Path, *, profiled: bool) -> None:
+Job = tuple[str, Callable[[], tuple[float, float, float | None]]]
+
+
+def llamas(size: Size, base: Bundle, folder: Path, *, profiled: bool) -> list[Job]:
+    own, peer = partial(ours, size, base, folder), partial(trl, size, base, folder)
+    jobs: list[Job] = []
+    for storage, kind in (("bf16", "LoRA"), ("nf4", "QLoRA")):
+        jobs += [
+            (f"{kind}, Tuner", partial(own, storage, profiled=profiled)),
+            (f"{kind}, TRL", partial(peer, storage)),
+            (f"{kind}, Tuner, gradient checkpointing", partial(own, storage, again=True)),
+            (f"{kind}, TRL, gradient checkpointing", partial(peer, storage, again=True)),
+        ]
+    for storage, kind in (("bf16", "LoRA"), ("nf4", "QLoRA")):
+        jobs.append((f"{kind}, Tuner, compile", partial(own, storage, compiled=True, profiled=profiled)))
+    return [*jobs, (f"LoRA, Tuner, packed documents of {size.document}", partial(own, "bf16", packed=True))]
+
+
+def mambas(size: Size, base: Bundle, folder: Path, *, profiled: bool) -> list[Job]:
+    kernels = all(scan.installed(name) for name in family_of("mamba2")[1].kernels)
+    title = f"Mamba-2, {'fused kernels' if kernels else 'no fused kernels'}"
+    jobs: list[Job] = []
+    for again, suffix in ((False, ""), (True, ", gradient checkpointing")):
+        jobs += [
+            (f"{title}, Tuner{suffix}", partial(ours, size, base, folder, "bf16", again=again, profiled=profiled)),
+            (f"{title}, TRL{suffix}", partial(trl, size, base, folder, "bf16", again=again)),
+        ]
+    return jobs
+
+
+def speed(size: Size, jobs: list[Job]) -> None:
     """Print the table of tokens/s and memory."""
     rate = matrix_rate(size.matrix)
     print(f"\nbfloat16 products of {size.matrix} x {size.matrix}: {rate / 1e12:.0f} TFLOP/s")
-    base = checkpoint(size, folder)
     print(f"{size.rows} rows of {size.length} tokens a step, {size.steps} steps after 2 that do not count\n")
     print("| job | tokens/s | of the products' rate | peak memory, GB | told from shapes |\n|---|---|---|---|---|")
-    jobs: list[tuple[str, Callable[[], tuple[float, float, float | None]]]] = []
-    for storage, kind in (("bf16", "LoRA"), ("nf4", "QLoRA")):
-        jobs += [
-            (f"{kind}, Tuner", lambda storage=storage: ours(size, base, folder, storage, profiled=profiled)),
-            (f"{kind}, TRL", lambda storage=storage: trl(size, base, folder, storage)),
-            (f"{kind}, Tuner, gradient checkpointing", lambda storage=storage: ours(size, base, folder, storage, again=True)),
-            (f"{kind}, TRL, gradient checkpointing", lambda storage=storage: trl(size, base, folder, storage, again=True)),
-        ]
-    for storage, kind in (("bf16", "LoRA"), ("nf4", "QLoRA")):
-        jobs.append(
-            (f"{kind}, Tuner, compile", lambda storage=storage: ours(size, base, folder, storage, compiled=True, profiled=profiled))
-        )
-    jobs.append((f"LoRA, Tuner, packed documents of {size.document}", lambda: ours(size, base, folder, "bf16", packed=True)))
     for title, job in jobs:
         gc.collect()
         if torch.cuda.is_available():

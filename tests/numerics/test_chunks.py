@@ -1,6 +1,8 @@
 """Mamba-2's scan against the recurrence written out, and models against transformers' own function."""
 
+import inspect
 import sys
+import types
 from typing import Any
 
 import pytest
@@ -72,7 +74,8 @@ def test_the_model_computes_as_it_does_in_transformers(model_type: str, monkeypa
     )
     ids = torch.randint(0, 300, (2, 70), generator=torch.Generator().manual_seed(0))
     found = []
-    for function in (chunks.on_a_cpu(getattr(place.mamba2_chunk_scan, "theirs", place.mamba2_chunk_scan)), None):
+    theirs = getattr(place.mamba2_chunk_scan, "theirs", place.mamba2_chunk_scan)
+    for function in (chunks.instead_of(theirs, fused=False), None):
         monkeypatch.setattr(place, "mamba2_chunk_scan", function or place.mamba2_chunk_scan.theirs)
         model.zero_grad()
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss
@@ -90,3 +93,58 @@ def test_what_is_used_is_said() -> None:
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mamba2", **SMALL["mamba2"], **TOKENS, vocab_size=300))
     scan.use(model)
     assert scan.paths(model, frozenset({"mamba_ssm"})) == ["recurrent layers: matrix products within chunks of tokens"]
+
+
+def test_a_package_of_kernels_is_left_alone_where_it_cannot_compute(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers calls what it found in the package, wherever the numbers are; `meta` stands for a GPU here."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.integrations import hub_kernels
+    from transformers.models.mamba2 import modeling_mamba2 as place
+
+    def kernel(*_: Any, **__: Any) -> Any:
+        raise ZeroDivisionError
+
+    package = types.ModuleType("kernels_of_a_gpu")
+    monkeypatch.setitem(sys.modules, "kernels_of_a_gpu", package)
+    for name in ("causal_conv1d_fn", "mamba2_split_conv1d_scan_combined"):
+        setattr(package, name, kernel)
+        found = hub_kernels.use_kernel_func_from_hub_with_fallback(name, "kernels_of_a_gpu")
+        monkeypatch.setattr(place, name, found(inspect.unwrap(getattr(place, name))))
+    monkeypatch.setattr(place, "mamba2_chunk_scan", getattr(place.mamba2_chunk_scan, "theirs", place.mamba2_chunk_scan))
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mamba2", **SMALL["mamba2"], **TOKENS, vocab_size=300)).train()
+    ids = torch.randint(0, 300, (2, 7), generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ZeroDivisionError):
+        model(input_ids=ids, use_cache=False)
+    scan.use(model)
+    assert model(input_ids=ids, use_cache=False).logits.isfinite().all()
+    with FakeTensorMode():
+        claimed = place.causal_conv1d_fn(torch.empty(2, 8, 5, device="meta"), torch.empty(8, 4, device="meta"))
+        assert claimed.shape == (2, 8, 5)
+    with pytest.raises(ZeroDivisionError), torch.device("meta"):
+        place.causal_conv1d_fn(torch.empty(2, 8, 5), torch.empty(8, 4))
+    monkeypatch.setattr(scan, "installed", lambda package: package == "mamba_ssm")
+    with torch.device("meta"):
+        assert place.causal_conv1d_fn(torch.empty(2, 8, 5), torch.empty(8, 4)).shape == (2, 8, 5)
+
+
+def test_what_it_makes_on_its_way_is_not_kept() -> None:
+    """Inputs and results are; what lies between is 64 numbers for each pair of a head and a token, and more."""
+    kept = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor.numel())
+        return tensor
+
+    given = inputs(150)
+    function = chunks.instead_of(lambda *_: None, fused=False)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = function(given["x"], given["dt"], given["A"], given["B"], given["C"], 64)
+    assert max(kept, default=0) <= out.numel()
+    out.sum().backward()
+    own = {name: value.grad for name, value in given.items()}
+    given = inputs(150)
+    chunks.chunk_scan(*given.values())[0].sum().backward()
+    for name, value in given.items():
+        torch.testing.assert_close(own[name], value.grad)

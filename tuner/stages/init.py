@@ -111,6 +111,7 @@ def run(job: Job) -> Manifest:
     """Build the model with the recipe's seed; raises RecipeError where its configuration makes none that computes."""
     import torch
 
+    from tuner import scan
     from tuner.checkpoint import load_tokenizer
 
     assert job.parent is not None
@@ -118,6 +119,7 @@ def run(job: Job) -> Manifest:
     ids = {name: len(tokenizer) if name == "vocab_size" else getattr(tokenizer, name) for name in FROM_TOKENIZER}
     torch.manual_seed(job.recipe.seed)
     model = _made(job.recipe, job.index, job.options.config, ids)
+    scan.use(model)
     with _refusals(job.recipe, job.index), torch.no_grad():
         model(input_ids=torch.zeros(1, 2, dtype=torch.long))
     model.save_pretrained(job.folder)

@@ -11,7 +11,7 @@ help:
 	@echo "make test      install, then the fast tests"
 	@echo "make check     lint and types"
 	@echo "make test-all  every test, the slow ones too"
-	@echo "make bench     speed, memory and loss of every cell of the grid, scans, data, the gateway, and peers (an hour on two cores)"
+	@echo "make bench     speed, memory and loss of every cell of the grid, scans, data, the gateway, and peers: printed, and written to tests/bench/results (three hours on two cores)"
 	@echo "make install   only the environment, from requirements/*.lock"
 	@echo "make browser   Debian's Chromium, which one test opens a page in (root installs it)"
 	@echo "make deepspeed DeepSpeed beside .venv, with which one test trains"
@@ -64,12 +64,7 @@ deepspeed: install
 	then mv .cache/deepspeed.part .cache/deepspeed; else echo "no DeepSpeed: until then the tests of it are skipped"; fi
 
 bench: data-all
-	$(BIN)/python -m tests.bench
-	$(BIN)/python -m tests.bench.scan
-	$(BIN)/python -m tests.bench.data
-	$(BIN)/python -m tests.bench.gateway
-	$(BIN)/python -m tests.bench.peers
-	$(BIN)/python -m tests.bench.growth
+	$(BIN)/python -m tests.bench.keep
 
 demo: data
 	@$(BIN)/tuner prove recipes/demo.yaml

@@ -1,7 +1,7 @@
 """Mamba-2's scan without fused kernels, as matrix products within chunks of tokens and a short loop over the chunks.
 
 transformers' own way to do without fused kernels multiplies the same numbers out as tensors of six dimensions and adds them up.
-Here each sum is a batched product (Dao and Gu 2024, arXiv:2405.21060, section 6 and listing 1). A GPU's own kernels come first.
+Here each sum is a batched product (Dao and Gu 2024, arXiv:2405.21060, section 6 and listing 1). mamba_ssm's kernels come first.
 
 Shapes: B batch, T tokens, H heads of P channels, G groups of heads with the same input and output matrices, N states;
 K chunks of L tokens. state_t = exp(dt_t A) state_(t-1) + dt_t B_t x_t,   out_t = C_t state_t + D x_t.
@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 LENGTH = 64
 
 
-def instead_of(theirs: Callable[..., Any], *, fused: bool) -> Callable[..., Any]:
+def scan_instead_of(theirs: Callable[..., Any], *, fused: bool) -> Callable[..., Any]:
     """transformers' function on a GPU where it is a `fused` kernel, and where it goes on from a state; ours otherwise."""
 
     def scan(
@@ -44,7 +44,7 @@ def instead_of(theirs: Callable[..., Any], *, fused: bool) -> Callable[..., Any]
         dt = dt if dt_bias is None else dt + dt_bias.to(dt.dtype)
         dt = (softplus(dt) if dt_softplus else dt).clamp(*dt_limit)
         # What it makes on its way is many times what goes in and out, and is made again in the backward pass instead of being kept.
-        out, state = checkpoint(_wide, hidden_states, dt, A, B, C, D, use_reentrant=False, preserve_rng_state=False)
+        out, state = checkpoint(_scan_wide, hidden_states, dt, A, B, C, D, use_reentrant=False, preserve_rng_state=False)
         return (out, state) if return_final_states else out
 
     scan.theirs = theirs  # type: ignore[attr-defined]
@@ -52,11 +52,11 @@ def instead_of(theirs: Callable[..., Any], *, fused: bool) -> Callable[..., Any]
 
 
 def on_a_gpu(tensor: Tensor) -> bool:
-    """Whether a kernel can compute with it: not where it only claims to be there, for its memory to be counted."""
-    return tensor.device.type != "cpu" and not isinstance(tensor, FakeTensor)
+    """Whether a kernel can compute with it: not where it has no numbers, for its memory to be counted."""
+    return tensor.device.type not in ("cpu", "meta") and not isinstance(tensor, FakeTensor)
 
 
-def _wide(hidden_states: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None) -> tuple[Tensor, Tensor]:
+def _scan_wide(hidden_states: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None) -> tuple[Tensor, Tensor]:
     """In float32, or float64 where the layer is in that, whatever autocast asks for."""
     dtype = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
     with torch.autocast(hidden_states.device.type, enabled=False):

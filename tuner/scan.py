@@ -1,4 +1,5 @@
-"""Mamba-1's selective scan on a CPU, compiled by numba: linear in length, forward and backward; and who computes the other scans.
+"""Mamba-1's selective scan on a CPU, compiled by numba: linear in length, forward and backward. And the choice between
+that, fused kernels, `tuner/chunks.py` and torch.
 
 transformers' own loop over time keeps a graph whose backward pass is quadratic. On a GPU fused kernels are left as they are.
 
@@ -30,16 +31,16 @@ def use(model: Any) -> bool:
     place: Any
     for place in places:
         for name, function in list(vars(place).items()):
-            if _may_be_fused(function):
-                setattr(place, name, _for_a_gpu(function))
+            if package := _package_of(function):
+                setattr(place, name, _for_a_gpu(function, package))
         theirs = getattr(place, "mamba2_chunk_scan", None)
         if theirs is not None and not hasattr(theirs, "theirs"):
-            place.mamba2_chunk_scan = chunks.instead_of(theirs, fused=installed("mamba_ssm") and installed("causal_conv1d"))
+            place.mamba2_chunk_scan = chunks.scan_instead_of(theirs, fused=_usable("mamba_ssm"))
     found = [place for place in places if hasattr(place, "mamba_selective_scan")]
     for place in found:
         theirs = place.mamba_selective_scan
         if not hasattr(theirs, "theirs"):
-            place.mamba_selective_scan = _on_a_cpu(theirs)
+            place.mamba_selective_scan = _on_a_cpu(theirs, fused=_usable("mamba_ssm"))
             place.causal_conv1d_fn = _within_documents(place.causal_conv1d_fn)
     return bool(found)
 
@@ -60,8 +61,8 @@ def paths(model: Any, kernels: frozenset[str]) -> list[str]:
     if not missing:
         return [f"recurrent layers: the fused kernels of {' and '.join(sorted(kernels))}"]
     if chunked:
-        return [f"{by_products}; fused kernels are faster: {missing} cannot be imported"]
-    return [f"recurrent layers: transformers, in torch; fused kernels are many times faster: {missing} cannot be imported"]
+        return [f"{by_products}; fused kernels are faster, but {missing} cannot be imported"]
+    return [f"recurrent layers: {missing} cannot be imported; torch computes instead, many times slower"]
 
 
 @cache
@@ -74,22 +75,29 @@ def installed(package: str) -> bool:
     return True
 
 
-def _may_be_fused(function: Any) -> bool:
-    """Whether transformers took this function for a package's kernel, if that is there, else for its own in torch."""
+def _usable(package: str) -> bool:
+    """mamba_ssm's kernels call those of causal_conv1d."""
+    return installed(package) and (package != "mamba_ssm" or installed("causal_conv1d"))
+
+
+def _package_of(function: Any) -> str | None:
+    """The package whose kernel transformers takes for this function if it is there, and its own in torch if not."""
     from transformers.integrations import hub_kernels
 
-    code = getattr(function, "__code__", None)
-    return hasattr(function, "__wrapped__") and code is not None and code.co_filename == hub_kernels.__file__
+    while inspect.isfunction(function) and hasattr(function, "__wrapped__"):
+        if function.__globals__ is vars(hub_kernels):
+            return inspect.getclosurevars(function).nonlocals.get("package")
+        function = function.__wrapped__
+    return None
 
 
-def _for_a_gpu(theirs: Callable[..., Any]) -> Callable[..., Any]:
-    """transformers' function; in torch where there are no numbers on a GPU, and without causal_conv1d, which mamba_ssm calls."""
-    in_torch = inspect.unwrap(theirs)
+def _for_a_gpu(theirs: Callable[..., Any], package: str) -> Callable[..., Any]:
+    """transformers' function; in torch where a kernel cannot compute: on a CPU, which it does not notice, and without numbers."""
+    in_torch, usable = inspect.unwrap(theirs), _usable(package)
 
     def function(*given: Any, **named: Any) -> Any:
         tensor = next(each for each in (*given, *named.values()) if isinstance(each, Tensor))
-        fits = chunks.on_a_gpu(tensor) and (installed("causal_conv1d") or not installed("mamba_ssm"))
-        return (theirs if fits else in_torch)(*given, **named)
+        return (theirs if usable and chunks.on_a_gpu(tensor) else in_torch)(*given, **named)
 
     return function
 
@@ -211,8 +219,11 @@ def _of_tensors(kernel: Callable[..., None]) -> Callable[..., None]:
     return lambda *tensors: kernel(*(each.numpy() for each in tensors))
 
 
-def _on_a_cpu(theirs: Callable[..., Any]) -> Callable[..., Any]:
-    """transformers' function on a GPU, and where it is to return the last state; ours otherwise."""
+def _on_a_cpu(theirs: Callable[..., Any], *, fused: bool) -> Callable[..., Any]:
+    """transformers' function on a GPU, and where it is to return the last state; ours otherwise.
+
+    What a `fused` kernel keeps is near to what ours does, so that the memory of tensors without numbers is told by ours.
+    """
 
     def scan(
         hidden_states: Tensor,
@@ -227,11 +238,8 @@ def _on_a_cpu(theirs: Callable[..., Any]) -> Callable[..., Any]:
         return_last_state: bool = False,
         **rest: Any,
     ) -> Any:
-        if (
-            return_last_state
-            or chunks.on_a_gpu(hidden_states)
-            or (hidden_states.device.type != "cpu" and not installed("mamba_ssm"))
-        ):
+        here = hidden_states.device.type == "cpu" or (fused and not chunks.on_a_gpu(hidden_states))
+        if return_last_state or not here:
             return theirs(hidden_states, dt, A, B, C, D, z, delta_bias, delta_softplus, return_last_state, **rest)
         dtype = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
         delta = dt.to(dtype) if delta_bias is None else dt.to(dtype) + delta_bias.to(dtype)[:, None]

@@ -35,3 +35,11 @@ def test_the_work_of_a_token_is_that_of_the_frozen_weights() -> None:
 @pytest.mark.slow
 def test_losses_are_the_cpus() -> None:
     assert printed("losses").count("0.00000, ") == 3, "the same device twice"
+
+
+@pytest.mark.slow
+def test_mamba_is_measured_on_a_cpu_too() -> None:
+    said = printed("mamba")
+    rows = [line.split(" | ") for line in said.splitlines() if line.startswith("| Mamba-2")]
+    assert said.count("0.00000, ") == 1, "the same device twice"
+    assert len(rows) == 4 and all(float(row[1].replace(",", "")) > 0 for row in rows)

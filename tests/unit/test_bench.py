@@ -1,0 +1,37 @@
+"""What `make bench` writes down."""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from tests.bench import keep
+
+
+def test_each_table_is_a_command() -> None:
+    assert all(find_spec(module) for module in keep.TABLES.values())
+
+
+def test_a_table_is_written_with_its_command_hardware_and_versions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+
+    monkeypatch.setitem(keep.TABLES, "cells", "this")  # the Zen of Python prints itself
+    written = keep.keep("cells", tmp_path / "new").read_text()
+    first, rest = written.split("\n", 1)
+    assert first.startswith("`python -m this`") and keep.hardware() in first and f"torch {torch.__version__}" in first
+    assert "Beautiful is better than ugly." in rest
+    assert "Beautiful is better than ugly." in capsys.readouterr().out
+
+
+def test_a_table_that_fails_ends_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(keep.TABLES, "cells", "no_such_module")
+    with pytest.raises(SystemExit) as told:
+        keep.keep("cells", tmp_path)
+    assert told.value.code == 1
+
+
+def test_a_table_that_there_is_not_is_named() -> None:
+    with pytest.raises(SystemExit, match="no table cell; there are cells, scan"):
+        keep.main(["cell"])

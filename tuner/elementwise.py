@@ -1,8 +1,9 @@
-"""RMSNorm, gated products, rotary positions and dropout on a CPU: fewer passes over memory, less kept for the backward pass.
+"""RMSNorm, gated products, GELU, rotary positions and dropout on a CPU: fewer passes over memory, less kept for the backward pass.
 
 transformers writes the first three as chains of small functions, each of which reads and writes all numbers and keeps what its
 gradient needs, some of it in float32. Here what is kept is what went in. Which parts of a model compute just that is told by
-their code, which architectures share to the letter; all others stay as they are. Dropout is `tuner/dropout.py`'s.
+their code, which architectures share to the letter; all others stay as they are. Dropout is `tuner/dropout.py`'s. And a linear
+that is trained and reads such a product, or a GELU, makes it again from what went into that.
 
 Shapes: ... rows and tokens, D channels; of rotary positions B rows, H heads, T tokens, D channels of a head.
 """
@@ -14,14 +15,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import silu
+from torch.nn.functional import linear, silu
 
 from tuner import dropout
 
 
 def use(model: Any) -> None:
-    """Let norms, gated products, rotary positions and dropout of the model compute with this module while they are on a CPU."""
-    from transformers.activations import SiLUActivation
+    """Let norms, activations, rotary positions and dropout of the model compute with this module while they are on a CPU."""
+    from transformers.activations import GELUActivation, GELUTanh, NewGELUActivation, SiLUActivation
     from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, apply_rotary_pos_emb
 
     own = getattr(apply_rotary_pos_emb, "theirs", apply_rotary_pos_emb)
@@ -38,6 +39,11 @@ def use(model: Any) -> None:
             module.forward = MethodType(_mlp, module)
         if type(module) is nn.Dropout:
             module.forward = MethodType(dropout.forward, module)  # type: ignore[method-assign]
+        # Quantized linears have a forward of their own.
+        if "forward" not in vars(module) and type(module) in (nn.GELU, GELUActivation, GELUTanh, NewGELUActivation):
+            module.forward = MethodType(_activate, module)
+        if "forward" not in vars(module) and type(module) is nn.Linear:
+            module.forward = MethodType(_project, module)  # type: ignore[method-assign]
 
 
 def _same(one: Callable[..., Any], other: Callable[..., Any]) -> bool:
@@ -54,7 +60,32 @@ def _norm(module: Any, hidden_states: Tensor) -> Tensor:
 def _mlp(module: Any, x: Tensor) -> Tensor:
     if x.device.type != "cpu":
         return type(module).forward(module, x)  # type: ignore[no-any-return]
-    return module.down_proj(gated(module.gate_proj(x), module.up_proj(x)))  # type: ignore[no-any-return]
+    gate, up = module.gate_proj(x), module.up_proj(x)
+    return module.down_proj(_made(gated(gate, up), gated, gate, up))  # type: ignore[no-any-return]
+
+
+def _activate(module: Any, x: Tensor) -> Tensor:
+    activate = type(module).forward.__get__(module)
+    return _made(activate(x), activate, x)
+
+
+def _made(result: Tensor, function: Callable[..., Tensor], *given: Tensor) -> Tensor:
+    """The result, which remembers how it was made for as long as it is there."""
+    if result.device.type == "cpu" and result.requires_grad and not torch.compiler.is_compiling():
+        result.made = (function, *given)  # type: ignore[attr-defined]
+    return result
+
+
+def _project(module: nn.Linear, x: Tensor) -> Tensor:
+    function, *given = getattr(x, "made", (None,))
+    weight, bias = module.weight, module.bias
+    kind = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else weight.dtype
+    # DeepSpeed has a linear of its own for weights that are put together from parts.
+    if function is None or not weight.requires_grad or x.dtype != kind or hasattr(weight, "ds_id"):
+        return nn.Linear.forward(module, x)
+    apply: Any = _Projected.apply
+    found: Tensor = apply(x.detach(), weight.to(kind), None if bias is None else bias.to(kind), function, *given)
+    return found
 
 
 def _on_a_cpu(theirs: Callable[..., Any]) -> Callable[..., Any]:
@@ -145,6 +176,29 @@ class _Gated(torch.autograd.Function):
         gate, up = ctx.saved_tensors
         g_gate = torch.ops.aten.silu_backward(gradients[0] * up, gate)
         return g_gate, silu(gate).mul_(gradients[0])
+
+
+class _Projected(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, function: Callable[..., Tensor], *given: Tensor
+    ) -> Tensor:
+        ctx.function = function
+        ctx.save_for_backward(weight, *given)
+        return linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        weight, *given = ctx.saved_tensors
+        given = [each.detach().requires_grad_(wanted) for each, wanted in zip(given, ctx.needs_input_grad[4:], strict=True)]
+        with torch.enable_grad():
+            x = ctx.function(*given)
+        g = gradients[0].flatten(0, -2)
+        g_weight = g.t() @ x.detach().flatten(0, -2)
+        g_bias = g.sum(0) if ctx.needs_input_grad[2] else None
+        learning = [each for each in given if each.requires_grad]
+        found = iter(torch.autograd.grad(x, learning, gradients[0] @ weight))
+        return None, g_weight, g_bias, None, *(next(found) if each.requires_grad else None for each in given)
 
 
 def _turned(x: Tensor, cos: Tensor, of_second: Tensor, of_first: Tensor) -> Tensor:

@@ -566,7 +566,7 @@ def main(arguments: list[str]) -> None:
     median: Callable[[list[float]], float] = statistics.median
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        profiles = []
+        missed = []
         for name, job in JOBS.items():
             if told.wanted not in name:
                 continue
@@ -578,8 +578,6 @@ def main(arguments: list[str]) -> None:
             held = [median([found["peak"] for found in side]) / 1e9 for side in zip(*runs, strict=True)]
             ratios = sorted(own / other for own, other in zip(*speeds, strict=True))
             learned = " | ".join(job.learned(base, out) for out in outs[0])
-            if median(ratios) < GOALS.get(name, 0) or held[0] > held[1] / 2:
-                profiles.append(profiled(name, base, folder / name / "profile"))
             asked = f", {GOALS[name]:g} asked" if name in GOALS else ""
             print(
                 f"| {name} | {job.steps} of {job.batch} | {median(speeds[0]):.0f} | {job.peer} | {median(speeds[1]):.0f} | "
@@ -587,7 +585,10 @@ def main(arguments: list[str]) -> None:
                 f"{plain['tokens_per_s']:.0f}, {plain['peak'] / 1e9:.2f} | {learned} |",
                 flush=True,
             )
-    print("\n".join(["", *profiles]))
+            if median(ratios) < GOALS.get(name, 0) or held[0] > held[1] / 2:
+                missed.append((name, base))
+        for name, base in missed:
+            print("\n" + profiled(name, base, folder / name / "profile"), flush=True)
 
 
 if __name__ == "__main__":

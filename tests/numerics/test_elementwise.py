@@ -161,6 +161,86 @@ def test_a_norm_of_another_type_is_left_to_transformers(checkpoints: Any) -> Non
     assert torch.equal(norm(x), type(norm).forward(norm, x))
 
 
+class Mlp(nn.Module):
+    """Two linears with a GELU between, as BERT, GPT-NeoX and Phi have them."""
+
+    def __init__(self, kind: str, *, bias: bool = True) -> None:
+        from transformers.activations import ACT2FN
+
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.act, self.down = nn.Linear(6, 24), nn.GELU() if kind == "torch" else ACT2FN[kind], nn.Linear(24, 5, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.act(self.up(x)))
+
+
+def kept(module: nn.Module, x: Tensor) -> tuple[Tensor, int]:
+    """What comes out, and how many numbers are kept of what is no parameter."""
+    weights, sizes = {each.untyped_storage().data_ptr() for each in module.parameters()}, {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes() // tensor.element_size()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        return module(x), sum(sizes.values())
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kind", ["torch", "gelu", "gelu_new", "gelu_pytorch_tanh"])
+def test_an_activation_is_made_again_for_the_weights_behind_it(kind: str, bias: bool, mixed: bool) -> None:
+    found = []
+    for used in (False, True):
+        module = Mlp(kind, bias=bias)
+        if used:
+            elementwise.use(module)
+        x = drawn(4, 10, 6).detach().float().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            out, numbers = kept(module, x)
+        out.float().sin().sum().backward()
+        found.append((numbers, [out, x.grad, *(each.grad for each in module.parameters())]))
+    (whole, wanted), (less, own) = found
+    assert less <= whole - 40 * 24, "the activation itself is not kept"
+    for one, other in zip(own, wanted, strict=True):
+        assert one.dtype == other.dtype
+        torch.testing.assert_close(one, other, rtol=1e-2 if mixed else 1e-5, atol=1e-2 if mixed else 1e-6)
+
+
+def test_its_gradients_are_those_of_what_is_computed() -> None:
+    module = Mlp("gelu").double()
+    elementwise.use(module)
+    assert torch.autograd.gradcheck(lambda x, *_: module(x), [drawn(3, 6), *module.parameters()])
+
+
+def test_nothing_is_made_again_for_weights_that_are_frozen_or_when_nothing_learns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(elementwise._Projected, "forward", None)
+    module, x = Mlp("gelu"), torch.randn(3, 6)
+    elementwise.use(module)
+    module.down.requires_grad_(False)
+    module(x).sum().backward()
+    module.down.requires_grad_(True)
+    with torch.no_grad():
+        module(x)
+    with pytest.raises(TypeError):
+        module(x)
+
+
+def test_a_gated_product_is_made_again_for_the_weights_behind_it(checkpoints: Any) -> None:  # noqa: F811
+    module = load_model(checkpoints("llama")).model.layers[0].mlp
+    hidden, inner = module.down_proj.weight.shape
+    assert kept(module, torch.randn(7, hidden, requires_grad=True))[1] == 7 * (hidden + 2 * inner)
+
+
+def test_a_linear_with_a_forward_of_its_own_keeps_it() -> None:
+    module = Mlp("gelu")
+    module.down.forward = lambda x: x  # type: ignore[method-assign]
+    elementwise.use(module)
+    assert module(torch.randn(3, 6)).shape == (3, 24)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dropout_leaves_out_as_many_as_said_and_scales_the_others(dtype: torch.dtype) -> None:
     layer = nn.Dropout(0.2)

@@ -75,6 +75,8 @@ def test_what_images_hold_of_the_cpu_lock_is_what_they_would_be_given_now() -> N
 def test_this_environment_is_the_lock() -> None:
     import importlib.metadata
 
-    found = {normal(each.metadata["Name"]): Version(each.version) for each in importlib.metadata.distributions()}
+    # The first of a name is the one that is imported; setuptools, where something imported it, has put older copies of its own after it.
+    paths = reversed(list(importlib.metadata.distributions()))
+    found = {normal(each.metadata["Name"]): Version(each.version) for each in paths}
     lock = next(pins(name) for name in ("cpu", "cuda-train") if (name == "cpu") == (found["torch"].local == "cpu"))
     assert {name: version for name, version in lock.items() if found.get(name) != version} == {}

@@ -18,6 +18,9 @@ from tuner.dropout import kept, scale_of, seed
 NAME = "tuner"
 # Scores (B x H x queries x keys) that are held at a time; they stay in the processor's cache.
 MOST_SCORES = 2**19
+# Causal queries are multiplied with keys up to the next of so many places along a row. With an end of its own for each block of
+# queries, a layer of long rows has products of more shapes than oneDNN keeps compiled (tuner/memory.py), and all are compiled anew.
+ENDS = 8
 # Weights are kept of rows with at most so many tokens for each channel of a head: they are a sixth of what a block keeps then.
 KEPT = 3
 # Over so few keys torch's softmax takes less time in float32, conversions included, than in bfloat16.
@@ -252,9 +255,15 @@ def _blocks(query: Tensor, causal: bool) -> list[_Block]:
     rows = max(1, MOST_SCORES // (group * queries * length))
     places = [(row, at) for row in range(0, number, rows) for at in range(0, length, queries)]
     return [
-        _Block(slice(row, row + rows), slice(at, at + queries), min(at + queries, length) if causal else length, place)
+        _Block(slice(row, row + rows), slice(at, at + queries), _end(at + queries, length) if causal else length, place)
         for place, (row, at) in enumerate(places)
     ]
+
+
+def _end(place: int, length: int) -> int:
+    """The next of ENDS places along a row that is no less than this one."""
+    apart = -(-length // ENDS)
+    return min(-(-place // apart) * apart, length)
 
 
 def _weights(query: Tensor, key: Tensor, bias: Tensor | None, how: _How, block: _Block) -> Tensor:
@@ -270,7 +279,7 @@ def _weights(query: Tensor, key: Tensor, bias: Tensor | None, how: _How, block: 
     else:
         added = some.new_zeros(1, count, end)
         if how.causal:
-            added[..., queries.start :] = added.new_full((count, count), LEAST).triu_(1)
+            added[..., queries.start :] = added.new_full((count, end - queries.start), LEAST).triu_(1)
     added = added[:, None].expand(-1, group, -1, -1).flatten(1, 2).expand(number, -1, -1)
     scores = torch.baddbmm(added, some.flatten(1, 2), key[rows, :end].transpose(1, 2), alpha=how.scale)
     wide = torch.promote_types(scores.dtype, torch.float32) if end <= FEW else scores.dtype

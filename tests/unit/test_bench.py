@@ -1,11 +1,14 @@
 """What `make bench` writes down."""
 
+import json
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+from tests.bench import __main__ as cells
 from tests.bench import keep
+from tuner.recipe import read_recipe
 
 
 def test_each_table_is_a_command() -> None:
@@ -35,3 +38,12 @@ def test_a_table_that_fails_ends_the_command(tmp_path: Path, monkeypatch: pytest
 def test_a_table_that_there_is_not_is_named() -> None:
     with pytest.raises(SystemExit, match="no table cell; there are cells, scan"):
         keep.main(["cell"])
+
+
+@pytest.mark.parametrize("name", [name for name, *_ in cells.CELLS])
+def test_each_cell_is_a_recipe(name: str, tmp_path: Path) -> None:
+    (model, task, data) = next(tuple(rest) for cell, *rest in cells.CELLS if cell == name)
+    (tmp_path / "recipe.json").write_text(json.dumps(cells.recipe(name, model, task, data, "full", tmp_path)))
+    recipe = read_recipe(tmp_path / "recipe.json")
+    (tune,) = [options for kind, options in recipe.stages if kind == "tune"]
+    assert tune.task.max_tokens == 64

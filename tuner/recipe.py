@@ -249,6 +249,10 @@ class Recipe:
                 return str(self.error('the key "kind" is missing: it says which one is meant', *location))
             case "missing":
                 return str(self.error(f'the key "{found["loc"][-1]}" is missing', *location))
+            case "model_type" | "model_attributes_type" | "dict_type":
+                known = _keys(recipe_type(), self._tree, location)
+                what = "a list" if isinstance(found["input"], list) else f"{found['input']!r}"
+                return str(self.error(f"keys are expected below this one, found {what}{nearest('', known)}", *location))
             case "string_type" if isinstance(found["input"], bool):
                 # YAML 1.1 reads these words as true and false.
                 return str(self.error('yes, no, on, off, true and false are no text in YAML; put them in quotes: "yes"', *location))

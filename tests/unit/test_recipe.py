@@ -59,6 +59,7 @@ def test_paths_are_relative_to_the_recipe(tmp_path: Path) -> None:
         ("learning_rate: 2.0e-3", "decay: cosin", 'r.yaml:7: stages.0.tune.decay: "cosin" is not one of the values; did you mean "cosine"?'),
         ("learning_rate: 2.0e-3", "batch_size: 8.5", "r.yaml:7: stages.0.tune.batch_size:"),
         ("learning_rate: 2.0e-3", "batch_size: 0", "r.yaml:7: stages.0.tune.batch_size: input should be greater than 0, found 0"),
+        ("model:", "launch: 2\nmodel:", "r.yaml:1: launch: keys are expected below this one, found 2; there is: address, deepspeed, node"),
         ("some/model", "[1", "r.yaml:2: not YAML"),
     ],
 )  # fmt: skip

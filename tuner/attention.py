@@ -84,7 +84,8 @@ def attend(
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     short = query.dtype in (torch.bfloat16, torch.float16)
     whole = query.shape[2:] == key.shape[2:] and key.shape == value.shape
-    plain = attention_mask is None or (attention_mask.shape[1] == 1 and not attention_mask.requires_grad)
+    square = (1, query.shape[2], query.shape[2])
+    plain = attention_mask is None or (attention_mask.shape[1:] == square and not attention_mask.requires_grad)
     if whole and plain and all(rest.get(name) is None for name in OTHERS):
         if query.device.type == "cpu" and (short or packed or dropout):
             return _by_products(query, key, value, attention_mask, scale, causal, packed, dropout), None
@@ -155,7 +156,7 @@ def _as_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
     bias: Tensor | None = getattr(mask, "tuner_bias", None)
     if bias is None or bias.dtype != dtype:
         added = mask if mask.dtype != torch.bool else torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, LEAST)
-        bias = added[:, 0].to(dtype)
+        bias = added[:, 0].to(dtype).clamp(min=LEAST)
         mask.tuner_bias = bias  # type: ignore[attr-defined]
     return bias
 

@@ -1,5 +1,6 @@
 """How many rows are in memory at a time: as many as there is room for beside the model, told before the first of them is there."""
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from heapq import nlargest
@@ -107,13 +108,21 @@ def _loss(sizes: "Footprint", task: Any, batch: Batch) -> int:
 
 
 def rows_that_fit(sizes: "Footprint", task: Any, row: Batch, batch_size: int, free: int, where: str) -> int:
-    """As many of a batch as there is room for at a time. Raises RecipeError, with the numbers, where not even one fits."""
-    rows = batch_size
-    while (need := round(MARGIN * learning(sizes, task, row.times(rows), more=rows < batch_size))) > free:
-        if rows == 1:
-            raise RecipeError(refusal(need, row, free, where))
-        rows = -(-rows // 2)
-    return rows
+    """Rows at a time for which a batch takes as few turns as there is room for, each of as many rows but for the last.
+
+    Raises RecipeError, with the numbers, where not even one fits.
+    """
+
+    def need(rows: int) -> int:
+        return round(MARGIN * learning(sizes, task, row.times(rows), more=rows < batch_size))
+
+    if need(batch_size) <= free:
+        return batch_size
+    each = sorted({-(-batch_size // turns) for turns in range(1, batch_size + 1)}, reverse=True)
+    at = bisect_left(each, True, key=lambda rows: need(rows) <= free)
+    if at == len(each):
+        raise RecipeError(refusal(need(1), row, free, where))
+    return each[at]
 
 
 def refusal(need: int, batch: Batch, free: int, where: str) -> str:

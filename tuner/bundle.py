@@ -148,14 +148,14 @@ def write_bundle(path: Path, partial: Path, fill: Callable[[Path], Manifest]) ->
             if file.is_file():
                 name = file.relative_to(partial).as_posix()
                 files[name] = {"size_bytes": file.stat().st_size, "sha256": sha256(file)}
-                _fsync(file)
+                fsync(file)
         sealed = Manifest(**{**asdict(manifest), "files": files})
         write_json(partial / MANIFEST, asdict(sealed))
-        _fsync(partial)
+        fsync(partial)
         if path.exists():
             shutil.rmtree(path)
         partial.rename(path)
-        _fsync(path.parent)
+        fsync(path.parent)
     return open_bundle(path)
 
 
@@ -185,7 +185,7 @@ def write_json(path: Path, value: Any) -> None:
     """Write JSON so that a reader sees the old file or the new one, never half of it."""
     partial = path.with_name(path.name + ".part")
     partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    _fsync(partial)
+    fsync(partial)
     partial.replace(path)
 
 
@@ -209,7 +209,8 @@ def fingerprint(*parts: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Have a file or a directory on the disk before what comes next."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

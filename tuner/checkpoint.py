@@ -1,5 +1,6 @@
 """Opens what a bundle holds: model, adapter and tokenizer, on the device that there is."""
 
+import gc
 import json
 import os
 import re
@@ -14,6 +15,7 @@ from unittest.mock import patch
 from tuner import kinds
 from tuner.bundle import Bundle
 from tuner.errors import SourceError
+from tuner.memory import give_back
 from tuner.progress import say
 
 
@@ -194,6 +196,10 @@ def _open(bundle: Bundle, head: str, options: dict[str, Any], storage: str, *, n
 
     from tuner import attention, elementwise, scan
 
+    # One model in memory at a time: what was let go of waits for the collector, since peft's layers point back at each other.
+    gc.collect()
+    with suppress(AttributeError):
+        give_back()
     module = kinds.load("heads", head)
     opener = getattr(transformers, module.AUTO)
     path = bundle.path.resolve()

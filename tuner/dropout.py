@@ -30,8 +30,8 @@ def scale_of(dropout: float) -> float:
 
 
 def forward(module: nn.Dropout, x: Tensor) -> Tensor:
-    """In place of `nn.Dropout.forward` on a CPU (Srivastava et al. 2014, section 4, scaled while training)."""
-    if x.device.type != "cpu" or module.inplace or not (module.training and 0 < module.p < 1):
+    """In place of `nn.Dropout.forward` on a CPU (Srivastava et al. 2014, section 4, scaled while training); not when compiled."""
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or module.inplace or not (module.training and 0 < module.p < 1):
         return nn.Dropout.forward(module, x)
     apply: Any = _Dropped.apply
     found: Tensor = apply(x, module.p, seed())

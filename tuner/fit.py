@@ -16,7 +16,7 @@ from torch import nn
 from tuner import fused, optimizers, processes, resume
 from tuner.data.order import plan
 from tuner.errors import GateError, Interrupted, RecipeError
-from tuner.memory import held, peak, ran_out, room
+from tuner.memory import held, peak, ran_out, room, tidy
 from tuner.objective import Objective
 from tuner.parallel import Parallel, Strategy
 from tuner.progress import say, track
@@ -157,6 +157,7 @@ def fit(
                     f"memory: the largest step takes {now / 1e9:.2f} GB, {expected / 1e9:.2f} were expected; "
                     f"{min(micro_batch_size, len(rows))} rows at a time, {room()[0] / 1e9:.1f} GB are left"
                 )
+            tidy()
             parallel.clip(trained.values(), schedule.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()

@@ -78,7 +78,7 @@ class Footprint:
         small = {id(model.get_submodule(name).weight) for name in block_linears(model, architecture.linears) if stored in ROUNDED}
         if gradient_checkpointing and model.supports_gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        with silent():
+        with torch.device("meta"), silent():
             model = kind.prepare(model, method, family, architecture, [], new_tokens)
         if stored == "int8":
             from peft.tuners.lora import LoraLayer

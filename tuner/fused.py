@@ -12,6 +12,7 @@ Shapes: M tokens, I inputs, O outputs, R rank, S the sum of the ranks.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 from weakref import WeakSet
 
@@ -39,7 +40,7 @@ def use(model: Any) -> None:
         for group in (*groups, *([each] for each in ours.values())):
             together = _Together(group)
             for module in group:
-                module.forward = _forward(module, module.forward, together)
+                module.forward = partial(_forward, module, module.forward, together)  # no closure: a copy computes with its own
 
 
 def forget() -> None:
@@ -89,13 +90,9 @@ class _Together:
 _WAITING: WeakSet[_Together] = WeakSet()
 
 
-def _forward(module: Any, theirs: Callable[..., Tensor], together: _Together) -> Callable[..., Tensor]:
+def _forward(module: Any, theirs: Callable[..., Tensor], together: _Together, x: Tensor, *args: Any, **rest: Any) -> Tensor:
     """peft's own forward where the layer is no ordinary one."""
-
-    def forward(x: Tensor, *args: Any, **rest: Any) -> Tensor:
-        return together(module, x) if _ordinary(module, x) and not (args or rest) else theirs(x, *args, **rest)
-
-    return forward
+    return together(module, x) if _ordinary(module, x) and not (args or rest) else theirs(x, *args, **rest)
 
 
 def _ordinary(module: Any, x: Tensor) -> bool:

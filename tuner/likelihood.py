@@ -48,11 +48,14 @@ def plain_output(model: Any) -> Any | None:
 @contextmanager
 def hidden_instead(layer: nn.Module) -> Iterator[None]:
     """A block in which the model gives the hidden states before this layer in place of logits."""
+    own = vars(layer).get("forward")
     layer.forward = lambda input: input  # noqa: A006 - torch's name
     try:
         yield
     finally:
         del layer.forward
+        if own is not None:
+            layer.forward = own
 
 
 def loss_sum(hidden_ND: Tensor, layer: Any, targets_N: Tensor) -> Tensor:

@@ -15,6 +15,8 @@ GROUPS = {
 
 # The name in malloc.h, the size from which on a tensor lies outside of the heap, and that of a large page (bytes).
 M_MMAP_THRESHOLD, APART, LARGE = -3, 8 * 2**20, 2 * 2**20
+# So much of the most that was held may be free and stay with glibc.
+SPARE = 0.1
 
 # Threads of OpenMP wait for their next piece of work by turning so often (libgomp) before they sleep, some 50 microseconds. A step
 # on few tokens is thousands of such pieces, and waking a thread up takes as long as most of them.
@@ -24,6 +26,12 @@ SPIN = {"GOMP_SPINCOUNT": "3000"}
 # every other length bring a dozen. These are enough for a few lengths in turns, and compiling one again takes a quarter of a
 # millisecond. Read when they are first used.
 COMPILED = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "64"}
+
+
+class _Heap:
+    """What this process held when it last gave back what was free (bytes)."""
+
+    used = 0
 
 
 @contextmanager
@@ -51,6 +59,21 @@ def peak() -> Iterator[Callable[[], int | None]]:
 def give_back() -> None:
     """Let the system have what was freed: glibc keeps it unless asked (malloc_trim(3)). Raises AttributeError without glibc."""
     ctypes.CDLL(None).malloc_trim(0)
+    _Heap.used = _status("VmRSS")
+
+
+def tidy() -> None:
+    """Between two pieces of work: what is free goes back where that may be more than a tenth of the most that was held.
+
+    Rows of other lengths leave other holes. Without this 32 rows of up to 256 tokens, told as 2.01 GB and 1.95 at the largest step,
+    held 2.61 after ten steps. glibc does not tell what is free; it is what came since it was last given back.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        with suppress(OSError, AttributeError):
+            if _status("VmRSS") - _Heap.used > SPARE * resident_peak():
+                give_back()
 
 
 def large_apart() -> None:

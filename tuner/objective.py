@@ -1,11 +1,12 @@
 """What the loop asks of an objective: batches, a sum of losses, and what depends on more rows than one batch."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from tuner.memory import tidy
 from tuner.progress import track
 
 if TYPE_CHECKING:
@@ -55,6 +56,14 @@ class Objective(nn.Module):
         return rows
 
 
+def in_turn(lengths: Sequence[int], at_a_time: int = BATCH_ROWS) -> Iterator[list[int]]:
+    """Indices of rows that are this long, the shortest first: those that are measured together."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    for at in range(0, len(order), at_a_time):
+        tidy()
+        yield order[at : at + at_a_time]
+
+
 def heldout_loss(objective: Objective, examples: Sequence[Any]) -> dict[str, Any]:
     """Mean loss of what is learned in held-out rows (nats a token, a row, ...), and how many tokens, rows, ... there are."""
     total, count = 0.0, 0
@@ -67,6 +76,7 @@ def heldout_loss(objective: Objective, examples: Sequence[Any]) -> dict[str, Any
             short = batches.pop()
             batches[-1] += short
         for rows in batches:
+            tidy()
             batch = objective.begin(rows, len(rows))
             total += objective(objective.collate(batch, objective.model.device)).item()
             count += sum(example.supervised for example in batch)

@@ -119,7 +119,7 @@ def _interface(address: str | None) -> str:
     import psutil
 
     host, _, port = (address or "127.0.0.1:1").rpartition(":")
-    until = time.monotonic() + (NAME_TIMEOUT_S if address else 0)
+    until, waiting = time.monotonic() + (NAME_TIMEOUT_S if address else 0), False
     while True:
         try:
             own = _own_address(host, int(port))
@@ -129,6 +129,9 @@ def _interface(address: str | None) -> str:
             break
         except OSError as error:
             if isinstance(error, socket.gaierror) and time.monotonic() < until:
+                if not waiting:
+                    say(f"launch: nobody knows {host} yet (launch.address); asking for {NAME_TIMEOUT_S // 60} minutes")
+                waiting = True
                 time.sleep(2)
                 continue
             raise RecipeError(f"launch.address: nothing leads to {host}: {error.strerror or error}") from None

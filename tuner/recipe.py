@@ -141,7 +141,7 @@ class Launch(Options):
         if self.strategy == "deepspeed" and self.total == 1:
             raise ValueError("strategy: deepspeed splits among processes, and there is one; processes: 2, or leave it out")
         host, _, port = (self.address or "node:1").rpartition(":")
-        if not (host and port.isdecimal() and 0 < int(port) < 2**16):
+        if not (host and ":" not in host and port.isdecimal() and 0 < int(port) < 2**16):
             raise ValueError(f"address {self.address} is not HOST:PORT, such as 10.0.0.1:29500")
         return self
 

@@ -1,7 +1,6 @@
 """The state of training on the disk: whole or not there, and everything that the next step depends on."""
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from tuner.bundle import write_json
+from tuner.bundle import fsync, write_json
 from tuner.errors import disk_errors
 from tuner.parallel import part_of, whole
 
@@ -47,8 +46,7 @@ def save(work: Path, trained: dict[str, nn.Parameter], optimizer: Any, state: di
         save_file({**tensors, **generators}, partial / "optimizer.safetensors")
         write_json(partial / "state.json", {**state, "optimizer": numbers})
         for file in partial.iterdir():
-            with file.open("rb") as stream:
-                os.fsync(stream.fileno())
+            fsync(file)
         partial.rename(target)
     for old in work.glob("step-*"):
         if old != target:
@@ -97,6 +95,7 @@ def save_best(work: Path, trained: dict[str, nn.Parameter], *, writes: bool = Tr
     with disk_errors(work):
         work.mkdir(parents=True, exist_ok=True)
         save_file(values, work / f"{BEST}.part")
+        fsync(work / f"{BEST}.part")
         (work / f"{BEST}.part").replace(work / BEST)
 
 

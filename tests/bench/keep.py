@@ -36,12 +36,15 @@ def heading(module: str) -> str:
 
 
 def keep(name: str, folder: Path) -> Path:
-    """Run a table, print it as it grows and write it into the folder; raises SystemExit with the command's code where that fails."""
+    """Run a table, print it as it grows and write it into the folder; raises SystemExit with the command's code where that fails.
+
+    What was there is replaced by a whole table only; what there is of another one is in NAME.md.part.
+    """
     module = TABLES[name]
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}.md"
+    path, part = folder / f"{name}.md", folder / f"{name}.md.part"
     print(f"\n{path}:")
-    with path.open("w") as file, subprocess.Popen([sys.executable, "-um", module], stdout=subprocess.PIPE, text=True) as table:
+    with part.open("w") as file, subprocess.Popen([sys.executable, "-um", module], stdout=subprocess.PIPE, text=True) as table:
         file.write(heading(module))
         assert table.stdout is not None
         for line in table.stdout:
@@ -50,16 +53,23 @@ def keep(name: str, folder: Path) -> Path:
             file.flush()
     if table.returncode:
         raise SystemExit(table.returncode)
+    part.replace(path)
     return path
 
 
 def main(wanted: list[str]) -> None:
-    """All tables, or those that are named."""
+    """All tables, or those that are named; one that fails stops no other. Raises SystemExit with the names of those in the end."""
     if unknown := sorted(set(wanted) - set(TABLES)):
         raise SystemExit(f"no table {', '.join(unknown)}; there are {', '.join(TABLES)}")
     folder = RESULTS / re.sub(r"[^a-z0-9]+", "-", hardware().lower()).strip("-")
+    failed = []
     for name in wanted or TABLES:
-        keep(name, folder)
+        try:
+            keep(name, folder)
+        except SystemExit:
+            failed.append(name)
+    if failed:
+        raise SystemExit(f"not measured: {', '.join(failed)}; what there is of each is in {folder}/NAME.md.part")
 
 
 if __name__ == "__main__":

@@ -222,6 +222,7 @@ def test_what_cannot_be_launched_is_said(recipe_file: Callable[..., Path], tmp_p
     split = {"processes": 2, "strategy": "deepspeed"}
     for launch, said in (
         ({"nodes": 2, "address": "here"}, "address here is not HOST:PORT, such as 10.0.0.1:29500"),
+        ({"nodes": 2, "address": '"::1"'}, "address ::1 is not HOST:PORT"),  # what connects them knows no IPv6
         ({"nodes": 2, "node": 2, "address": "127.0.0.1:29500"}, "node 2 of 2: they are counted from 0"),
         ({"processes": 0}, "greater than 0"),
         ({"processes": 9}, "9 processes share a step of 8 rows, so some would have none"),
@@ -375,6 +376,24 @@ def test_dpo_shares_what_it_asks_before_training(
 ) -> None:
     ways = {"ddp": {}, "fsdp": {"strategy": "fsdp"}}
     ends_alike(recipe_file(preferring(tmp_path, **tune)), tmp_path, name, ways)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["kto", "contrastive"])
+def test_what_compares_rows_of_a_step_shares_it(recipe_file: Callable[..., Path], tmp_path: Path, what: str) -> None:
+    task, rows = {
+        "kto": ({"kind": "preference", "loss": "kto"}, JUDGED),
+        "contrastive": ({"kind": "embed", "loss": "contrastive"}, ALIKE),
+    }[what]
+    write_rows(tmp_path / "rows.jsonl", rows)
+
+    def change(tree: dict[str, Any]) -> None:
+        of(task={**task, "max_tokens": 64})(tree)
+        tree["data"] = {"train": "rows.jsonl", "heldout": "rows.jsonl"}
+        tree["stages"][0]["tune"]["gate"] = {"heldout_loss_drop": -10.0}
+        del tree["serve"]
+
+    ends_alike(recipe_file(change), tmp_path, "adapter_model", {"ddp": {}, "fsdp": {"strategy": "fsdp"}})
 
 
 @pytest.mark.slow

@@ -475,7 +475,7 @@ def test_what_is_read_and_what_is_learned_can_be_looked_at(
 
 
 @pytest.mark.parametrize(
-    ("by", "said"), [("acuracy", 'did you mean "accuracy"'), ("loss", "there is heldout_loss, accuracy, macro F1, MCC")]
+    ("by", "said"), [("acuracy", 'did you mean "accuracy"'), ("loss", "there is: MCC, accuracy, heldout_loss, macro F1")]
 )
 def test_a_score_that_is_not_measured_cannot_be_watched(checkpoints: Any, tmp_path: Path, by: str, said: str) -> None:
     path = recipe(tmp_path, checkpoints("bert").path, "classify", [], watch={"by": by})

@@ -2,6 +2,7 @@
 
 import copy
 import sys
+from functools import partial
 from typing import Any
 
 import pytest
@@ -273,3 +274,11 @@ def test_dropout_leaves_out_as_many_as_said_and_scales_the_others(dtype: torch.d
     assert not torch.equal(dropout.forward(layer, x) == 0, gone)
     assert torch.equal(dropout.forward(layer.eval(), x), x)
     assert torch.equal(dropout.forward(nn.Dropout(0.0), x), x) and not dropout.forward(nn.Dropout(1.0), x).any()
+
+
+@pytest.mark.slow
+def test_compiled_dropout_is_one_graph() -> None:
+    layer, x = nn.Dropout(0.5), torch.ones(100, 100, requires_grad=True)
+    y = torch.compile(partial(dropout.forward, layer), fullgraph=True)(x)
+    (g,) = torch.autograd.grad(y.sum(), [x])
+    assert torch.equal(g == 0, y == 0) and pytest.approx(float((y == 0).float().mean()), abs=0.02) == 0.5

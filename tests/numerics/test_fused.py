@@ -2,6 +2,7 @@
 
 import copy
 import weakref
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -104,6 +105,61 @@ def test_a_linear_and_its_adapter_are_pefts(dtype: torch.dtype, apart: float) ->
     for one, other in zip(results(own, x), results(theirs, x), strict=True):
         assert one.dtype == other.dtype and one.shape == other.shape
         assert float((one - other).float().norm() / other.float().norm()) < apart
+
+
+def test_a_copy_computes_with_its_own_adapter() -> None:
+    model, x = adapted(torch.float32), torch.randn(3, 24, generator=torch.Generator().manual_seed(1))
+    fused.use(model)
+    before = model(x)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.zero_()
+    torch.testing.assert_close(other(x), before)
+    assert float((model(x) - before).detach().abs().max()) > 0.1
+
+
+@pytest.mark.slow
+def test_compiled_blocks_learn_the_same(checkpoints: Any) -> None:  # noqa: F811
+    """Adapters, norms and gated products, compiled and not."""
+    from torch._dynamo.utils import counters
+
+    ids, found = torch.arange(3, 43).view(2, 20), []
+    counters.clear()
+    for compiled in (False, True):
+        opened = load_model(checkpoints("llama"))
+        torch.manual_seed(0)
+        model = lora.prepare(opened, lora.Options(rank=4), *family_of("llama"), []).train()
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(parameter, std=0.1)
+        with fused.compiled(model) if compiled else nullcontext():
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+            loss.backward()
+        found.append([loss.detach(), *(each.grad for each in model.parameters() if each.grad is not None)])
+    assert counters["stats"]["unique_graphs"]
+    assert len(found[0]) == len(found[1]) == 1 + 2 * 7 * 2
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["one for all queries", "of numbers"])
+def test_masks_of_other_kinds_are_read_as_torch_reads_them(kind: str) -> None:
+    """(B, 1, 1, T), and float32's least number, which is minus infinity in bfloat16, in a row that may read nothing at all."""
+    query, key, value = heads(2, 9, torch.bfloat16)
+    keep = torch.ones(2, 1, 9, 9, dtype=torch.bool)
+    keep[1, :, :, 6:] = False
+    if kind == "one for all queries":
+        mask = keep[:, :, :1]
+    else:
+        keep[1, :, 7:] = False
+        mask = torch.zeros(keep.shape).masked_fill(~keep, torch.finfo(torch.float32).min)
+    found, _ = attend(_Layer(), query, key, value, mask, scaling=0.3)
+    wanted = exact(query.double(), key.double(), value.double(), keep.expand(2, 1, 9, 9), 0.3)
+    read = keep.expand(2, 1, 9, 9).any(-1)[:, 0]
+    assert bool(found.isfinite().all())
+    torch.testing.assert_close(found[read].double(), wanted[read], rtol=0.02, atol=0.02)
 
 
 def test_outputs_that_wait_are_forgotten() -> None:

@@ -28,11 +28,17 @@ def test_a_table_is_written_with_its_command_hardware_and_versions(
     assert "Beautiful is better than ugly." in capsys.readouterr().out
 
 
-def test_a_table_that_fails_ends_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(keep.TABLES, "cells", "no_such_module")
-    with pytest.raises(SystemExit) as told:
-        keep.keep("cells", tmp_path)
-    assert told.value.code == 1
+def test_a_table_that_fails_leaves_what_was_there_and_stops_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keep, "RESULTS", tmp_path)
+    monkeypatch.setattr(keep, "TABLES", {"cells": "no_such_module", "scan": "this"})
+    monkeypatch.setattr(keep, "hardware", lambda: "Two Cores!")
+    (tmp_path / "two-cores").mkdir()
+    (tmp_path / "two-cores/cells.md").write_text("of before")
+    with pytest.raises(SystemExit, match=r"not measured: cells; .*two-cores/NAME\.md\.part"):
+        keep.main([])
+    assert (tmp_path / "two-cores/cells.md").read_text() == "of before"
+    assert "Beautiful" in (tmp_path / "two-cores/scan.md").read_text()
+    assert [each.name for each in tmp_path.rglob("*.part")] == ["cells.md.part"]
 
 
 def test_a_table_that_there_is_not_is_named() -> None:

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from tests.conftest import command, tuner
+from tuner.clusters import Task, slurm
 
 
 def written(recipe: Path, engine: str, to: Path, *more: str) -> str:
@@ -85,6 +86,14 @@ def test_the_script_says_to_slurm_what_it_needs_and_to_each_node_who_it_is(recip
     # The first comment is one line, whatever a setting holds.
     broken = written(recipe, "slurm", script, "--set", 'data.made_by="two\n lines"').splitlines()
     assert [line[:2] for line in broken[1:4]] == ["# ", "# ", "# "] and broken[4].startswith("#SBATCH")
+
+
+def test_a_folder_with_a_space_in_its_name_is_one_word_to_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my data").mkdir()
+    monkeypatch.chdir(tmp_path / "my data")
+    text = slurm.text(Task(Path("r.yaml"), [], Path("out"), 1, 1, gpus=False, cpus=2, image=""))
+    (line,) = [line for line in text.splitlines() if "--chdir=" in line]
+    assert shlex.split(line)[1:] == [f"--chdir={tmp_path}/my data"]
 
 
 def test_the_job_for_ray_is_one_command(recipe: Path, tmp_path: Path) -> None:

@@ -79,6 +79,12 @@ def test_fewer_rows_are_taken_until_they_fit_and_not_even_one_is_said_with_numbe
     some = budget.rows_that_fit(sizes, task, row, 64, all_of_them, "memory")
     assert 1 < some < 64
     assert budget.MARGIN * budget.learning(sizes, task, row.times(some), more=True) <= all_of_them
+    # One turn fewer would take rows that do not fit.
+    fewer_turns = -(-64 // (-(-64 // some) - 1))
+    assert budget.MARGIN * budget.learning(sizes, task, row.times(fewer_turns), more=True) > all_of_them
+    for fits, taken in ((7, 4), (5, 4), (3, 3), (2, 2), (1, 1)):  # of eight: in two turns, three, four and eight
+        free = round(budget.MARGIN * budget.learning(sizes, task, row.times(fits), more=True))
+        assert budget.rows_that_fit(sizes, task, row, 8, free, "memory") == taken
     with pytest.raises(
         RecipeError, match=r"a single row of 200 tokens takes about 0\.\d\d GB .*, and 0\.00 GB are left of the GPU"
     ):

@@ -22,7 +22,7 @@ def text(task: Task) -> str:
 #SBATCH --nodes={task.nodes}
 #SBATCH --ntasks-per-node=1
 #SBATCH --cpus-per-task={task.cpus * task.processes}
-{gpus}#SBATCH --chdir={Path.cwd()}
+{gpus}#SBATCH --chdir={shlex.quote(str(Path.cwd()))}
 #SBATCH --signal=TERM@{GRACE_S}
 #SBATCH --requeue
 set -e

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tuner import likelihood
 from tuner.data.example import IGNORE, Example, Packed, Tagged
 from tuner.documents import Documents, documents
-from tuner.objective import Objective
+from tuner.objective import Objective, in_turn
 from tuner.progress import track
 
 AUTO = "AutoModelForCausalLM"
@@ -167,10 +167,8 @@ def generate(model: Any, tokenizer: Any, prompts: list[list[int]], max_new_token
         pad_token_id=tokenizer.pad_token_id,
     )
     answers: list[list[int]] = [[] for _ in prompts]
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    with torch.inference_mode(), _habits(model, greedy), track("answering held-out rows", len(order)) as advance:
-        for at in range(0, len(order), GENERATE_ROWS):
-            chosen = order[at : at + GENERATE_ROWS]
+    with torch.inference_mode(), _habits(model, greedy), track("answering held-out rows", len(prompts)) as advance:
+        for chosen in in_turn([len(prompt) for prompt in prompts], GENERATE_ROWS):
             longest = max(len(prompts[index]) for index in chosen)
             # Padded on the left, so that every answer begins at the same column.
             ids = [[tokenizer.pad_token_id] * (longest - len(prompts[index])) + prompts[index] for index in chosen]

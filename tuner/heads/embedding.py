@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from tuner.objective import in_turn
 from tuner.passes import in_passes
 from tuner.source import POOLINGS
 
@@ -55,9 +56,7 @@ def vectors(model: Any, texts: list[list[int]], pooling: Pooling, device: str) -
     """(M, D) on the CPU, in the order of the texts."""
     # No padding token is needed: what it stands for is masked.
     found: dict[int, Tensor] = {}
-    order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
-    for at in range(0, len(order), 32):
-        chosen = order[at : at + 32]
+    for chosen in in_turn([len(text) for text in texts]):
         with torch.inference_mode():
             part_MD = embed(model, collate([texts[index] for index in chosen], 0, device), pooling).cpu()
         found.update(zip(chosen, part_MD, strict=True))

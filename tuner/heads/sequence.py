@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tuner.data.example import Labelled
-from tuner.objective import Objective
+from tuner.objective import Objective, in_turn
 from tuner.passes import in_passes
 
 AUTO = "AutoModelForSequenceClassification"
@@ -69,9 +69,7 @@ def scores(model: Any, all_ids: list[list[int]], problem: str, device: str) -> l
     """For each text the log-probability (nats) of each label, or the number, in the order of the texts."""
     pad_id = model.config.get_text_config().pad_token_id or 0
     found: list[list[float]] = [[] for _ in all_ids]
-    order = sorted(range(len(all_ids)), key=lambda index: len(all_ids[index]))
-    for at in range(0, len(order), 32):
-        chosen = order[at : at + 32]
+    for chosen in in_turn([len(ids) for ids in all_ids]):
         batch = collate([Labelled(all_ids[index], [0.0]) for index in chosen], pad_id, device)
         with torch.inference_mode():
             logits_BL = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tuner.data.example import IGNORE, Tagged
 from tuner.heads.causal import collate
-from tuner.objective import Objective
+from tuner.objective import Objective, in_turn
 
 AUTO = "AutoModelForTokenClassification"
 LABELLED = True
@@ -40,9 +40,7 @@ def scores(model: Any, examples: list[Tagged], device: str) -> list[list[list[fl
     """For each example the log-probability (nats) of each label at each of its labelled tokens."""
     pad_id = model.config.get_text_config().pad_token_id or 0
     found: list[list[list[float]]] = [[] for _ in examples]
-    order = sorted(range(len(examples)), key=lambda index: len(examples[index].ids))
-    for at in range(0, len(order), 32):
-        chosen = order[at : at + 32]
+    for chosen in in_turn([len(each.ids) for each in examples]):
         batch = collate([examples[index] for index in chosen], pad_id, device)
         with torch.inference_mode():
             logits_NL, _ = labelled_logits(model, batch)

@@ -90,6 +90,9 @@ def prepare(
         trainable_token_indices={name: list(new_tokens) for name in _embeddings(model)} if new_tokens else None,
         task_type="CAUSAL_LM" if model.can_generate() else None,
     )
+    most = max(_most_rank(model.get_submodule(name)) for name in names)
+    if options.rank > most:
+        raise RecipeError(f"rank: {options.rank} is more than any of these linears has, {most} at the most; 8 to 64 is usual")
     _in_float32(model, fresh)
     adapted = get_peft_model(model, config)
     reached = len(layers(adapted)) - len(fresh)
@@ -214,6 +217,11 @@ def not_live(options: Options, architecture: Architecture, *, new_tokens: bool =
 def storage(options: Options) -> str:
     """How the weights are kept in memory."""
     return options.storage
+
+
+def _most_rank(layer: Any) -> int:
+    """The smaller side of a linear's weight, which may be kept in 4 bits."""
+    return int(min(layer.weight.shape if type(layer).__name__ == "Conv1D" else (layer.in_features, layer.out_features)))
 
 
 def _linears(model: Any) -> list[tuple[str, Any]]:

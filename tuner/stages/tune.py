@@ -1,6 +1,5 @@
 """Fine-tune (or pretrain) a model: a task says what is learned, a method says which weights learn it."""
 
-import gc
 import os
 import shutil
 from contextlib import nullcontext
@@ -61,9 +60,9 @@ class Options(BaseOptions):
     batch_size: int = Field(8, gt=0)
     """Rows an optimizer step learns from."""
     micro_batch_size: Literal["auto"] | Annotated[int, Field(gt=0)] = "auto"
-    """Rows in memory at a time; `auto` takes as many of `batch_size` as there is memory for. Losses do not depend on it."""
+    """Rows in memory at a time; `auto` takes all of `batch_size`, or the fewest parts of it that fit. It changes no loss."""
     learning_rate: float = Field(5.0e-4, gt=0)
-    """Peak learning rate of AdamW. LoRA wants about ten times what full tuning does."""
+    """Peak learning rate. LoRA wants about ten times what full tuning does."""
     warmup_fraction: float = Field(0.05, ge=0, le=1)
     """Part of the steps in which the rate rises from zero."""
     decay: Literal["cosine", "linear", "constant"] = "cosine"
@@ -77,7 +76,7 @@ class Options(BaseOptions):
     gradient_checkpointing: bool = False
     """Compute each block twice instead of keeping what is inside it: a third slower, much less memory."""
     compile: bool = False
-    """Fuse what lies between products (torch.compile): on a GPU a quarter faster after a minute, on a CPU hardly. Wants g++."""
+    """Fuse what lies between products (torch.compile): a GPU is up to a seventh faster after a minute, a CPU hardly. Wants g++."""
     watch: Watch | None = None
     """Measure held-out rows while training, keep the best weights, stop when nothing gets better."""
     checkpoint_every_steps: int = Field(50, gt=0)
@@ -106,7 +105,7 @@ def check(plan: "Plan", step: "Step") -> None:
     if options.watch:
         names = ["heldout_loss", *kinds.load("tasks", options.task.kind).scored(options.task, plan.recipe.evaluate)]
         if options.watch.by not in names:
-            message = f'"{options.watch.by}" is not measured{nearest(options.watch.by, names)}; there is {", ".join(names)}'
+            message = f'"{options.watch.by}" is not measured{nearest(options.watch.by, names)}'
             raise plan.recipe.error(message, *place, "watch", "by")
     head, heads = kinds.load("tasks", options.task.kind).HEAD, plan.family.heads - plan.architecture.lacks
     if head not in heads:
@@ -198,9 +197,7 @@ def run(job: Job) -> Manifest:
     tokenizer.save_pretrained(job.folder)
     copy_generation_config(model, job.parent.path, job.folder)
     manifest = _manifest(job, task, method, head, data=data, metrics={"training": training | effect})
-    # One model in memory at a time; peft's layers point back at each other, so they wait for the collector.
-    del model
-    gc.collect()
+    del model  # one in memory at a time
     manifest.metrics["training"]["reopened"] = _reopened(Bundle(job.folder, manifest), method, answers)
     return manifest
 
@@ -260,7 +257,6 @@ def train(job: Job) -> tuple[Any, Any, dict[str, Any], dict[str, Any], dict[str,
 
         # Of the one that was trained this process has a part.
         del model, objective, watch, layers
-        gc.collect()
         torch.manual_seed(job.recipe.seed)
         model, _ = _model(job, tokenizer)
         resume.load_best(job.work, {name: each for name, each in model.named_parameters() if each.requires_grad})

@@ -101,15 +101,12 @@ def check(recipe: RecipePath, overrides: Overrides = None, out: Out = None) -> N
     if any(step.trains for step in plan.steps):
         from tuner.memory import room
 
-        found = list(needs(plan, out_dir))
-        for line in [need.told() for need in found] or [
+        for line in [need.told() for need in needs(plan, out_dir)] or [
             "the memory that training takes is told by the run: there is no tokenizer, or no row that can be used, yet"
         ]:
             print(f"         {line}")
         free, where = room()
         print(f"         {free / 1e9:.1f} GB are left of {where}")
-        if any(need.measuring > free for need in found):
-            print("note:    that is less than measuring the result takes: the run would end there, with what was trained kept")
 
 
 @app.command()
@@ -147,7 +144,8 @@ def launch(
     if submit:
         from tuner.launch import hand_in
 
-        sys.exit(hand_in(command))
+        hand_in(command)
+        return
     print(f"hand it in with: {' '.join(command)}")
 
 

@@ -34,8 +34,9 @@ def write(
     return path, [*engine.SUBMIT, str(path)]
 
 
-def hand_in(command: list[str]) -> int:
-    """The exit code of the engine's own command. Raises RecipeError where it is not installed."""
+def hand_in(command: list[str]) -> None:
+    """Run the engine's own command. Raises RecipeError where it is not installed, or fails: it has said why."""
     if not shutil.which(command[0]):
         raise RecipeError(f"{command[0]} is not there; where it is: {' '.join(command)}")
-    return subprocess.run(command, check=False).returncode
+    if code := subprocess.run(command, check=False).returncode:
+        raise RecipeError(f"`{' '.join(command)}` ended with {code}, and says above why; the file is written")

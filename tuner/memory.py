@@ -113,8 +113,9 @@ def room(processes: int = 1) -> tuple[int, str]:
     if torch.cuda.is_available():
         free, _ = torch.cuda.mem_get_info()
         return int(free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()), "the GPU's memory"
-    found = [(int(psutil.virtual_memory().available) // processes, "this machine's memory")]
-    found += [(free // processes, "its control group's limit, such as a container's") for free in _rooms_of_groups()]
+    each = f", for each of {processes} processes" if processes > 1 else ""
+    found = [(int(psutil.virtual_memory().available) // processes, f"this machine's memory{each}")]
+    found += [(free // processes, f"its control group's limit, such as a container's{each}") for free in _rooms_of_groups()]
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     if limit != resource.RLIM_INFINITY:
         found.append((limit - _status("VmSize"), "`ulimit -v`"))

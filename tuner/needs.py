@@ -53,10 +53,12 @@ class Need:
 
 
 def needs(plan: "Plan", out_dir: Path) -> Iterator[Need]:
-    """For each stage that trains. Raises RecipeError where not even one row fits into what is free, with the numbers.
+    """For each stage that trains. Raises RecipeError, with the numbers, where one row or what is measured does not fit.
 
     Stages of which too little is known are left out: a tokenizer has yet to be trained, or files to be fetched.
     """
+    import torch
+
     from tuner.footprint import Footprint
     from tuner.memory import held, room
     from tuner.run import tokenizer_now
@@ -82,6 +84,8 @@ def needs(plan: "Plan", out_dir: Path) -> Iterator[Need]:
         whole = min(options.batch_size, known or options.batch_size)
         row, size = budget.longest(options.task, rows), -(-whole // launch.total)
         process, (free, where) = held(), room(launch.processes)
+        if not torch.cuda.is_available():
+            free -= process * (launch.processes - 1) // launch.processes  # the other ones' Python and libraries are yet to come
         if options.micro_batch_size == "auto":
             try:
                 at_a_time = budget.rows_that_fit(sizes, options.task, row, size, free - sizes.weights, where)
@@ -96,7 +100,26 @@ def needs(plan: "Plan", out_dir: Path) -> Iterator[Need]:
         measuring = copies * 4 * sizes.parameters + max(
             round(budget.looking(sizes, options.task, row) * 4 / sizes.width), _answering(plan, step, sizes, row)
         )
+        if measuring > free:
+            raise plan.recipe.error(unmeasurable(measuring, free, where), "stages", step.index, "tune")
         yield Need(step.name, process, sizes.weights, training, measuring, batch, size, launch.processes)
+
+
+def unmeasurable(need: int, free: int, where: str) -> str:
+    """A sentence for whoever could train a model and not measure it."""
+    return (
+        f"measuring the result takes about {need / 1e9:.2f} GB, most of it weights in float32, and "
+        f"{max(free, 0) / 1e9:.2f} GB are left of {where}"
+    )
+
+
+def measurable(plan: "Plan") -> None:
+    """Raises RecipeError where there is no room for the model's weights as they are measured, by its files' headers alone."""
+    from tuner.memory import room
+
+    need, (free, where) = 4 * (plan.facts.parameters or 0), room()
+    if plan.learns and need > free:
+        raise plan.recipe.error(unmeasurable(need, free, where), "model")
 
 
 def _answering(plan: "Plan", step: "Step", sizes: "Footprint", row: budget.Batch) -> int:

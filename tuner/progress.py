@@ -1,4 +1,4 @@
-"""What a person sees while long work runs: bars in a terminal, one line a stage elsewhere."""
+"""What a person sees while long work runs: bars in a terminal; elsewhere, as in a log, a line a stage, and one a minute."""
 
 import time
 from collections.abc import Iterable, Iterator
@@ -15,6 +15,9 @@ T = TypeVar("T")
 
 console = Console(stderr=True, highlight=False)
 
+# Between two lines about the same work, where there is no terminal (seconds).
+LINE_EVERY_S = 60
+
 
 class Advance(Protocol):
     """Call it after each unit of work with what there is to say about it."""
@@ -29,7 +32,10 @@ def say(text: str) -> None:
 
 @contextmanager
 def track(title: str, total: int | None, done: int = 0) -> Iterator[Advance]:
-    """A bar with count, note, elapsed and remaining time while the block runs; nothing when not a terminal."""
+    """A bar with count, note, elapsed and remaining time while the block runs; a line a minute when not a terminal."""
+    if not console.is_terminal:
+        yield _lines(title, total, done)
+        return
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(),
@@ -38,9 +44,27 @@ def track(title: str, total: int | None, done: int = 0) -> Iterator[Advance]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+    with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(title, total=total, completed=done, note="")
         yield lambda count=1, note="": progress.update(task, advance=count, note=note)
+
+
+def _lines(title: str, total: int | None, done: int) -> Advance:
+    """Says how far the work is when a minute has gone by since it last did."""
+    first, start = done, time.monotonic()
+    told = start
+
+    def advance(count: int = 1, note: str = "") -> None:
+        nonlocal done, told
+        done, now = done + count, time.monotonic()
+        if now - told < LINE_EVERY_S:
+            return
+        told = now
+        left = (now - start) * ((total or done) - done) / max(1, done - first)
+        of = f" of {total}, about {left / 60:.0f} min left" if total else ""
+        say(f"{title}: {done}{of}{'; ' if note else ''}{note}")
+
+    return advance
 
 
 def counted(title: str, items: Iterable[T]) -> Iterator[T]:

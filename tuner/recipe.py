@@ -202,7 +202,13 @@ class Recipe:
         try:
             values: Any = recipe_type().model_validate(tree)
         except ValidationError as error:
-            raise RecipeError("\n".join(self._explain(each) for each in error.errors())) from None
+            one: dict[Location, Any] = {}
+            for each in error.errors():
+                # Where several types may stand, each says why it does not; a word is told the words, and a number the numbers.
+                place = _written(tree, each["loc"]) if each["type"] != "missing" else each["loc"]
+                if place not in one or (one[place]["type"] == "literal_error" and not isinstance(each["input"], str)):
+                    one[place] = each
+            raise RecipeError("\n".join(map(self._explain, one.values()))) from None
         self.model: str | None = values.model
         self.revision: str | None = values.revision
         self.data: Data = values.data
@@ -231,12 +237,22 @@ class Recipe:
         key = ".".join(map(str, location))
         return RecipeError(f"{self.at(*location)}: {key + ': ' if key else ''}{message}")
 
+    def _nested(self, word: str, above: Location, known: set[str]) -> str:
+        """`; it belongs into task: ...` where one of the `known` keys beside it has a key of this name inside."""
+        tree: Any = self._tree
+        for part in above:
+            tree = tree[part]
+        beside = [name for name in known if isinstance(tree, dict) and isinstance(tree.get(name), dict)]
+        inside = next((name for name in sorted(beside) if word in _keys(recipe_type(), self._tree, (*above, name))), None)
+        return f"; it belongs into {inside}: `{inside}: {{{word}: ...}}`" if inside else ""
+
     def _explain(self, found: Any) -> str:
         location = _written(self._tree, found["loc"])
         match found["type"]:
             case "extra_forbidden":
-                known = _keys(recipe_type(), self._tree, location[:-1])
-                return str(self.error(f'there is no key "{location[-1]}" here{nearest(str(location[-1]), known)}', *location))
+                word, known = str(location[-1]), _keys(recipe_type(), self._tree, location[:-1])
+                advice = self._nested(word, location[:-1], known) or nearest(word, known)
+                return str(self.error(f'there is no key "{word}" here{advice}', *location))
             case "union_tag_invalid":
                 words = [word.strip(" '") for word in found["ctx"]["expected_tags"].split(",")]
                 return str(self.error(f'there is no "{found["ctx"]["tag"]}"{nearest(found["ctx"]["tag"], words)}', *location))

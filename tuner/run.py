@@ -45,6 +45,7 @@ def run(plan: Plan, out_dir: Path) -> list[Bundle]:
     Raises GateError where a result is not good enough to go on with; what was finished stays.
     """
     from tuner.measure import base_on_probe, measured, with_loss_before
+    from tuner.needs import measurable
 
     bundles: list[Bundle] = []
     reference: Bundle | None = None  # the tuned model, whose probe the later ones should answer alike
@@ -56,6 +57,7 @@ def run(plan: Plan, out_dir: Path) -> list[Bundle]:
         raise RecipeError(f"--out {out_dir}: nothing can be written there: {error.strerror}") from None
     for remark in plan.remarks():
         say(remark)
+    measurable(plan)
     with _alone(out_dir), leading():
         if plan.source is not None:
             with timed(f"base: {plan.source.reference}"):

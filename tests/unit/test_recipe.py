@@ -53,6 +53,7 @@ def test_paths_are_relative_to_the_recipe(tmp_path: Path) -> None:
         ("2.0e-3", "2e-3", 'r.yaml:7: stages.0.tune.learning_rate: expected a number, found the text "2e-3" (YAML reads 2e-4 as text: write 2.0e-4)'),
         ("task: sft", "task: sftt", 'r.yaml:6: stages.0.tune.task: there is no "sftt"; did you mean "sft"?'),
         ("task: sft", "task: {kind: sft, max_token: 5}", 'r.yaml:6: stages.0.tune.task.max_token: there is no key "max_token" here; did you mean "max_tokens"?'),
+        ("task: sft", "task: {kind: sft}\n      packing: true", 'r.yaml:7: stages.0.tune.packing: there is no key "packing" here; it belongs into task: `task: {packing: ...}`'),
         ("  - merge", "  - marge", 'r.yaml:8: stages.1.marge: there is no key "marge" here; did you mean "merge"?'),
         ("  train: train.jsonl", "  heldout: x", 'r.yaml:2: data: the key "train" is missing'),
         ("model:", "modle:", 'r.yaml:1: modle: there is no key "modle" here; did you mean "model"?'),
@@ -65,6 +66,15 @@ def test_paths_are_relative_to_the_recipe(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_a_mistake_is_said_with_its_line_and_the_nearest_name(tmp_path: Path, old: str, new: str, said: str) -> None:
     assert said in complaint(tmp_path, GOOD.replace(old, new))
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [("0", "input should be greater than 0, found 0"), ("many", '"many" is not one of the values; there is: auto')],
+)
+def test_what_may_be_a_word_or_a_number_is_one_complaint(tmp_path: Path, value: str, said: str) -> None:
+    told = complaint(tmp_path, GOOD.replace("learning_rate: 2.0e-3", f"micro_batch_size: {value}"))
+    assert told == f"r.yaml:7: stages.0.tune.micro_batch_size: {said}"
 
 
 def test_a_key_that_is_there_twice_is_refused(tmp_path: Path) -> None:

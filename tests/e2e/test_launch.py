@@ -251,8 +251,8 @@ def test_what_cannot_be_launched_is_said(recipe_file: Callable[..., Path], tmp_p
         assert said in str(error.value)
 
 
-JUDGED = [{"prompt": f"machine {at}?", "completion": "yes", "label": at % 2 == 0} for at in range(8)]
-ALIKE = [{"anchor": f"machine {at}", "positive": f"vm {at}"} for at in range(8)]
+JUDGED = [{"prompt": f"machine {at}?", "completion": "yes", "label": at % 2 == 0} for at in range(24)]
+ALIKE = [{"anchor": f"machine {at}", "positive": f"vm {at}"} for at in range(24)]
 
 
 @pytest.mark.slow
@@ -385,11 +385,12 @@ def test_what_compares_rows_of_a_step_shares_it(recipe_file: Callable[..., Path]
         "kto": ({"kind": "preference", "loss": "kto"}, JUDGED),
         "contrastive": ({"kind": "embed", "loss": "contrastive"}, ALIKE),
     }[what]
-    write_rows(tmp_path / "rows.jsonl", rows)
+    write_rows(tmp_path / "rows.jsonl", rows[4:])
+    write_rows(tmp_path / "held.jsonl", rows[:4])
 
     def change(tree: dict[str, Any]) -> None:
         of(task={**task, "max_tokens": 64})(tree)
-        tree["data"] = {"train": "rows.jsonl", "heldout": "rows.jsonl"}
+        tree["data"] = {"train": "rows.jsonl", "heldout": "held.jsonl"}
         tree["stages"][0]["tune"]["gate"] = {"heldout_loss_drop": -10.0}
         del tree["serve"]
 

@@ -121,17 +121,16 @@ def rows_that_fit(sizes: "Footprint", task: Any, row: Batch, batch_size: int, fr
     each = sorted({-(-batch_size // turns) for turns in range(1, batch_size + 1)}, reverse=True)
     at = bisect_left(each, True, key=lambda rows: need(rows) <= free)
     if at == len(each):
-        raise RecipeError(refusal(need(1), row, free, where))
+        raise RecipeError(refusal(sizes, need(1), row, free, where))
     return each[at]
 
 
-def refusal(need: int, batch: Batch, free: int, where: str) -> str:
+def refusal(sizes: "Footprint", need: int, batch: Batch, free: int, where: str) -> str:
     """A sentence for whoever has less memory than it takes."""
     what = "a single row" if batch.rows == 1 else f"{batch.rows} rows"
     fewer = "`micro_batch_size: auto` takes as many rows at a time as fit; " if batch.rows > 1 else ""
     return (
         f"training on {what} of {batch.length} tokens takes about {need / 1e9:.2f} GB beside the model, and "
         f"{max(free, 0) / 1e9:.2f} GB are left of {where}; {fewer}"
-        "less memory is taken with gradient_checkpointing: true, a smaller task.max_tokens, "
-        "an adapter (method: lora), or weights of 4 bits (storage: nf4)"
+        f"less memory is taken with {', '.join(sizes.lighter)}"
     )

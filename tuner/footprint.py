@@ -109,6 +109,14 @@ class Footprint:
         self.whole_logits = any(getattr(text, name, None) not in (None, 1, 1.0) for name in CAPS)
         # One of them is unpacked at a time.
         self._unpacked = 2 * max((each.numel() for each in parameters if id(each) in small), default=0)
+        rounded = stored in ROUNDED or architecture.not_rounded
+        self.lighter = [
+            *([] if gradient_checkpointing or not model.supports_gradient_checkpointing else ["gradient_checkpointing: true"]),
+            *([] if method.kind == "lora" else ["an adapter (method: lora)"]),
+            *([] if rounded else ["weights of 4 bits (method: {kind: lora, storage: nf4})"]),
+            "a smaller task.max_tokens",
+        ]
+        """What of the recipe would take less memory."""
         self._body = getattr(model, "get_base_model", lambda: model)().base_model
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         with self._mode:

@@ -90,8 +90,14 @@ def test_fewer_rows_are_taken_until_they_fit_and_not_even_one_is_said_with_numbe
         assert budget.rows_that_fit(sizes, task, row, 8, free, "memory") == taken
     with pytest.raises(
         RecipeError, match=r"a single row of 200 tokens takes about 0\.\d\d GB .*, and 0\.00 GB are left of the GPU"
-    ):
+    ) as told:
         budget.rows_that_fit(sizes, task, row, 64, one // 100, "the GPU")
+    # What the recipe does already is no advice.
+    assert str(told.value).endswith(
+        "less memory is taken with gradient_checkpointing: true, weights of 4 bits (method: {kind: lora, storage: nf4}), a smaller task.max_tokens"
+    )
+    least = Footprint(AutoConfig.from_pretrained(tiny_model), "causal", lora.Options(storage="nf4"), gradient_checkpointing=True)
+    assert least.lighter == ["a smaller task.max_tokens"]
 
 
 def model_and_rows(folder: Path, tokenizer: Any) -> tuple[Any, list[Any]]:

@@ -397,7 +397,7 @@ def _within_memory(job: Job, objective: Any, rows: Any, schedule: "Schedule") ->
     first, largest = budget.batches(*told, passes=objective.passes and not sizes.in_one_pass)
     expected, worst = (budget.learning(sizes, options.task, each, more=at_a_time < batch) for each in (first, largest))
     if worst > free:
-        raise job.recipe.error(budget.refusal(worst, largest, free, where), *place, "micro_batch_size")
+        raise job.recipe.error(budget.refusal(sizes, worst, largest, free, where), *place, "micro_batch_size")
     if (watched := sizes.state + budget.looking(sizes, options.task, row)) > free and options.watch:
         message = f"measuring held-out rows while training takes about {watched / 1e9:.2f} GB beside the model"
         raise job.recipe.error(f"{message}, and {max(free, 0) / 1e9:.2f} GB are left of {where}; leave it out", *place, "watch")

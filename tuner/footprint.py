@@ -112,7 +112,7 @@ class Footprint:
         rounded = stored in ROUNDED or architecture.not_rounded
         self.lighter = [
             *([] if gradient_checkpointing or not model.supports_gradient_checkpointing else ["gradient_checkpointing: true"]),
-            *([] if method.kind == "lora" else ["an adapter (method: lora)"]),
+            *([] if kind.GIVES == "adapter" else ["an adapter (method: lora)"]),
             *([] if rounded else ["weights of 4 bits (method: {kind: lora, storage: nf4})"]),
             "a smaller task.max_tokens",
         ]
